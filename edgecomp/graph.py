@@ -12,12 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from edgecomp.errors import GraphError
 
-Array = np.ndarray
+Array = np.ndarray[Any, np.dtype[Any]]
 Attribute = int | float | tuple[int, ...] | tuple[float, ...]
 
 
@@ -45,7 +46,7 @@ WEIGHTED = frozenset({Op.CONV2D, Op.LINEAR})
 
 def frozen(array: Array) -> Array:
     """Give a C-contiguous, read-only view or copy of `array`, so that values inside values cannot change."""
-    array = np.ascontiguousarray(array).view()
+    array = np.asarray(array, order="C").view()
     array.flags.writeable = False
     return array
 
@@ -184,5 +185,6 @@ def _canonical_lines(graph: Graph) -> Iterable[str]:
         dtype = "-" if t.data is None else t.data.dtype.name
         quant = "-"
         if t.quant is not None:
-            quant = f"{t.quant.bits} {t.quant.scale.tobytes().hex()} {t.quant.zero_point.tobytes().hex()} {t.quant.axis}"
+            q = t.quant
+            quant = f"{q.bits} {q.scale.tobytes().hex()} {q.zero_point.tobytes().hex()} {q.axis}"
         yield f"tensor {name!r} {t.shape!r} {dtype} {quant}"

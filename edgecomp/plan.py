@@ -171,7 +171,7 @@ class CompressionPlan:
             raise PlanError(f"{where}: made_by: expected strings")
         return CompressionPlan(
             graph_digest=digest,
-            io=Io(io),
+            io=Io(str(io)),
             layers={
                 name: _layer_from_json(value, f"{where}: layer {name!r}")
                 for name, value in _mapping(obj["layers"], f"{where}: layers").items()
@@ -182,7 +182,7 @@ class CompressionPlan:
             },
             preprocessing=Preprocessing.from_json(obj["preprocessing"], where),
             classes=tuple(classes),
-            made_by=made_by,
+            made_by={key: str(value) for key, value in made_by.items()},
         )
 
     def with_uniform_bits(self, bits: int) -> CompressionPlan:
@@ -323,7 +323,7 @@ def _range_from_json(value: object, where: str) -> ActRange:
 
 
 def write_json(obj: Mapping[str, object]) -> str:
-    """Write an object with a line for each key, and for each entry of the objects right below: short, and fit for diff."""
+    """Write an object with a line for each key, and for each entry of the objects right below: fit for diff."""
 
     def flat(value: object) -> str:
         return json.dumps(value, allow_nan=False, ensure_ascii=False)

@@ -135,7 +135,7 @@ def preprocess(images: Array, p: Preprocessing) -> Array:
 
 def _check_channels(p: Preprocessing, channels: int) -> None:
     if len(p.mean) not in (1, channels):
-        raise DataError(f"images have {channels} channels, mean and std have {len(p.mean)} values; give 1 or {channels}")
+        raise DataError(f"images have {channels} channels, mean and std {len(p.mean)} values; give 1 or {channels}")
 
 
 def resize_and_crop(image: Array, resize: int) -> Array:

@@ -43,9 +43,9 @@ def activation_params(low: float, high: float) -> QuantParams:
     low, high = min(low, 0.0), max(high, 0.0)
     if high - low < 1e-8:
         high = low + 1e-8
-    scale = np.float32((high - low) / (ACT_MAX - ACT_MIN))
+    scale = np.array((high - low) / (ACT_MAX - ACT_MIN), dtype=np.float32)
     zero_point = int(np.clip(np.rint(ACT_MIN - low / float(scale)), ACT_MIN, ACT_MAX))
-    return QuantParams(bits=8, scale=scale, zero_point=np.int32(zero_point))
+    return QuantParams(bits=8, scale=scale, zero_point=np.array(zero_point))
 
 
 def choose_weight_scale(weight: Array, bits: int) -> Array:
@@ -109,7 +109,8 @@ def bias_scale(input_scale: Array, weight_scale: Array) -> Array:
 def quantize(values: Array, params: QuantParams) -> Array:
     """Round real activations to int8 codes (half to even, as onnxruntime and XNNPACK do), saturating."""
     scaled = np.rint(np.asarray(values, dtype=np.float32) / params.scale) + params.zero_point
-    return np.clip(scaled, ACT_MIN, ACT_MAX).astype(np.int8)
+    result: Array = np.clip(scaled, ACT_MIN, ACT_MAX).astype(np.int8)
+    return result
 
 
 def dequantize(codes: Array, params: QuantParams) -> Array:
@@ -160,16 +161,18 @@ def multiplier(real: Array) -> Multiplier:
 def rescale(accumulator: Array, factor: Multiplier) -> Array:
     """Multiply and round: (accumulator * mantissa + 2^(shift-1)) >> shift, i.e. round half up. int64 in and out.
 
-    The product of a 32-bit accumulator and a 31-bit mantissa fits 63 bits, as a 32x32->64 multiply on a small core does.
+    The product of a 32-bit accumulator and a 31-bit mantissa fits 63 bits: one 32x32->64 multiply on a small core.
     """
-    return (accumulator * factor.mantissa + (np.int64(1) << (factor.shift - 1))) >> factor.shift
+    result: Array = (accumulator * factor.mantissa + (np.int64(1) << (factor.shift - 1))) >> factor.shift
+    return result
 
 
 def requantize(
     accumulator: Array, factor: Multiplier, zero_point: int, *, low: int = ACT_MIN, high: int = ACT_MAX
 ) -> Array:
     """Rescale an int64 accumulator, add the zero point and clamp to [low, high]: int8 codes."""
-    return np.clip(rescale(accumulator, factor) + zero_point, low, high).astype(np.int8)
+    result: Array = np.clip(rescale(accumulator, factor) + zero_point, low, high).astype(np.int8)
+    return result
 
 
 def add_multipliers(scale_a: float, scale_b: float, scale_out: float) -> tuple[int, int, int]:

@@ -1,0 +1,243 @@
+"""Graph and plan in, quantized graph out. Pure, without data, deterministic: the same two values give the same bytes.
+
+The passes run in the order of `compress`; each takes a graph and gives a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from edgecomp import quantmath
+from edgecomp.errors import GraphError, PlanError
+from edgecomp.graph import Array, Attribute, Graph, Node, Op, QuantParams
+from edgecomp.groups import is_depthwise, kept_numbers, number_channels
+from edgecomp.ops import OPS, SHARES_SCALE
+from edgecomp.plan import CompressionPlan, Io, validate
+from edgecomp.verify import verify_float, verify_quantized
+
+_CLAMPING = frozenset({Op.CONV2D, Op.LINEAR, Op.ADD})
+
+
+def compress(graph: Graph, plan: CompressionPlan) -> Graph:
+    """Cut channels, round weights, and annotate activations as the plan says.
+
+    Args:
+        graph: float, the one the plan was made for.
+        plan: the decisions.
+
+    Returns:
+        the quantized graph (see `verify.verify_quantized` for what that means).
+
+    Raises:
+        PlanError: the plan belongs to another graph or cuts what cannot be cut.
+    """
+    validate(plan, graph)
+    try:
+        smaller = cut(graph, {name: layer.keep for name, layer in plan.layers.items()})
+    except GraphError as e:
+        raise PlanError(f"plan: {e}") from e
+    fused = fuse_clips(smaller)
+    activations = activation_params(smaller, fused, plan)
+    quantized = quantize_layers(fused, activations, {name: layer.weight_bits for name, layer in plan.layers.items()})
+    bordered = insert_borders(quantized, plan.io)
+    verify_quantized(bordered)
+    return bordered
+
+
+def cut(graph: Graph, keep: Mapping[str, tuple[bool, ...]]) -> Graph:
+    """Remove output channels, and what reads them, physically.
+
+    Args:
+        graph: float.
+        keep: layer name -> a flag for each output channel.
+
+    Raises:
+        GraphError: coupled channels are treated differently, or one that cannot be cut is.
+    """
+    if all(all(flags) for flags in keep.values()):
+        return graph
+    channels = number_channels(graph)
+    kept = kept_numbers(graph, channels, keep)
+    tensors = dict(graph.tensors)
+    nodes = []
+    for original in graph.nodes:
+        node = original
+        if node.op in (Op.CONV2D, Op.LINEAR):
+            rows = kept[channels.of[node.outputs[0]]]
+            columns = kept[channels.of[node.inputs[0]]]
+            weight = graph.weight(node)
+            assert weight.data is not None
+            data = weight.data[rows]
+            if is_depthwise(graph, node):
+                node = replace(node, attrs={**node.attrs, "groups": int(columns.sum())})
+            elif node.attrs.get("groups", 1) == 1:
+                data = data[:, columns]
+            tensors[weight.name] = replace(weight, data=data, shape=data.shape)
+            bias = graph.bias(node)
+            if bias is not None:
+                assert bias.data is not None
+                tensors[bias.name] = replace(bias, data=bias.data[rows], shape=(int(rows.sum()),))
+        nodes.append(node)
+        shape = OPS[node.op].shape([tensors[name].shape for name in node.inputs], node.attrs)
+        tensors[node.outputs[0]] = replace(tensors[node.outputs[0]], shape=shape)
+    smaller = replace(graph, nodes=tuple(nodes), tensors=tensors)
+    verify_float(smaller)
+    return smaller
+
+
+def fuse_clips(graph: Graph) -> Graph:
+    """Let a conv2d, linear or add write the tensor of the clip behind it, when nobody else reads its own.
+
+    What the clip limited becomes the node's clamp later, in codes: the attributes low and high travel with the node.
+    """
+    consumers, producer = graph.consumers(), graph.producer()
+    gone: set[str] = set()
+    fused: dict[str, Node] = {}
+    for node in graph.nodes:
+        if node.op is not Op.CLIP:
+            continue
+        source = producer.get(node.inputs[0])
+        if source is None or source.op not in _CLAMPING or len(consumers[node.inputs[0]]) != 1:
+            continue
+        if node.inputs[0] in graph.outputs:
+            continue
+        gone |= {node.name, node.inputs[0]}
+        fused[source.name] = replace(
+            source, outputs=node.outputs, attrs={**source.attrs, "low": node.attrs["low"], "high": node.attrs["high"]}
+        )
+    nodes = tuple(fused.get(node.name, node) for node in graph.nodes if not (node.op is Op.CLIP and node.name in gone))
+    written = {name for node in nodes for name in node.outputs}
+    tensors = {
+        name: t for name, t in graph.tensors.items() if t.data is not None or name in written or name in graph.inputs
+    }
+    return replace(graph, nodes=nodes, tensors=tensors)
+
+
+def activation_params(original: Graph, fused: Graph, plan: CompressionPlan) -> dict[str, QuantParams]:
+    """Choose scale and zero point of every activation: one for each set of tensors that must share them.
+
+    Args:
+        original: the float graph whose clips bound the ranges.
+        fused: the same after `fuse_clips`.
+        plan: holds the ranges.
+    """
+    names = [name for name, tensor in fused.tensors.items() if tensor.data is None]
+    leader = {name: name for name in names}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            name = leader[name]
+        return name
+
+    softmax_outputs = set()
+    for node in fused.nodes:
+        if node.op in SHARES_SCALE:
+            for name in node.inputs:
+                leader[find(name)] = find(node.outputs[0])
+        if node.op is Op.SOFTMAX:
+            softmax_outputs.add(node.outputs[0])
+    bounds: dict[str, tuple[float, float]] = {}
+    for name in names:
+        low, high = plan.ranges[name].low, plan.ranges[name].high
+        top = find(name)
+        if top in bounds:
+            low, high = min(low, bounds[top][0]), max(high, bounds[top][1])
+        bounds[top] = (low, high)
+    params = {name: quantmath.activation_params(*bounds[find(name)]) for name in names}
+    for name in softmax_outputs:
+        # TFLite fixes the output of an int8 softmax: steps of 1/256 from 0.
+        params[name] = QuantParams(bits=8, scale=np.array(1 / 256), zero_point=np.array(-128))
+    return params
+
+
+def quantize_layers(graph: Graph, activations: Mapping[str, QuantParams], weight_bits: Mapping[str, int]) -> Graph:
+    """Round weights and biases to codes, give activations their parameters, turn limits into clamps.
+
+    Args:
+        graph: after `fuse_clips`.
+        activations: parameters of every activation.
+        weight_bits: by layer name.
+    """
+    tensors = {
+        name: replace(tensor, quant=activations[name]) if tensor.data is None else tensor
+        for name, tensor in graph.tensors.items()
+    }
+    nodes = []
+    for node in graph.nodes:
+        if node.op in (Op.CONV2D, Op.LINEAR):
+            bits = weight_bits[node.name]
+            weight, bias = graph.weight(node), graph.bias(node)
+            assert weight.data is not None
+            scale = quantmath.choose_weight_scale(weight.data, bits)
+            codes = quantmath.quantize_weight(weight.data, scale, bits)
+            tensors[weight.name] = replace(weight, data=codes, quant=_symmetric(bits, scale))
+            if bias is not None:
+                assert bias.data is not None
+                input_scale = activations[node.inputs[0]].scale
+                tensors[bias.name] = replace(
+                    bias,
+                    data=quantmath.quantize_bias(bias.data, input_scale, scale),
+                    quant=_symmetric(32, quantmath.bias_scale(input_scale, scale)),
+                )
+        nodes.append(replace(node, attrs=_integer_attributes(node, activations[node.outputs[0]])))
+    return replace(graph, nodes=tuple(nodes), tensors=tensors)
+
+
+def _integer_attributes(node: Node, output: QuantParams) -> dict[str, Attribute]:
+    attrs = dict(node.attrs)
+    if node.op not in _CLAMPING and node.op is not Op.CLIP:
+        return attrs
+    limits = (attrs["low"], attrs["high"]) if "low" in attrs else (-np.inf, np.inf)
+    if node.op is not Op.CLIP:
+        attrs.pop("low", None)
+        attrs.pop("high", None)
+    low, high = (float(limit) for limit in limits)  # type: ignore[arg-type]
+    attrs["clamp"] = (_limit_code(low, output), _limit_code(high, output))
+    return attrs
+
+
+def _limit_code(limit: float, params: QuantParams) -> int:
+    if np.isinf(limit):
+        return quantmath.ACT_MIN if limit < 0 else quantmath.ACT_MAX
+    return int(quantmath.quantize(np.array(limit), params))
+
+
+def _symmetric(bits: int, scale: Array) -> QuantParams:
+    return QuantParams(bits=bits, scale=scale, zero_point=np.zeros(scale.shape, dtype=np.int32), axis=0)
+
+
+def insert_borders(graph: Graph, io: Io) -> Graph:
+    """Put quantize and dequantize at the ends for float input and output; leave an int8 model as it is.
+
+    A softmax that ends the model then works on real numbers: 1/256 is too coarse to tell unlikely classes apart.
+    """
+    if io is Io.INT8:
+        return graph
+    tensors, nodes = dict(graph.tensors), list(graph.nodes)
+    producer = graph.producer()
+    for name in graph.inputs:
+        codes = f"{name}.quantized"
+        tensors[codes] = replace(tensors[name], name=codes)
+        tensors[name] = replace(tensors[name], quant=None)
+        nodes = [replace(n, inputs=tuple(codes if i == name else i for i in n.inputs)) for n in nodes]
+        nodes.insert(0, Node(name=codes, op=Op.QUANTIZE, inputs=(name,), outputs=(codes,)))
+    outputs = []
+    for name in graph.outputs:
+        last = producer.get(name)
+        if last is not None and last.op is Op.SOFTMAX:
+            source, place = last.inputs[0], next(i for i, n in enumerate(nodes) if n.name == last.name)
+            real = f"{source}.dequantized"
+            tensors[real] = replace(tensors[source], name=real, quant=None)
+            tensors[name] = replace(tensors[name], quant=None)
+            nodes[place] = replace(nodes[place], inputs=(real,))
+            nodes.insert(place, Node(name=real, op=Op.DEQUANTIZE, inputs=(source,), outputs=(real,)))
+            outputs.append(name)
+        else:
+            real = f"{name}.dequantized"
+            tensors[real] = replace(tensors[name], name=real, quant=None)
+            nodes.append(Node(name=real, op=Op.DEQUANTIZE, inputs=(name,), outputs=(real,)))
+            outputs.append(real)
+    return replace(graph, nodes=tuple(nodes), tensors=tensors, outputs=tuple(outputs))

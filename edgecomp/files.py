@@ -1,0 +1,119 @@
+"""Files that are whole or not there: written beside their place and renamed when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgecomp.errors import UsageError
+
+MANIFEST = "manifest.json"
+MANIFEST_SCHEMA = "edgecomp-manifest/1"
+_UNFINISHED = ".unfinished-"
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file at once: readers see the old one or the new one, never a part.
+
+    Raises:
+        OSError: as the system reports it; nothing is left behind.
+    """
+    beside = path.with_name(f"{path.name}{_UNFINISHED}{os.getpid()}")
+    try:
+        with beside.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def check_output_folder(folder: Path, *, force: bool) -> None:
+    """Refuse a place where nothing new may be written; cheap, to be asked before long work.
+
+    Raises:
+        UsageError: the folder exists (without `force`), is a file, or holds something that no build of ours made.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        parent = folder.absolute().parent
+        if parent.exists() and not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise UsageError(f"{folder}: its parent is not a folder one may write to; choose another -o")
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise UsageError(f"{folder}: is there and is not a plain folder; choose another -o")
+    if not any(folder.iterdir()):
+        return
+    if not force:
+        raise UsageError(f"{folder}: is there already; give --force to replace it, or another -o")
+    if not _is_ours(folder):
+        raise UsageError(f"{folder}: holds files that edgecomp did not make; --force replaces only an earlier build")
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and str(manifest.get("schema", "")).startswith("edgecomp-")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, *, force: bool) -> Iterator[Path]:
+    """Give a hidden folder beside `folder` to write in; it takes the name when the block ends well.
+
+    After an exception, Ctrl-C included, it is removed; leftovers of a killed run are removed by the next one.
+
+    Raises:
+        UsageError: see `check_output_folder`.
+        OSError: as the system reports it.
+    """
+    check_output_folder(folder, force=force)
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    work = folder.with_name(f".{folder.name}{_UNFINISHED}{os.getpid()}")
+    work.mkdir()
+    try:
+        yield work
+        check_output_folder(folder, force=force)
+        old = folder.with_name(f".{folder.name}{_UNFINISHED}{os.getpid()}-old")
+        if folder.exists():
+            folder.rename(old)
+        try:
+            work.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.parent.glob(f".{folder.name}{_UNFINISHED}*"):
+        owner = path.name.rpartition(_UNFINISHED)[2].partition("-")[0]
+        if not owner.isdigit() or _is_running(int(owner)):
+            continue
+        if path.name.endswith("-old") and not folder.exists():
+            # Killed between the two renames: the earlier build is put back before anything else.
+            path.rename(folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

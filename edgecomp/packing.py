@@ -1,0 +1,113 @@
+"""Codes of 2-8 bits as bytes, and back; and how many bits each file format spends on a code.
+
+A width is stored as fields of 4, 2 and 1 bits (7 = 4 + 2 + 1), each field packed by itself: a runtime then needs only
+shifts and masks on whole arrays to unpack, whatever the width, and no bit is wasted. Codes of b bits are stored in
+two's complement of b bits. A field of w bits of n codes is one byte array of ceil(n*w/8) bytes, in planes: with m bytes and k = 8/w planes, code number p*m + i stands in byte i at bit p*w. The first field holds the
+lowest bits. Chosen 2026-11-23; the order is part of the format of every exported file.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgecomp.errors import GraphError
+from edgecomp.graph import Array, Node, Op
+from edgecomp.quantmath import WEIGHT_BITS
+
+FIELDS: dict[int, tuple[int, ...]] = {
+    bits: tuple(width for width in (4, 2, 1) if bits & width) for bits in WEIGHT_BITS if bits < 8
+}
+"""Bits of a code -> widths of its fields, lowest bits first. 8 bits are stored as they are."""
+
+
+def packed_bytes(n_codes: int, bits: int) -> int:
+    """Count the bytes that `pack` gives."""
+    if bits == 8:
+        return n_codes
+    return sum(-(-n_codes * width // 8) for width in FIELDS[bits])
+
+
+def pack(codes: Array, bits: int) -> tuple[Array, ...]:
+    """Pack codes into one byte array a field.
+
+    Args:
+        codes: int8, any shape, each within -2^(bits-1) .. 2^(bits-1) - 1.
+        bits: 2-7.
+
+    Returns:
+        uint8 arrays, in the order of FIELDS[bits].
+
+    Raises:
+        GraphError: wrong dtype or width, or a code out of range.
+    """
+    if bits not in FIELDS:
+        raise GraphError(f"pack: {bits} bits, expected one of {sorted(FIELDS)}")
+    if codes.dtype != np.int8:
+        raise GraphError(f"pack: codes are {codes.dtype}, expected int8")
+    half = 1 << (bits - 1)
+    flat = np.ascontiguousarray(codes).reshape(-1)
+    if flat.size and not (-half <= int(flat.min()) and int(flat.max()) < half):
+        raise GraphError(f"pack: a code is outside {-half}..{half - 1}, the range of {bits} bits")
+    unsigned = flat.view(np.uint8) & np.uint8((1 << bits) - 1)
+    fields, low = [], 0
+    for width in FIELDS[bits]:
+        fields.append(_pack_field((unsigned >> low) & ((1 << width) - 1), width))
+        low += width
+    return tuple(fields)
+
+
+def unpack(fields: tuple[Array, ...], bits: int, n_codes: int) -> Array:
+    """Undo `pack`.
+
+    Args:
+        fields: as `pack` gave them.
+        bits: 2-7.
+        n_codes: how many codes there are.
+
+    Returns:
+        int8 (n_codes,).
+
+    Raises:
+        GraphError: number or length of the fields does not fit.
+    """
+    if bits not in FIELDS or len(fields) != len(FIELDS[bits]):
+        raise GraphError(f"unpack: {len(fields)} fields for {bits} bits")
+    unsigned, low = np.zeros(n_codes, dtype=np.uint8), 0
+    for field, width in zip(fields, FIELDS[bits], strict=True):
+        if field.dtype != np.uint8 or field.shape != (-(-n_codes * width // 8),):
+            raise GraphError(f"unpack: field of {width} bits has shape {field.shape}, expected {n_codes} codes' worth")
+        shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
+        planes = (field[None, :] >> shifts) & np.uint8((1 << width) - 1)
+        unsigned |= planes.reshape(-1)[:n_codes] << np.uint8(low)
+        low += width
+    sign = np.uint8(1 << (bits - 1))
+    return np.where(unsigned & sign, unsigned | np.uint8(256 - (1 << bits)), unsigned).astype(np.uint8).view(np.int8)
+
+
+def _pack_field(values: Array, width: int) -> Array:
+    planes = 8 // width
+    n_bytes = -(-values.size // planes)
+    padded = np.zeros(planes * n_bytes, dtype=np.uint8)
+    padded[: values.size] = values
+    out = np.zeros(n_bytes, dtype=np.uint8)
+    for plane in range(planes):
+        out |= padded[plane * n_bytes : (plane + 1) * n_bytes] << np.uint8(plane * width)
+    return out
+
+
+def stored_bits(format_name: str, node: Node, weight_shape: tuple[int, ...], bits: int) -> int:
+    """Give the bits a format spends on each code of a layer: what a planner must count with.
+
+    ONNX reaches every width. LiteRT's kernels read 4 bits in convolutions and linear layers, 8 in depthwise and grouped
+    convolutions, and nothing else.
+
+    Args:
+        format_name: "onnx" or "tflite".
+        node: the layer.
+        weight_shape: of its weight.
+        bits: logical width.
+    """
+    if format_name == "onnx":
+        return bits
+    dense = node.op is Op.LINEAR or node.attrs["groups"] == 1
+    return 4 if bits <= 4 and dense else 8

@@ -1,0 +1,184 @@
+"""Decide what becomes of each layer: which channels go, and how many bits the weights get.
+
+The error of rounding a layer to b bits is the relevance-weighted sum of squares  sum_w C_w (w - Q_b(w))^2  with
+C_w = E[(R_w / w)^2], the second-order cost of disturbing a weight (R_w = w df/dw in the epsilon limit of LRP). Layers
+add up, so the best bits under a budget are a multiple-choice knapsack, solved by dynamic programming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgecomp import quantmath
+from edgecomp.errors import BudgetError
+from edgecomp.graph import Array, Graph
+from edgecomp.groups import Channels, number_channels
+from edgecomp.packing import stored_bits
+from edgecomp.plan import Relevance
+
+_BUDGET_STEPS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerChoices:
+    """What a planner may choose for one layer.
+
+    Attributes:
+        name: the layer.
+        n_weights: weights that remain after cutting.
+        error: bits -> relevance-weighted squared rounding error.
+        stored_bits: bits -> bits a weight takes on disk, in the most expensive of the formats asked for.
+    """
+
+    name: str
+    n_weights: int
+    error: Mapping[int, float]
+    stored_bits: Mapping[int, int]
+
+    def cost(self, bits: int) -> int:
+        """Count the bits that the layer's weights take on disk."""
+        return self.n_weights * self.stored_bits[bits]
+
+
+def irrelevant_channels(graph: Graph, relevance: Relevance) -> dict[str, tuple[bool, ...]]:
+    """Keep every channel that got any relevance in any sample; drop coupled channels only together.
+
+    Such a channel never took part in a decision on the samples: its activation or all that reads it is zero. At least
+    one channel of each layer stays.
+
+    Args:
+        graph: float.
+        relevance: of the same graph.
+
+    Returns:
+        layer name -> keep flag of each output channel.
+    """
+    channels = number_channels(graph)
+    total = np.zeros(len(channels.locked))
+    for node in graph.layers():
+        np.add.at(total, channels.of[node.outputs[0]], relevance.layers[node.name].channel_abs)
+    kept = channels.locked | (total > 0)
+    for node in graph.layers():
+        numbers = channels.of[node.outputs[0]]
+        if not kept[numbers].any():
+            kept[numbers[0]] = True
+    return {node.name: tuple(kept[channels.of[node.outputs[0]]].tolist()) for node in graph.layers()}
+
+
+def layer_choices(
+    graph: Graph,
+    relevance: Relevance,
+    keep: Mapping[str, tuple[bool, ...]],
+    formats: Sequence[str],
+    *,
+    progress: Callable[[Sequence[object]], Sequence[object]] | None = None,
+) -> list[LayerChoices]:
+    """Work out error and cost of every width of every layer.
+
+    A width is left out when a larger one takes no more room in any of the formats: it could only lose.
+
+    Args:
+        graph: float.
+        relevance: of the same graph.
+        keep: layer name -> keep flags.
+        formats: "onnx", "tflite".
+        progress: wraps the list of layers to show how far the work is.
+    """
+    channels = number_channels(graph)
+    kept_inputs = _kept_inputs(graph, channels, keep)
+    choices = []
+    layers = graph.layers()
+    for index in progress(range(len(layers))) if progress else range(len(layers)):
+        node = layers[int(index)]  # type: ignore[call-overload]
+        weight = graph.weight(node).data
+        assert weight is not None
+        rows, columns = np.array(keep[node.name]), kept_inputs[node.name]
+        data = weight[rows][:, columns]
+        cost = relevance.layers[node.name].weight_cost[rows][:, columns]
+        per_format = {
+            bits: tuple(stored_bits(name, node, weight.shape, bits) for name in formats)
+            for bits in quantmath.WEIGHT_BITS
+        }
+        useful = [b for b in per_format if not any(per_format[w] == per_format[b] for w in per_format if w > b)]
+        choices.append(
+            LayerChoices(
+                name=node.name,
+                n_weights=data.size,
+                error={bits: _rounding_error(data, cost, bits) for bits in useful},
+                stored_bits={bits: max(per_format[bits]) for bits in useful},
+            )
+        )
+    return choices
+
+
+def _kept_inputs(graph: Graph, channels: Channels, keep: Mapping[str, tuple[bool, ...]]) -> dict[str, Array]:
+    """Give, for each layer, a flag for each input channel of its weight: True where it remains."""
+    kept = np.ones(len(channels.locked), dtype=bool)
+    for node in graph.layers():
+        kept[channels.of[node.outputs[0]]] = keep[node.name]
+    inputs = {}
+    for node in graph.layers():
+        width = graph.weight(node).shape[1]
+        numbers = channels.of[node.inputs[0]]
+        inputs[node.name] = kept[numbers] if len(numbers) == width else np.ones(width, dtype=bool)
+    return inputs
+
+
+def _rounding_error(weight: Array, cost: Array, bits: int) -> float:
+    scale = quantmath.choose_weight_scale(weight, bits)
+    codes = quantmath.quantize_weight(weight, scale, bits).reshape(weight.shape[0], -1)
+    off = codes * scale[:, None] - weight.reshape(weight.shape[0], -1)
+    return float(np.einsum("oi,oi,oi->o", off, off, cost.reshape(off.shape), dtype=np.float32).sum(dtype=np.float64))
+
+
+def solve(choices: Sequence[LayerChoices], budget_bits: float) -> dict[str, int]:
+    """Choose the widths with the least error whose weights take at most `budget_bits` bits on disk.
+
+    Exact but for rounding costs up to 1/65536 of the budget; never over the budget.
+
+    Returns:
+        layer name -> bits.
+
+    Raises:
+        BudgetError: even the smallest widths take more.
+    """
+    smallest = {c.name: min(c.error, key=c.cost) for c in choices}
+    least = sum(c.cost(smallest[c.name]) for c in choices)
+    if least > budget_bits:
+        total = sum(c.n_weights for c in choices)
+        raise BudgetError(
+            f"budget: {budget_bits / 8:.0f} bytes of weights asked for, the least possible are {-(-least // 8)} "
+            f"({least / total:.2f} bits a weight); allow more, or a format that stores fewer bits"
+        )
+    unit = max(1.0, budget_bits / _BUDGET_STEPS)
+    room = int(budget_bits // unit)
+    best = np.zeros(room + 1)
+    picks: list[tuple[list[int], Array]] = []
+    for c in choices:
+        widths = sorted(c.error)
+        candidates = np.full((len(widths), room + 1), np.inf)
+        for row, bits in enumerate(widths):
+            units = int(np.ceil(c.cost(bits) / unit))
+            if units <= room:
+                candidates[row, units:] = best[: room + 1 - units] + c.error[bits]
+        pick = np.argmin(candidates, axis=0)
+        best = np.take_along_axis(candidates, pick[None], axis=0)[0]
+        picks.append((widths, pick))
+    if not np.isfinite(best[room]):
+        # Only rounding of the costs stands in the way: the smallest widths fit exactly.
+        return smallest
+    chosen: dict[str, int] = {}
+    left = room
+    for c, (widths, pick) in zip(reversed(choices), reversed(picks), strict=True):
+        bits = widths[int(pick[left])]
+        chosen[c.name] = bits
+        left -= int(np.ceil(c.cost(bits) / unit))
+    return {c.name: chosen[c.name] for c in choices}
+
+
+def mean_bits(choices: Sequence[LayerChoices], bits: Mapping[str, int]) -> float:
+    """Average the logical widths over the weights that remain."""
+    return sum(c.n_weights * bits[c.name] for c in choices) / sum(c.n_weights for c in choices)

@@ -1,0 +1,37 @@
+"""Graphs as files: one function a format, in one visible table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgecomp.errors import ExportError
+
+if TYPE_CHECKING:
+    from edgecomp.artifact import Exported
+    from edgecomp.graph import Graph
+
+FORMATS = ("onnx", "tflite")
+"""What `export` can write; the file's suffix is the same word."""
+
+
+def export(graph: Graph, format_name: str) -> Exported:
+    """Write a float or quantized graph in a format.
+
+    Args:
+        graph: see `edgecomp.verify` for what is legal.
+        format_name: one of FORMATS.
+
+    Raises:
+        ExportError: the format is unknown, its writer library is missing, or it cannot express the graph.
+    """
+    match format_name:
+        case "onnx":
+            from .to_onnx import to_onnx
+
+            return to_onnx(graph)
+        case "tflite":
+            from .to_tflite import to_tflite
+
+            return to_tflite(graph)
+        case _:
+            raise ExportError(f"format {format_name!r} is unknown; expected one of {', '.join(FORMATS)}")

@@ -1,0 +1,175 @@
+"""Small float graphs built by hand, and plans for them: what most tests run on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edgecomp import reference
+from edgecomp.graph import Attribute, Graph, Node, Op, Tensor
+from edgecomp.ops import OPS
+from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan
+from edgecomp.preprocessing import Preprocessing
+
+
+class Build:
+    """Collects nodes; every method gives the name of the tensor it writes."""
+
+    def __init__(self, seed: int, shape: tuple[int, ...]) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.nodes: list[Node] = []
+        self.tensors = {"input": Tensor(name="input", shape=(1, *shape))}
+
+    def node(self, op: Op, name: str, inputs: tuple[str, ...], attrs: Mapping[str, Attribute]) -> str:
+        shape = OPS[op].shape([self.tensors[i].shape for i in inputs], attrs)
+        self.nodes.append(Node(name=name, op=op, inputs=inputs, outputs=(name,), attrs=attrs))
+        self.tensors[name] = Tensor(name=name, shape=shape)
+        return name
+
+    def parameters(self, name: str, shape: tuple[int, ...], bias: bool) -> tuple[str, ...]:
+        fan_in = int(np.prod(shape[1:]))
+        weight = self.rng.standard_normal(shape) * np.sqrt(2 / fan_in)
+        self.tensors[f"{name}.weight"] = Tensor(name=f"{name}.weight", shape=shape, data=weight.astype(np.float32))
+        if not bias:
+            return (f"{name}.weight",)
+        data = (self.rng.standard_normal(shape[0]) * 0.1).astype(np.float32)
+        self.tensors[f"{name}.bias"] = Tensor(name=f"{name}.bias", shape=data.shape, data=data)
+        return (f"{name}.weight", f"{name}.bias")
+
+    def conv(
+        self,
+        name: str,
+        x: str,
+        out: int,
+        kernel: tuple[int, int] = (3, 3),
+        *,
+        stride: tuple[int, int] = (1, 1),
+        pads: tuple[int, int, int, int] = (1, 1, 1, 1),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+        bias: bool = True,
+    ) -> str:
+        shape = (out, self.tensors[x].shape[1] // groups, *kernel)
+        inputs = (x, *self.parameters(name, shape, bias))
+        attrs = {"stride": stride, "pads": pads, "dilation": dilation, "groups": groups}
+        return self.node(Op.CONV2D, name, inputs, attrs)
+
+    def linear(self, name: str, x: str, out: int, *, bias: bool = True) -> str:
+        return self.node(Op.LINEAR, name, (x, *self.parameters(name, (out, self.tensors[x].shape[1]), bias)), {})
+
+    def clip(self, name: str, x: str, low: float = 0.0, high: float = np.inf) -> str:
+        return self.node(Op.CLIP, name, (x,), {"low": low, "high": high})
+
+    def max_pool(
+        self,
+        name: str,
+        x: str,
+        kernel: tuple[int, int] = (2, 2),
+        *,
+        stride: tuple[int, int] = (2, 2),
+        pads: tuple[int, int, int, int] = (0, 0, 0, 0),
+        dilation: tuple[int, int] = (1, 1),
+    ) -> str:
+        attrs = {"kernel": kernel, "stride": stride, "pads": pads, "dilation": dilation}
+        return self.node(Op.MAX_POOL, name, (x,), attrs)
+
+    def avg_pool(
+        self,
+        name: str,
+        x: str,
+        kernel: tuple[int, int] = (2, 2),
+        *,
+        stride: tuple[int, int] = (2, 2),
+        pads: tuple[int, int, int, int] = (0, 0, 0, 0),
+        include_pad: int = 1,
+    ) -> str:
+        attrs = {"kernel": kernel, "stride": stride, "pads": pads, "include_pad": include_pad}
+        return self.node(Op.AVG_POOL, name, (x,), attrs)
+
+    def graph(self, output: str, name: str = "net") -> Graph:
+        return Graph(
+            name=name, nodes=tuple(self.nodes), tensors=self.tensors, inputs=("input",), outputs=(output,)
+        )
+
+
+def plain(seed: int = 0) -> Graph:
+    """Conv-relu-pool twice, flatten, two linear layers: the shape of AlexNet and VGG."""
+    b = Build(seed, (3, 8, 8))
+    x = b.max_pool("pool1", b.clip("relu1", b.conv("conv1", "input", 8)))
+    x = b.clip("relu2", b.conv("conv2", x, 12))
+    x = b.node(Op.FLATTEN, "flatten", (b.max_pool("pool2", x),), {})
+    x = b.clip("relu3", b.linear("fc1", x, 20))
+    return b.graph(b.linear("fc2", x, 10), "plain")
+
+
+def residual(seed: int = 0) -> Graph:
+    """A residual block with a strided shortcut, then global average pooling: the shape of ResNet."""
+    b = Build(seed, (3, 8, 8))
+    x = b.clip("relu", b.conv("stem", "input", 8))
+    y = b.clip("block.relu", b.conv("block.conv1", x, 12, stride=(2, 2)))
+    y = b.conv("block.conv2", y, 12, bias=False)
+    s = b.conv("block.shortcut", x, 12, (1, 1), stride=(2, 2), pads=(0, 0, 0, 0))
+    x = b.clip("out.relu", b.node(Op.ADD, "block.add", (y, s), {}))
+    x = b.clip("end.relu", b.node(Op.ADD, "end.add", (b.conv("end.conv", x, 12), x), {}))
+    x = b.node(Op.FLATTEN, "flatten", (b.node(Op.GLOBAL_AVG_POOL, "pool", (x,), {}),), {})
+    return b.graph(b.linear("fc", x, 10), "residual")
+
+
+def separable(seed: int = 0) -> Graph:
+    """Depthwise-separable blocks with ReLU6 and a linear bottleneck added back: the shape of MobileNetV2."""
+    b = Build(seed, (3, 8, 8))
+    x = b.conv("stem", "input", 8)
+    y = b.clip("expand.relu6", b.conv("expand", x, 16, (1, 1), pads=(0, 0, 0, 0)), 0, 6)
+    y = b.clip("dw.relu6", b.conv("dw", y, 16, groups=16), 0, 6)
+    x = b.node(Op.ADD, "add", (b.conv("project", y, 8, (1, 1), pads=(0, 0, 0, 0)), x), {})
+    x = b.clip("grouped.relu", b.conv("grouped", x, 8, groups=2))
+    x = b.avg_pool("pool", x)
+    x = b.node(Op.FLATTEN, "flatten", (x,), {})
+    x = b.linear("fc", x, 10)
+    return b.graph(b.node(Op.SOFTMAX, "softmax", (x,), {"axis": 1}), "separable")
+
+
+def branches(seed: int = 0) -> Graph:
+    """Branches concatenated, one of them without ReLU, one pooled with padding: the shape of Inception and DenseNet."""
+    b = Build(seed, (2, 9, 9))
+    x = b.clip("relu", b.conv("stem", "input", 6))
+    p = b.clip("a.relu", b.conv("a", x, 4, (1, 1), pads=(0, 0, 0, 0)))
+    q = b.conv("b", x, 5, (3, 3), pads=(2, 2, 2, 2), dilation=(2, 2))
+    r = b.max_pool("c", x, (3, 3), stride=(1, 1), pads=(1, 1, 1, 1))
+    x = b.node(Op.CONCAT, "cat", (p, q, r), {"axis": 1})
+    x = b.clip("cat.relu", x)
+    x = b.avg_pool("pool", b.conv("mix", x, 8, stride=(2, 2), pads=(0, 1, 1, 0)), (3, 3), pads=(1, 1, 1, 1))
+    x = b.node(Op.FLATTEN, "flatten", (x,), {})
+    return b.graph(b.linear("fc", x, 10), "branches")
+
+
+GRAPHS = {"plain": plain, "residual": residual, "separable": separable, "branches": branches}
+
+
+def images(graph: Graph, count: int, seed: int = 1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((count, *graph.tensors[graph.inputs[0]].shape[1:])).astype(np.float32)
+
+
+def plan_for(
+    graph: Graph,
+    bits: int | Mapping[str, int] = 8,
+    *,
+    io: Io = Io.FLOAT,
+    drop: Mapping[str, tuple[int, ...]] | None = None,
+) -> CompressionPlan:
+    """A plan with ranges from 32 random images and the given bits and dropped channels."""
+    values = reference.run(graph, {graph.inputs[0]: images(graph, 32)})
+    layers = {}
+    for node in graph.layers():
+        dropped = (drop or {}).get(node.name, ())
+        keep = tuple(i not in dropped for i in range(graph.weight(node).shape[0]))
+        layers[node.name] = LayerPlan(keep=keep, weight_bits=bits if isinstance(bits, int) else bits[node.name])
+    return CompressionPlan(
+        graph_digest=graph.digest(),
+        io=io,
+        layers=layers,
+        ranges={name: ActRange(low=float(v.min()), high=float(v.max())) for name, v in values.items()},
+        preprocessing=Preprocessing(mean=(0.0,), std=(1.0,)),
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from edgecomp.errors import UsageError
 
 MANIFEST = "manifest.json"
+PLAN_FILE = "plan.json"
 MANIFEST_SCHEMA = "edgecomp-manifest/1"
 _UNFINISHED = ".unfinished-"
 

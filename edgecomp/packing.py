@@ -2,8 +2,9 @@
 
 A width is stored as fields of 4, 2 and 1 bits (7 = 4 + 2 + 1), each field packed by itself: a runtime then needs only
 shifts and masks on whole arrays to unpack, whatever the width, and no bit is wasted. Codes of b bits are stored in
-two's complement of b bits. A field of w bits of n codes is one byte array of ceil(n*w/8) bytes, in planes: with m bytes and k = 8/w planes, code number p*m + i stands in byte i at bit p*w. The first field holds the
-lowest bits. Chosen 2026-11-23; the order is part of the format of every exported file.
+two's complement of b bits. A field of w bits of n codes is one byte array of ceil(n*w/8) bytes, in planes: with m bytes
+and k = 8/w planes, code number p*m + i stands in byte i at bit p*w. The first field holds the lowest bits. Chosen
+2026-11-23; the order is part of the format of every exported file.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def layer_choices(
     keep: Mapping[str, tuple[bool, ...]],
     formats: Sequence[str],
     *,
-    progress: Callable[[Sequence[object]], Sequence[object]] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[LayerChoices]:
     """Work out error and cost of every width of every layer.
 
@@ -85,14 +85,12 @@ def layer_choices(
         relevance: of the same graph.
         keep: layer name -> keep flags.
         formats: "onnx", "tflite".
-        progress: wraps the list of layers to show how far the work is.
+        progress: called after each layer with the number of its weights.
     """
     channels = number_channels(graph)
     kept_inputs = _kept_inputs(graph, channels, keep)
     choices = []
-    layers = graph.layers()
-    for index in progress(range(len(layers))) if progress else range(len(layers)):
-        node = layers[int(index)]  # type: ignore[call-overload]
+    for node in graph.layers():
         weight = graph.weight(node).data
         assert weight is not None
         rows, columns = np.array(keep[node.name]), kept_inputs[node.name]
@@ -111,6 +109,8 @@ def layer_choices(
                 stored_bits={bits: max(per_format[bits]) for bits in useful},
             )
         )
+        if progress is not None:
+            progress(weight.size)
     return choices
 
 
@@ -182,3 +182,99 @@ def solve(choices: Sequence[LayerChoices], budget_bits: float) -> dict[str, int]
 def mean_bits(choices: Sequence[LayerChoices], bits: Mapping[str, int]) -> float:
     """Average the logical widths over the weights that remain."""
     return sum(c.n_weights * bits[c.name] for c in choices) / sum(c.n_weights for c in choices)
+
+
+def solve_mean_bits(choices: Sequence[LayerChoices], asked: float) -> dict[str, int]:
+    """Choose widths whose mean over the remaining weights, as stored, is at most `asked`.
+
+    Raises:
+        BudgetError: the formats cannot store so few bits.
+    """
+    return solve(choices, asked * sum(c.n_weights for c in choices))
+
+
+def search_file_size(
+    choices: Sequence[LayerChoices], limit_bytes: int, file_bytes: Callable[[Mapping[str, int]], int]
+) -> dict[str, int]:
+    """Choose widths with the least error whose largest file, really written, has at most `limit_bytes`.
+
+    Args:
+        choices: of every layer.
+        limit_bytes: of the largest file.
+        file_bytes: widths -> bytes of the largest file.
+
+    Raises:
+        BudgetError: the smallest widths give a larger file.
+    """
+    smallest = {c.name: min(c.error, key=c.cost) for c in choices}
+    overhead = 0
+    for _ in range(8):
+        room_bits = 8 * (limit_bytes - overhead)
+        if room_bits < sum(c.cost(smallest[c.name]) for c in choices):
+            break
+        bits = solve(choices, room_bits)
+        n_bytes = file_bytes(bits)
+        if n_bytes <= limit_bytes:
+            return bits
+        # What is not weights hardly depends on the widths; leave that much room, and never less than before.
+        weight_bytes = sum(c.cost(bits[c.name]) for c in choices) // 8
+        overhead = max(overhead + 1, n_bytes - weight_bytes)
+    least = file_bytes(smallest)
+    if least <= limit_bytes:
+        return smallest
+    raise BudgetError(
+        f"budget: a file of {limit_bytes} bytes asked for, the smallest possible has {least} bytes; allow more, "
+        "or fewer formats"
+    )
+
+
+def search_drop(
+    choices: Sequence[LayerChoices],
+    most_points: float,
+    drop_points: Callable[[Mapping[str, int]], float],
+    *,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[dict[str, int], float]:
+    """Search the smallest weights whose measured loss of accuracy is at most `most_points`, by bisection.
+
+    The loss is taken to fall with the bits spent; noise in it can cost some bytes, but what is returned was measured.
+
+    Args:
+        choices: of every layer.
+        most_points: percentage points of accuracy that may be lost.
+        drop_points: widths -> measured loss in points, negative for a gain.
+        progress: called after each measurement with 1; there are at most DROP_STEPS.
+
+    Returns:
+        the widths and their measured loss; those of the largest widths where even they lose more.
+    """
+    largest = {c.name: max(c.error) for c in choices}
+    smallest = {c.name: min(c.error, key=c.cost) for c in choices}
+    low = float(sum(c.cost(smallest[c.name]) for c in choices))
+    high = float(sum(c.cost(largest[c.name]) for c in choices))
+
+    def measured(bits: Mapping[str, int]) -> float:
+        loss = drop_points(bits)
+        if progress is not None:
+            progress(1)
+        return loss
+
+    best, best_loss = largest, measured(largest)
+    if best_loss > most_points:
+        return best, best_loss
+    for _ in range(DROP_STEPS - 1):
+        middle = (low + high) / 2
+        bits = solve(choices, middle)
+        if bits == best:
+            high = middle
+            continue
+        loss = measured(bits)
+        if loss <= most_points:
+            best, best_loss, high = bits, loss, middle
+        else:
+            low = middle
+    return best, best_loss
+
+
+DROP_STEPS = 9
+"""Measurements of `search_drop`: the mean width is then known to 6 / 2^8 bits."""

@@ -1,0 +1,147 @@
+"""Measure models side by side on this machine: latency in turns, memory and load time in fresh processes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edgecomp.errors import BundleError, TargetError, UsageError
+from edgecomp.report import BenchReport, Comparison, Source, summarise
+
+from .environment import environment
+from .harness import Clock, measure, ratio
+from .memory import STATUS, Footprint, footprint
+from .runners import default_runtime, runner_class
+
+Entry = tuple[str, Path | str | bytes, str]
+"""Label, file (or its bytes), format."""
+
+
+def bench(
+    entries: Sequence[Entry],
+    *,
+    runtime: str | None = None,
+    threads: int = 1,
+    baseline: str | None = None,
+    min_s: float = 2.0,
+    max_s: float = 30.0,
+    rounds: int = 10,
+    seed: int = 0,
+    clock: Clock = time.perf_counter_ns,
+    progress: Callable[[str, float], object] | None = None,
+) -> Comparison:
+    """Measure several models in one run, in turns; one inference is one image.
+
+    Args:
+        entries: what to measure; labels are unique.
+        runtime: used for every entry whose format it reads; the others run in their format's default runtime.
+        threads: given to every runtime.
+        baseline: label that ratios refer to; the first unless given.
+        min_s: see `harness.measure`, as `max_s` and `rounds`.
+        max_s: see there.
+        rounds: see there.
+        seed: of the order within rounds and of the confidence intervals.
+        clock: nanoseconds.
+        progress: called with a stage's name and the share of it that is done, 0 to 1.
+
+    Raises:
+        BundleError: a file cannot be read, or its runtime refuses it.
+        TargetError: a runtime is unknown, missing, or reads none of the formats; or a process for memory fails.
+        UsageError: no entry, labels that are not unique, or a number out of range.
+    """
+    labels = [label for label, _, _ in entries]
+    if not labels or len(set(labels)) != len(labels):
+        raise UsageError(f"labels {', '.join(labels) or '(none)'}: expected at least one, and each once")
+    baseline = labels[0] if baseline is None else baseline
+    if baseline not in labels:
+        raise UsageError(f"baseline {baseline!r:.80} is not measured; there are {', '.join(labels)}")
+    runtimes = _runtimes(entries, runtime)
+    order, draws = np.random.default_rng(seed).spawn(2)
+    report = progress if progress is not None else _ignore
+    facts = environment()
+    with tempfile.TemporaryDirectory(prefix="edgecomp-bench-") as folder:
+        files = [_on_disk(Path(folder) / str(i), entry) for i, entry in enumerate(entries)]
+        runners = {
+            label: runner_class(name)(file, threads=threads)
+            for label, name, file in zip(labels, runtimes, files, strict=True)
+        }
+        timings = measure(
+            {label: runner.infer_once for label, runner in runners.items()},
+            clock=clock,
+            rng=order,
+            rounds=rounds,
+            min_s=min_s,
+            max_s=max_s,
+            progress=lambda share: report("latency", share),
+        )
+        footprints: list[Footprint | None] = []
+        for i, (file, name) in enumerate(zip(files, runtimes, strict=True)):
+            footprints.append(footprint(file, name, threads=threads) if STATUS.exists() else None)
+            report("memory", (i + 1) / len(files))
+        ratios = {label: ratio(timings[label], timings[baseline], rng=draws) for label in labels if label != baseline}
+        reports = []
+        for (label, _, format), file, name, print_ in zip(entries, files, runtimes, footprints, strict=True):
+            timing, data = timings[label], file.read_bytes()
+            p50, p90, smallest = summarise(timing.samples_us)
+            reports.append(
+                BenchReport(
+                    label=label,
+                    artifact=file.name,
+                    artifact_bytes=len(data),
+                    sha256=hashlib.sha256(data).hexdigest(),
+                    format=format,
+                    target="host",
+                    runtime=name,
+                    runtime_version=runners[label].version,
+                    threads=threads,
+                    execution=runners[label].describe(),
+                    source=Source.MEASURED,
+                    warmups=timing.warmups,
+                    steady=timing.steady,
+                    rounds=timing.rounds,
+                    samples_us=timing.samples_us,
+                    p50_us=p50,
+                    p90_us=p90,
+                    min_us=smallest,
+                    load_ms=None if print_ is None else print_.load_ms,
+                    peak_memory_bytes=None if print_ is None else print_.peak_bytes,
+                    model_memory_bytes=None if print_ is None else print_.model_bytes,
+                    environment=facts,
+                )
+            )
+    return Comparison(reports=tuple(reports), baseline=baseline, ratios=ratios)
+
+
+def _runtimes(entries: Sequence[Entry], runtime: str | None) -> list[str]:
+    names = [default_runtime(format) for _, _, format in entries]
+    if runtime is None:
+        return names
+    reads = runner_class(runtime).formats
+    if not any(format in reads for _, _, format in entries):
+        formats = sorted({format for _, _, format in entries})
+        raise TargetError(f"runtime {runtime} reads {', '.join(reads)}, the models are {', '.join(formats)}")
+    return [runtime if format in reads else name for (_, _, format), name in zip(entries, names, strict=True)]
+
+
+def _on_disk(folder: Path, entry: Entry) -> Path:
+    """Give the entry's file; bytes are written to one, named after the label, in a folder of its own."""
+    label, model, format = entry
+    if not isinstance(model, bytes):
+        path = Path(model)
+        if not path.is_file():
+            raise BundleError(f"{path}: no such file; expected an exported model")
+        return path
+    folder.mkdir()
+    path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', label)[:100] or 'model'}.{format}"
+    path.write_bytes(model)
+    return path
+
+
+def _ignore(stage: str, share: float) -> None:
+    pass

@@ -1,0 +1,153 @@
+"""Run .tflite files with LiteRT or with its predecessor, the TFLite runtime."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from edgecomp.errors import BundleError
+from edgecomp.graph import Array
+from edgecomp.report import Fact
+
+from .runtime import (
+    Border,
+    Model,
+    checked_file,
+    checked_threads,
+    eight_bits,
+    fitting,
+    import_runtime,
+    one_line,
+    place_of,
+    quiet,
+    sample_image,
+)
+
+
+class LiteRt:
+    """Google's LiteRT interpreter with its default kernels: XNNPACK, built-in kernels for what that refuses."""
+
+    formats: ClassVar[tuple[str, ...]] = ("tflite",)
+    _name: ClassVar[str] = "litert"
+    _module: ClassVar[str] = "ai_edge_litert.interpreter"
+    _package: ClassVar[str] = "ai-edge-litert"
+    _resolver: ClassVar[str] = "AUTO"
+
+    def __init__(self, model: Model, *, threads: int = 1) -> None:
+        self._place = place_of(model)
+        self._threads = checked_threads(threads)
+        file = checked_file(model, self._name)
+        module = import_runtime(self._module, self._package)
+        self.version = metadata.version(self._package)
+        source: dict[str, object] = {"model_path": str(file)} if isinstance(file, Path) else {"model_content": file}
+        try:
+            with quiet():
+                self._interpreter = module.Interpreter(
+                    **source,
+                    num_threads=threads,
+                    experimental_op_resolver_type=getattr(module.OpResolverType, self._resolver),
+                )
+                self._interpreter.allocate_tensors()
+        except (ValueError, RuntimeError) as error:
+            raise BundleError(f"{self._place}: {self._name} cannot load it: {one_line(error)}") from error
+        inputs, self._outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
+        if len(inputs) != 1 or not self._outputs:
+            raise BundleError(f"{self._place}: the model has {len(inputs)} inputs and {len(self._outputs)} outputs")
+        self._index = inputs[0]["index"]
+        self.input, self.output = self._border(inputs[0]), self._border(self._outputs[0])
+        self._ready = False
+
+    def _border(self, details: Mapping[str, Any]) -> Border:
+        shape = tuple(int(size) for size in details["shape"])
+        dtype = np.dtype(details["dtype"])
+        if not shape or shape[0] != 1 or dtype not in (np.float32, np.int8, np.uint8):
+            name = f"{details['name']!r:.80}"
+            raise BundleError(f"{self._place}: {name} is {dtype} {shape}, expected float, int8 or uint8 with N = 1")
+        shape = (shape[3], shape[1], shape[2]) if len(shape) == 4 else shape[1:]
+        scale, zero_point = details["quantization"]
+        quant = None if dtype.kind == "f" or not scale else eight_bits(float(scale), int(zero_point), self._place)
+        return Border(name=str(details["name"]), shape=shape, dtype=dtype, quant=quant)
+
+    def run(self, x: Array) -> Array:
+        """Give the first output for N images, one by one."""
+        return self.run_all(x)[self.output.name]
+
+    def run_all(self, x: Array) -> dict[str, Array]:
+        """Give every output by name for N images, one by one."""
+        x = fitting(x, self.input, self._place)
+        self._ready = False
+        images = np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if x.ndim == 4 else x
+        parts: list[list[Array]] = []
+        for i in range(len(images)):
+            self._interpreter.set_tensor(self._index, images[i : i + 1])
+            self._invoke()
+            parts.append([self._interpreter.get_tensor(details["index"]) for details in self._outputs])
+        columns = (np.concatenate(values) for values in zip(*parts, strict=True))
+        nchw = (np.ascontiguousarray(y.transpose(0, 3, 1, 2)) if y.ndim == 4 else y for y in columns)
+        return {str(details["name"]): y for details, y in zip(self._outputs, nchw, strict=True)}
+
+    def infer_once(self) -> None:
+        """Run one image; the input lies in the interpreter's tensor, the outputs stay in theirs."""
+        if not self._ready:
+            x = sample_image(self.input)
+            self._interpreter.set_tensor(self._index, x.transpose(0, 2, 3, 1) if x.ndim == 4 else x)
+            self._ready = True
+        self._invoke()
+
+    def _invoke(self) -> None:
+        try:
+            self._interpreter.invoke()
+        except (ValueError, RuntimeError) as error:
+            raise BundleError(f"{self._place}: {self._name} fails to run it: {one_line(error)}") from error
+
+    def describe(self) -> dict[str, Fact]:
+        """Say how the interpreter executes this model: which operators the XNNPACK delegate took, and which it left."""
+        left = _undelegated(self._interpreter._get_ops_details())  # no public way to ask
+        nodes = sum(op["op_name"] != "DELEGATE" for op in self._interpreter._get_ops_details())
+        return {
+            "kernels": "reference" if self._resolver == "BUILTIN_REF" else "default",
+            "xnnpack": len(left) < nodes,
+            "nodes": nodes,
+            "nodes_in_xnnpack": nodes - len(left),
+            "nodes_left_to_builtin_kernels": tuple(f"{n} {name}" for name, n in sorted(Counter(left).items())),
+            "threads": self._threads,
+        }
+
+
+def _undelegated(ops: list[Mapping[str, Any]]) -> list[str]:
+    """List the op names of nodes that no delegate took over.
+
+    The interpreter lists the file's nodes and, after them, a DELEGATE node for each part that it handed over; which
+    nodes these parts hold follows from their inputs and outputs.
+    """
+    writer = {int(t): i for i, op in enumerate(ops) if op["op_name"] != "DELEGATE" for t in op["outputs"]}
+    taken: set[int] = set()
+    for part in (op for op in ops if op["op_name"] == "DELEGATE"):
+        border = {int(t) for t in part["inputs"]}
+        todo = [int(t) for t in part["outputs"]]
+        while todo:
+            node = writer.get(todo.pop())
+            if node is not None and node not in taken:
+                taken.add(node)
+                todo.extend(int(t) for t in ops[node]["inputs"] if int(t) not in border)
+    return [str(op["op_name"]) for i, op in enumerate(ops) if op["op_name"] != "DELEGATE" and i not in taken]
+
+
+class LiteRtReference(LiteRt):
+    """LiteRT with its plain reference kernels: slow, for comparing outputs."""
+
+    _name: ClassVar[str] = "litert-reference"
+    _resolver: ClassVar[str] = "BUILTIN_REF"
+
+
+class TfliteRuntime(LiteRt):
+    """LiteRT's predecessor, for boards that have no newer wheel."""
+
+    _name: ClassVar[str] = "tflite-runtime"
+    _module: ClassVar[str] = "tflite_runtime.interpreter"
+    _package: ClassVar[str] = "tflite-runtime"

@@ -1,0 +1,195 @@
+"""Peak memory and load time of a model, each taken in a fresh process.
+
+What a process needs is read from the kernel (VmHWM, the peak of resident memory) at three points: (a) the runtime is
+imported and has run a model of one Relu, (b) the model is loaded, (c) it has run. What the model adds is the peak over
+(b) and (c) minus what is resident at (a); the peak is reset after (a), so that what importing took does not hide it.
+
+Parent: `footprint`. Child: `python -m edgecomp.benchmarks.memory RUNTIME FILE THREADS`, which writes one JSON object.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import edgecomp
+from edgecomp.errors import EdgecompError, TargetError
+
+PROCESSES = 3
+"""Fresh processes a model; medians are reported."""
+
+STATUS = Path("/proc/self/status")
+
+# y = Relu(x), float (1, 1), the smallest models that make a runtime set itself up (tests/test_bench.py looks inside).
+TINY: Mapping[str, bytes] = {
+    "onnx": base64.b64decode(
+        "CAgSADo+CgwKAXgSAXkiBFJlbHUSBHRpbnlaEwoBeBIOCgwIARIICgIIAQoCCAFiEwoBeRIOCgwIARIICgIIAQoCCAFCBAoAEA0="
+    ),
+    "tflite": base64.b64decode(
+        "GAAAAFRGTDMAAA4AFAAQAAwACAAAAAQADgAAABAAAAAcAAAA2AAAAAMAAAABAAAACAAAAAQABAAEAAAAAQAAABAAAAAMABQAEAAMAAgABAAM"
+        "AAAAEAAAADwAAABAAAAARAAAAAEAAAAQAAAAAAAKAAwAAAAIAAQACgAAAAgAAAAMAAAAAQAAAAEAAAABAAAAAAAAAAEAAAABAAAAAQAAAAAA"
+        "AAACAAAANAAAAAQAAADg////CAAAAAwAAAABAAAAeQAAAAIAAAABAAAAAQAAAAwADAAIAAAAAAAEAAwAAAAIAAAADAAAAAEAAAB4AAAAAgAA"
+        "AAEAAAABAAAAAQAAABAAAAAMAAwACwAAAAAABAAMAAAAEwAAAAAAABM="
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What a model costs a process.
+
+    Attributes:
+        runtime_bytes: resident with the runtime set up and no model: point (a).
+        loaded_bytes: peak with the model loaded, before it ran: point (b).
+        peak_bytes: peak over the process's whole life.
+        model_bytes: what the model added, peak over (b) and (c) minus (a).
+        load_ms: from the file to ready to run.
+    """
+
+    runtime_bytes: int
+    loaded_bytes: int
+    peak_bytes: int
+    model_bytes: int
+    load_ms: float
+
+
+def footprint(
+    file: Path, runtime: str, *, threads: int = 1, timeout_s: float = 120.0, processes: int = PROCESSES
+) -> Footprint:
+    """Measure a model in fresh processes, and give the median of each number.
+
+    Raises:
+        TargetError: this system does not tell peak memory, or a process fails, dies or does not end in time.
+    """
+    if not STATUS.exists():
+        raise TargetError(f"peak memory is read from {STATUS}, which this system lacks")
+    runs = [_child(file, runtime, threads=threads, timeout_s=timeout_s) for _ in range(processes)]
+    return Footprint(
+        runtime_bytes=int(statistics.median_low(run["runtime_bytes"] for run in runs)),
+        loaded_bytes=int(statistics.median_low(run["loaded_bytes"] for run in runs)),
+        peak_bytes=int(statistics.median_low(run["peak_bytes"] for run in runs)),
+        model_bytes=int(statistics.median_low(run["model_bytes"] for run in runs)),
+        load_ms=statistics.median(run["load_ms"] for run in runs),
+    )
+
+
+def _child(file: Path, runtime: str, *, threads: int, timeout_s: float) -> dict[str, float]:
+    command = [sys.executable, "-m", "edgecomp.benchmarks.memory", runtime, str(file.absolute()), str(threads)]
+    # The child must find this very edgecomp, installed or not.
+    here = str(Path(edgecomp.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    where = f"memory of {file.name}"
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=timeout_s,
+            check=False,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TargetError(f"{where}: not done after {timeout_s:g} s; give it more time, or a smaller model") from error
+    except OSError as error:
+        raise TargetError(f"{where}: cannot start {sys.executable}: {error.strerror}") from error
+    if done.returncode < 0:
+        raise TargetError(f"{where}: the process was killed by signal {-done.returncode}; is there memory enough?")
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    if done.returncode:
+        raise TargetError(f"{where}: {lines[-1][:300]}")
+    names = ("runtime_bytes", "loaded_bytes", "peak_bytes", "model_bytes", "load_ms")
+    try:
+        run = json.loads(done.stdout)
+        return {name: float(run[name]) for name in names}
+    except (ValueError, KeyError, TypeError) as error:
+        raise TargetError(f"{where}: the process wrote {done.stdout[:80]!r}, expected one JSON object") from error
+
+
+# ---- in the child ----------------------------------------------------------------------------------------------------
+
+
+def _status_bytes(name: str) -> int:
+    for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise TargetError(f"{STATUS} has no {name}")
+
+
+def _settle() -> None:
+    """Give freed memory back, so that a model cannot hide in it."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):  # not glibc
+        return
+
+
+def _reset_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:  # a kernel or a container that forbids it
+        return False
+    return True
+
+
+def take(runtime: str, file: Path, threads: int) -> dict[str, float]:
+    """Measure this process while it loads and runs a model; it must be a fresh one.
+
+    Raises:
+        BundleError: the file cannot be loaded.
+        TargetError: the runtime is unknown or missing, or runs no files.
+    """
+    from .runners import runner_class
+
+    runner = runner_class(runtime)
+    formats = [format for format in runner.formats if format in TINY]
+    if not formats:
+        raise TargetError(f"runtime {runtime} runs no files, so its memory is not measured")
+    empty = runner(TINY[formats[0]], threads=threads)
+    empty.infer_once()
+    del empty
+    _settle()
+    before = _status_bytes("VmHWM")
+    base = _status_bytes("VmRSS") if _reset_peak() else before
+    start = time.perf_counter_ns()
+    model = runner(file, threads=threads)
+    load_ms = (time.perf_counter_ns() - start) / 1e6
+    loaded = _status_bytes("VmHWM")
+    for _ in range(3):
+        model.infer_once()
+    after = _status_bytes("VmHWM")
+    return {
+        "runtime_bytes": base,
+        "loaded_bytes": loaded,
+        "peak_bytes": max(before, after),
+        "model_bytes": after - base,
+        "load_ms": load_ms,
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Run the child: RUNTIME FILE THREADS."""
+    runtime, file, threads = argv
+    try:
+        result = take(runtime, Path(file), int(threads))
+    except EdgecompError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

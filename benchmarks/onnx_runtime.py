@@ -1,0 +1,176 @@
+"""Run .onnx files with onnxruntime, and look at what it makes of them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from edgecomp.errors import BundleError
+from edgecomp.graph import Array, QuantParams
+from edgecomp.report import Fact
+
+from .runtime import (
+    Border,
+    Model,
+    checked_file,
+    checked_threads,
+    eight_bits,
+    fitting,
+    import_runtime,
+    one_line,
+    place_of,
+    quiet,
+    sample_image,
+)
+
+INPUT_SCALE, INPUT_ZERO_POINT = "edgecomp.input_scale", "edgecomp.input_zero_point"
+OUTPUT_SCALE, OUTPUT_ZERO_POINT = "edgecomp.output_scale", "edgecomp.output_zero_point"
+"""Keys under which an ONNX file with integer input and output keeps what its integers mean; values as decimal text."""
+
+
+def _session_options(threads: int) -> Any:
+    ort = import_runtime("onnxruntime", "onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3  # errors
+    if threads > 1:
+        # Idle workers would go on spinning, and slow down whatever is measured next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _session(model: Path | bytes, options: Any, place: str) -> Any:
+    ort = import_runtime("onnxruntime", "onnxruntime")
+    source = str(model) if isinstance(model, Path) else model
+    try:
+        with quiet():
+            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base below Exception
+        raise BundleError(f"{place}: onnxruntime cannot load it: {one_line(error)}") from error
+
+
+_ONNX_DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
+
+
+class OnnxRuntime:
+    """Microsoft's onnxruntime on the CPU: all optimizations, `threads` within an operator, one operator at a time."""
+
+    formats: ClassVar[tuple[str, ...]] = ("onnx",)
+
+    def __init__(self, model: Model, *, threads: int = 1) -> None:
+        self._place = place_of(model)
+        self._threads = checked_threads(threads)
+        file = checked_file(model, "onnxruntime")
+        self.version = str(import_runtime("onnxruntime", "onnxruntime").__version__)
+        self._session = _session(file, _session_options(threads), self._place)
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        if len(inputs) != 1:
+            raise BundleError(f"{self._place}: the model has {len(inputs)} inputs, expected one")
+        facts = self._session.get_modelmeta().custom_metadata_map
+        self.input = self._border(inputs[0], _onnx_quant(facts, INPUT_SCALE, INPUT_ZERO_POINT, self._place))
+        self.output = self._border(outputs[0], _onnx_quant(facts, OUTPUT_SCALE, OUTPUT_ZERO_POINT, self._place))
+        self._names = [value.name for value in outputs]
+        self._batched = not isinstance(inputs[0].shape[0], int)
+        self._binding: Any = None
+        self._bound: list[Any] = []
+
+    def _border(self, value: Any, quant: QuantParams | None) -> Border:
+        shape = tuple((value.shape or [])[1:])
+        if not shape or value.type not in _ONNX_DTYPES or not all(isinstance(size, int) for size in shape):
+            raise BundleError(
+                f"{self._place}: {value.name!r:.80} is {value.type} {value.shape}, expected float, int8 or uint8 of a "
+                "fixed shape (N may be free)"
+            )
+        dtype = np.dtype(_ONNX_DTYPES[value.type])
+        return Border(name=value.name, shape=shape, dtype=dtype, quant=None if dtype.kind == "f" else quant)
+
+    def run(self, x: Array) -> Array:
+        """Give the first output for N images."""
+        return self.run_all(x)[self.output.name]
+
+    def run_all(self, x: Array) -> dict[str, Array]:
+        """Give every output by name for N images, all at once where the file leaves N free."""
+        x = fitting(x, self.input, self._place)
+        step = len(x) if self._batched else 1
+        parts = [self._outputs(x[start : start + step]) for start in range(0, len(x), step)]
+        whole = (np.concatenate(values) for values in zip(*parts, strict=True))
+        return dict(zip(self._names, whole, strict=True))
+
+    def _outputs(self, x: Array) -> list[Array]:
+        try:
+            return list(self._session.run(self._names, {self.input.name: x}))
+        except Exception as error:  # see _session
+            raise BundleError(f"{self._place}: onnxruntime fails to run it: {one_line(error)}") from error
+
+    def infer_once(self) -> None:
+        """Run one image; input and outputs stay in buffers that were bound beforehand."""
+        if self._binding is None:
+            self._bind()
+        self._session.run_with_iobinding(self._binding)
+
+    def _bind(self) -> None:
+        ort = import_runtime("onnxruntime", "onnxruntime")
+        x = sample_image(self.input)
+        # The binding uses the memory of these arrays and does not keep them alive.
+        self._bound = [ort.OrtValue.ortvalue_from_numpy(value) for value in (x, *self._outputs(x))]
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input(self.input.name, self._bound[0])
+        for name, value in zip(self._names, self._bound[1:], strict=True):
+            binding.bind_ortvalue_output(name, value)
+        self._binding = binding
+
+    def describe(self) -> dict[str, Fact]:
+        """Say how the runtime executes this model."""
+        return {
+            "providers": tuple(self._session.get_providers()),
+            "graph_optimization": "all",
+            "intra_op_threads": self._threads,
+            "inter_op_threads": 1,
+            "spins_between_runs": False,
+        }
+
+
+def _onnx_quant(facts: Mapping[str, str], scale_key: str, zero_point_key: str, place: str) -> QuantParams | None:
+    if scale_key not in facts or zero_point_key not in facts:
+        return None
+    try:
+        scale, zero_point = float(facts[scale_key]), int(facts[zero_point_key])
+    except ValueError as error:
+        raise BundleError(f"{place}: {scale_key} or {zero_point_key} is not a number: {error}") from error
+    return eight_bits(scale, zero_point, place)
+
+
+def optimized_ops(model: Path | str | bytes) -> tuple[Counter[str], tuple[str, ...]]:
+    """Tell what onnxruntime really executes, from the graph it saves after all its optimizations.
+
+    Returns:
+        how many nodes of each op type; and the names of the DequantizeLinear nodes whose first input is constant, that
+        is, weights that are widened to float again in every run. Empty is good.
+
+    Raises:
+        BundleError: the file cannot be read, or is damaged or foreign.
+        TargetError: onnxruntime or onnx is not installed.
+    """
+    onnx = import_runtime("onnx", "onnx")
+    file, place = checked_file(model, "onnxruntime"), place_of(model)
+    with tempfile.TemporaryDirectory(prefix="edgecomp-") as folder:
+        saved = Path(folder) / "optimized.onnx"
+        options = _session_options(1)
+        options.optimized_model_filepath = str(saved)
+        _session(file, options, place)
+        graph = onnx.load(saved).graph
+    constant = {initializer.name for initializer in graph.initializer}
+    constant |= {initializer.values.name for initializer in graph.sparse_initializer}
+    dequantized = []
+    for node in graph.node:
+        if all(name in constant for name in node.input if name):
+            constant.update(node.output)
+            if node.op_type == "DequantizeLinear":
+                dequantized.append(node.name or node.output[0])
+    return Counter(node.op_type for node in graph.node), tuple(dequantized)

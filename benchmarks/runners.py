@@ -1,0 +1,113 @@
+"""The runtimes that execute exported files, by name, all behind one interface; images are NCHW for every one of them.
+
+A runner is made from a file (or from its bytes; the reference interpreter, from a Graph) and runs images; it measures
+nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
+import numpy as np
+
+import edgecomp
+from edgecomp import reference
+from edgecomp.errors import BundleError, TargetError, UsageError
+from edgecomp.graph import Array, Graph
+from edgecomp.report import Fact
+
+from .litert import LiteRt, LiteRtReference, TfliteRuntime
+from .onnx_runtime import OnnxRuntime, optimized_ops
+from .runtime import Border, Model, Runner, checked_threads, fitting, place_of, sample_image
+
+__all__ = [
+    "RUNNERS",
+    "Border",
+    "LiteRt",
+    "LiteRtReference",
+    "Model",
+    "OnnxRuntime",
+    "Reference",
+    "Runner",
+    "TfliteRuntime",
+    "default_runtime",
+    "optimized_ops",
+    "runner_class",
+]
+
+
+class Reference:
+    """Our own interpreter, on a Graph: the definition of correct, not fast."""
+
+    formats: ClassVar[tuple[str, ...]] = ("graph",)
+
+    def __init__(self, model: Model, *, threads: int = 1) -> None:
+        if not isinstance(model, Graph):
+            raise UsageError(f"{place_of(model)}: the runtime 'reference' runs graphs, not files; load the graph first")
+        if len(model.inputs) != 1:
+            raise BundleError(f"{model.name}: the model has {len(model.inputs)} inputs, expected one")
+        self._graph, self._threads = model, checked_threads(threads)
+        self.version = edgecomp.__version__
+        self.input, self.output = self._border(model.inputs[0]), self._border(model.outputs[0])
+        self._image = sample_image(self.input)
+
+    def _border(self, name: str) -> Border:
+        tensor = self._graph.tensors[name]
+        dtype = np.dtype(np.float32 if tensor.quant is None else np.int8)
+        return Border(name=name, shape=tensor.shape[1:], dtype=dtype, quant=tensor.quant)
+
+    def run(self, x: Array) -> Array:
+        """Give the first output for N images."""
+        return self.run_all(x)[self.output.name]
+
+    def run_all(self, x: Array) -> dict[str, Array]:
+        """Give every output by name for N images."""
+        x = fitting(x, self.input, self._graph.name)
+        values = reference.run(self._graph, {self.input.name: x})
+        return {name: values[name] for name in self._graph.outputs}
+
+    def infer_once(self) -> None:
+        """Run one image."""
+        reference.run(self._graph, {self.input.name: self._image})
+
+    def describe(self) -> dict[str, Fact]:
+        """Say how the interpreter executes this model."""
+        return {"kernels": "numpy"}
+
+
+RUNNERS: Mapping[str, type[Runner]] = MappingProxyType(
+    {
+        "onnxruntime": OnnxRuntime,
+        "litert": LiteRt,
+        "litert-reference": LiteRtReference,
+        "tflite-runtime": TfliteRuntime,
+        "reference": Reference,
+    }
+)
+"""Every runtime by name; for a format, the first that reads it is the default."""
+
+
+def default_runtime(format: str) -> str:
+    """Name the runtime that a format is measured with unless the user says otherwise.
+
+    Raises:
+        TargetError: no runtime reads it.
+    """
+    for name, runner in RUNNERS.items():
+        if format in runner.formats:
+            return name
+    formats = sorted({format for runner in RUNNERS.values() for format in runner.formats})
+    raise TargetError(f"no runtime reads the format {format!r:.80}; expected one of {', '.join(formats)}")
+
+
+def runner_class(runtime: str) -> type[Runner]:
+    """Look up a runtime by name.
+
+    Raises:
+        TargetError: there is none of that name.
+    """
+    if runtime not in RUNNERS:
+        raise TargetError(f"runtime {runtime!r:.80} is unknown; expected one of {', '.join(RUNNERS)}")
+    return RUNNERS[runtime]

@@ -1,0 +1,167 @@
+"""Measure a built folder or a single file on this machine, beside the float and the plain int8 form of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgecomp.errors import BundleError, UsageError
+from edgecomp.files import MANIFEST
+from edgecomp.folder import open_folder
+from edgecomp.report import BenchReport, Comparison, table
+
+if TYPE_CHECKING:
+    from edgecomp.build import Stage
+
+COMPRESSED, INT8, FLOAT = "compressed", "plain int8", "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Benched:
+    """One file's comparison, with the accuracies that its manifest knows.
+
+    Attributes:
+        title: the file.
+        comparison: the measurements.
+        accuracy_percent: by label of the comparison.
+    """
+
+    title: str
+    comparison: Comparison
+    accuracy_percent: Mapping[str, float]
+
+    def table(self) -> str:
+        """Give the table for people: bytes, accuracy, latency, memory; ratios of medians from the one run."""
+        reports = {r.label: r for r in self.comparison.reports}
+        rows = [self._row(r, reports) for r in reports.values()]
+        header = (
+            "model", "file bytes", "smaller", "accuracy", "p50 ms", "p90 ms", "min ms", "time / int8", "95 %",
+            "time / float", "load ms", "peak MB", "model MB",
+        )  # fmt: skip
+        first = self.comparison.reports[0]
+        threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
+        cpu = first.environment.get("cpu", "unknown processor")
+        return f"{self.title}: {first.runtime} {first.runtime_version}, {threads}, {cpu}; measured\n\n" + table(
+            rows, header
+        )
+
+    def _row(self, r: BenchReport, reports: Mapping[str, BenchReport]) -> tuple[object, ...]:
+        assert r.p50_us is not None
+        assert r.p90_us is not None
+        assert r.min_us is not None
+        ratio = self.comparison.ratios.get(r.label) if self.comparison.baseline == INT8 else None
+        float_report = reports.get(FLOAT)
+        accuracy = self.accuracy_percent.get(r.label)
+        return (
+            r.label,
+            r.artifact_bytes,
+            "-" if float_report is None else f"{float_report.artifact_bytes / r.artifact_bytes:.1f}x",
+            "-" if accuracy is None else f"{accuracy:.2f} %",
+            f"{r.p50_us / 1e3:.3f}",
+            f"{r.p90_us / 1e3:.3f}",
+            f"{r.min_us / 1e3:.3f}",
+            "1.000" if r.label == INT8 else "-" if ratio is None else f"{ratio.median:.3f}",
+            "-" if ratio is None else f"{ratio.low:.3f}-{ratio.high:.3f}",
+            "-" if float_report is None or float_report.p50_us is None else f"{r.p50_us / float_report.p50_us:.3f}",
+            "-" if r.load_ms is None else f"{r.load_ms:.1f}",
+            "-" if r.peak_memory_bytes is None else f"{r.peak_memory_bytes / 1e6:.1f}",
+            "-" if r.model_memory_bytes is None else f"{r.model_memory_bytes / 1e6:.1f}",
+        )
+
+
+def bench_artifact(
+    path: Path, *, runtime: str | None, threads: int, min_s: float, seed: int, stage: Stage
+) -> list[Benched]:
+    """Measure on this machine, the models of each comparison in turns within one process.
+
+    Args:
+        path: a built folder, or an .onnx or .tflite file; beside a file of a built folder the float and the plain int8
+            model are measured too, a file on its own is measured alone.
+        runtime: see `benchmarks.runners.RUNNERS`; None for each format's own.
+        threads: of each runtime.
+        min_s: measuring time for each model at least, seconds.
+        seed: of the order of the runs.
+        stage: shows how far the work is.
+
+    Raises:
+        BundleError: a file is missing, damaged, or not the one its manifest speaks of.
+        TargetError: the runtime is unknown or missing.
+        UsageError: threads or min_s are out of range.
+    """
+    if not 0 < min_s <= 3600:
+        raise UsageError(f"--min-secs {min_s:g}: expected seconds, above 0")
+    if path.is_dir():
+        return _bench_folder(path, None, runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
+    if not path.is_file():
+        raise BundleError(f"{path}: no such file or folder; expected a built folder, an .onnx or a .tflite file")
+    if (path.parent / MANIFEST).is_file() and path.name in ("model.onnx", "model.tflite"):
+        return _bench_folder(path.parent, path.name, runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
+    format_name = path.suffix.removeprefix(".")
+    if format_name not in ("onnx", "tflite"):
+        raise BundleError(f"{path}: expected a file that ends in .onnx or .tflite")
+    entries = [(path.name, path, format_name)]
+    comparison = _run(entries, path.name, runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
+    return [Benched(title=str(path), comparison=comparison, accuracy_percent={})]
+
+
+def _bench_folder(
+    path: Path, only: str | None, runtime: str | None, *, threads: int, min_s: float, seed: int, stage: Stage
+) -> list[Benched]:
+    from edgecomp.benchmarks.runners import runner_class
+    from edgecomp.build import yardsticks
+
+    folder = open_folder(path)
+    artifacts: list[Mapping[str, Any]] = [a for a in folder.record["artifacts"] if only in (None, a["path"])]
+    if runtime is not None:
+        artifacts = [a for a in artifacts if a["format"] in runner_class(runtime).formats]
+    if not artifacts:
+        raise UsageError(f"{path}: holds no file that {only or runtime} fits")
+    benched = []
+    for entry in artifacts:
+        others = yardsticks(folder.plan, folder.graph, entry["format"])
+        entries = [
+            (FLOAT, others["fp32"].data, entry["format"]),
+            (INT8, others["int8"].data, entry["format"]),
+            (COMPRESSED, folder.artifact(entry), entry["format"]),
+        ]
+        comparison = _run(entries, entry["path"], runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
+        known = {FLOAT: folder.record["float"]["accuracy"], COMPRESSED: entry["accuracy"]["value"]}
+        title = str(path / entry["path"])
+        benched.append(Benched(title=title, comparison=comparison, accuracy_percent=known))
+    return benched
+
+
+def _run(
+    entries: list[tuple[str, Any, str]],
+    name: str,
+    runtime: str | None,
+    *,
+    threads: int,
+    min_s: float,
+    seed: int,
+    stage: Stage,
+) -> Comparison:
+    from edgecomp.benchmarks.bench import bench
+
+    baseline = INT8 if any(label == INT8 for label, _, _ in entries) else None
+    with stage(f"measuring {name}", 200) as advance:
+        done = {"latency": 0, "memory": 0}
+
+        def progress(part: str, share: float) -> None:
+            now = int(100 * share)
+            advance(now - done[part])
+            done[part] = now
+
+        comparison: Comparison = bench(
+            entries,
+            runtime=runtime,
+            threads=threads,
+            baseline=baseline,
+            min_s=min_s,
+            max_s=max(30.0, 10 * min_s),
+            seed=seed,
+            progress=progress,
+        )
+        return comparison

@@ -1,0 +1,399 @@
+"""The whole way: model and images in, a folder of exported files with their proof out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgecomp import bundle, manifest, planner
+from edgecomp.artifact import Exported
+from edgecomp.check import LEAST_AGREEMENT_PERCENT, measure_accuracy, measure_parity
+from edgecomp.compress import compress
+from edgecomp.data import LabelledImages, draw, load
+from edgecomp.errors import DataError, ParityError, UsageError
+from edgecomp.files import MANIFEST, MANIFEST_SCHEMA, PLAN_FILE, check_output_folder, new_folder, write_file
+from edgecomp.graph import Array, Graph
+from edgecomp.overview import overview
+from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, write_json
+from edgecomp.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from edgecomp.data import DataSet
+
+Stage = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+"""Opens a stage of known length: a name and a number of units; what it gives is told of each step."""
+
+SAMPLE = "sample"
+_SCORE_BATCH = 64
+_HELD_OUT = 2000
+
+
+class BudgetKind(StrEnum):
+    """What a budget limits."""
+
+    AVG_BITS = "avg_bits"
+    MAX_SIZE = "max_size"
+    MAX_DROP = "max_drop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What may be spent.
+
+    Attributes:
+        kind: mean bits a remaining weight, bytes of the largest exported file, or percentage points of accuracy.
+        asked: the limit.
+
+    Raises:
+        UsageError: the limit is out of range.
+    """
+
+    kind: BudgetKind
+    asked: float
+
+    def __post_init__(self) -> None:
+        match self.kind:
+            case BudgetKind.AVG_BITS if not 2 <= self.asked <= 8:
+                raise UsageError(f"--avg-bits {self.asked:g}: expected 2 to 8")
+            case BudgetKind.MAX_SIZE if not 1 <= self.asked < 2**40:
+                raise UsageError(f"--max-size {self.asked:g}: expected bytes, above 0")
+            case BudgetKind.MAX_DROP if not 0 <= self.asked <= 100:
+                raise UsageError(f"--max-drop {self.asked:g}: expected percentage points from 0 to 100")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Built:
+    """What a build gives back.
+
+    Attributes:
+        folder: where the files are.
+        manifest: as written there.
+        budget_met: False where even the most precise plan loses more accuracy than allowed.
+    """
+
+    folder: Path
+    manifest: Mapping[str, object]
+    budget_met: bool
+
+
+def silent(name: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+    """Be a Stage that shows nothing."""
+    return nullcontext(lambda n: None)
+
+
+def build(
+    *,
+    model: str | None,
+    weights: Path | None,
+    data: str | None,
+    preprocessing: Preprocessing | None,
+    input_shape: tuple[int, int, int] | None,
+    n_calibration: int,
+    budget: Budget,
+    formats: Sequence[str],
+    io: Io,
+    seed: int,
+    folder: Path,
+    force: bool,
+    stage: Stage = silent,
+) -> Built:
+    """Compress a model and write its folder.
+
+    Args:
+        model: see `pytorch.load.load_module`; None for the bundled sample.
+        weights: a file of weights for the model.
+        data: see `data.load`; None for the bundled sample's.
+        preprocessing: what turns pixels into input; None for the sample's own, or pixels / 255 unchanged.
+        input_shape: (C, H, W); None for what the preprocessed images have.
+        n_calibration: images of the training split to calibrate and score with.
+        budget: what may be spent.
+        formats: "onnx", "tflite".
+        io: what the files take and give.
+        seed: of every random choice.
+        folder: where to write.
+        force: replace an earlier build there.
+        stage: shows how far the work is.
+
+    Raises:
+        EdgecompError: by kind, see `errors`.
+        OSError: the folder cannot be written.
+    """
+    check_output_folder(folder, force=force)
+    if model is None and weights is not None:
+        raise UsageError("--weights without MODEL: name the model they belong to")
+    if model is not None and data is None:
+        raise UsageError("--data is missing: a model of your own needs labelled images, e.g. --data folder:PATH")
+    if n_calibration < 1:
+        raise UsageError(f"--calib {n_calibration}: expected at least 1")
+    if model is None:
+        model, weights, preprocessing = _sample(preprocessing)
+    preprocessing = preprocessing or Preprocessing(mean=(0.0,), std=(1.0,))
+    data = data or SAMPLE
+    images = _load_images(data, seed, preprocessing, stage)
+    shape = _input_shape(images.test, preprocessing, input_shape)
+    graph, float_accuracy = _capture(model, weights, shape, images, preprocessing, stage)
+    train = draw(images.train, n_calibration, seed=seed)
+    held_out = None
+    if budget.kind is BudgetKind.MAX_DROP:
+        train, held_out = _split(images.train, n_calibration, seed=seed)
+    relevance, ranges = _explain(graph, train, preprocessing, stage)
+    keep = planner.irrelevant_channels(graph, relevance)
+    with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
+        choices = planner.layer_choices(graph, relevance, keep, formats, progress=advance)
+
+    def plan_of(bits: Mapping[str, int]) -> CompressionPlan:
+        return CompressionPlan(
+            graph_digest=graph.digest(),
+            io=io,
+            layers={name: LayerPlan(keep=keep[name], weight_bits=bits[name]) for name in keep},
+            ranges=ranges,
+            preprocessing=preprocessing,
+            classes=images.classes,
+            made_by={
+                "relevance": relevance.rule,
+                "samples": str(relevance.n_samples),
+                "pruning": "channels without any relevance",
+                "budget": f"{budget.kind} {budget.asked:g}",
+                "formats": ",".join(formats),
+                "seed": str(seed),
+            },
+        )
+
+    bits, got, met = _spend(budget, choices, graph, plan_of, formats, held_out, preprocessing, stage)
+    plan = plan_of(bits)
+    quantized = compress(graph, plan)
+    exported = _export(quantized, formats, stage)
+    measured = [_measure(e, quantized, images.test, preprocessing, stage) for e in exported]
+    plan_text = plan.to_json()
+    record: dict[str, object] = {
+        "schema": MANIFEST_SCHEMA,
+        "model": graph.name,
+        "data": data,
+        "preprocessing": preprocessing.to_json(),
+        "classes": list(images.classes),
+        "io": io.value,
+        "budget": {"kind": budget.kind.value, "asked": budget.asked, "got": got, "met": met},
+        "float": manifest.float_entry(graph, float_accuracy, len(images.test)),
+        "artifacts": [manifest.artifact_entry(e, quantized, m) for e, m in zip(exported, measured, strict=True)],
+        "layers": manifest.layer_entries(graph, quantized, plan, relevance, exported),
+        "graph_digest": graph.digest(),
+        "plan_sha256": hashlib.sha256(plan_text.encode()).hexdigest(),
+        "seed": seed,
+        "tools": manifest.tool_versions(),
+    }
+    with new_folder(folder, force=force) as work:
+        for e in exported:
+            write_file(work / f"model.{e.format}", e.data)
+        bundle.save(graph, work / bundle.GRAPH_FILE)
+        write_file(work / PLAN_FILE, plan_text.encode())
+        write_file(work / "README.md", overview(record).encode())
+        write_file(work / MANIFEST, write_json(record).encode())
+    return Built(folder=folder, manifest=record, budget_met=met)
+
+
+def _sample(preprocessing: Preprocessing | None) -> tuple[str, Path, Preprocessing]:
+    from edgecomp.samples import sample_files
+
+    files = sample_files()
+    own = Preprocessing.from_json(files.record["preprocessing"], "sample.json")
+    return files.record["model"], files.weights, preprocessing or own
+
+
+def _load_images(data: str, seed: int, preprocessing: Preprocessing, stage: Stage) -> DataSet:
+    def progress(items: Sequence[object], total: int, what: str) -> Iterator[object]:
+        with stage(what, total) as advance:
+            for item in items:
+                yield item
+                advance(1)
+
+    return load(data, seed=seed, resize=preprocessing.resize, progress=progress)  # type: ignore[arg-type]
+
+
+def _input_shape(
+    images: LabelledImages, preprocessing: Preprocessing, asked: tuple[int, int, int] | None
+) -> tuple[int, int, int]:
+    channels, height, width = images.inputs(preprocessing, 0, 1).shape[1:]
+    found = (channels, height, width)
+    if asked is not None and asked != found:
+        raise DataError(
+            f"images are {_dims(found)} after preprocessing, --input-shape says {_dims(asked)}; "
+            "change --resize or --pad, or the images"
+        )
+    return found
+
+
+def _dims(shape: tuple[int, int, int]) -> str:
+    return ",".join(map(str, shape))
+
+
+def _capture(
+    model: str,
+    weights: Path | None,
+    shape: tuple[int, int, int],
+    images: DataSet,
+    preprocessing: Preprocessing,
+    stage: Stage,
+) -> tuple[Graph, float]:
+    from edgecomp.pytorch.capture import capture
+    from edgecomp.pytorch.load import load_module
+    from edgecomp.pytorch.network import accuracy
+
+    with stage("reading the model", 2) as advance:
+        module = load_module(model, weights)
+        advance(1)
+        graph = capture(module, shape, name=model.rpartition(":")[2] or model)
+        advance(1)
+    outputs = int(np.prod(graph.tensors[graph.outputs[0]].shape))
+    labels = 1 + max(int(images.train.labels.max()), int(images.test.labels.max()))
+    if labels > outputs:
+        raise DataError(f"labels go up to {labels - 1}, the model has {outputs} outputs; are these its images?")
+    with stage("float accuracy", len(images.test)) as advance:
+        return graph, accuracy(graph, images.test, preprocessing, progress=advance)
+
+
+def _split(train: LabelledImages, n_calibration: int, *, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """Draw training images to calibrate with, and others to measure the loss of accuracy on."""
+    n_calibration = min(n_calibration, len(train) // 2)
+    if n_calibration < 1:
+        raise DataError(f"--max-drop needs at least 2 training images, there are {len(train)}")
+    order = np.random.default_rng(seed).permutation(len(train))
+    held_out = train.take(order[: min(_HELD_OUT, len(train) - n_calibration)])
+    rest = train.take(order[len(held_out) :])
+    return draw(rest, n_calibration, seed=seed), held_out
+
+
+def _explain(
+    graph: Graph, images: LabelledImages, preprocessing: Preprocessing, stage: Stage
+) -> tuple[Relevance, Mapping[str, ActRange]]:
+    from edgecomp.pytorch.calibrate import calibrate
+    from edgecomp.pytorch.relevance import score
+
+    def batches() -> Iterator[tuple[Array, Array]]:
+        for start in range(0, len(images), _SCORE_BATCH):
+            stop = start + _SCORE_BATCH
+            yield images.inputs(preprocessing, start, stop), images.labels[start:stop]
+
+    def inputs() -> Iterator[Array]:
+        return (x for x, _ in batches())
+
+    with stage("relevance", len(images)) as advance:
+        relevance = score(graph, batches, progress=advance)
+    with stage("activation ranges", 2 * len(images)) as advance:
+        ranges = calibrate(graph, inputs, progress=advance)
+    return relevance, ranges
+
+
+def _spend(
+    budget: Budget,
+    choices: Sequence[planner.LayerChoices],
+    graph: Graph,
+    plan_of: Callable[[Mapping[str, int]], CompressionPlan],
+    formats: Sequence[str],
+    held_out: LabelledImages | None,
+    preprocessing: Preprocessing,
+    stage: Stage,
+) -> tuple[dict[str, int], float, bool]:
+    """Choose bits under the budget: (bits by layer, what the budget's own measure came to, whether it is met)."""
+    from edgecomp.exporters import export
+
+    if budget.kind is BudgetKind.AVG_BITS:
+        bits = planner.solve_mean_bits(choices, budget.asked)
+        return bits, round(planner.mean_bits(choices, bits), 4), True
+    if budget.kind is BudgetKind.MAX_SIZE:
+        sizes: dict[str, int] = {}
+
+        def file_bytes(bits: Mapping[str, int]) -> int:
+            quantized = compress(graph, plan_of(bits))
+            sizes.update({name: len(export(quantized, name).data) for name in formats})
+            return max(sizes.values())
+
+        bits = planner.search_file_size(choices, int(budget.asked), file_bytes)
+        return bits, max(sizes.values()), True
+    assert held_out is not None
+    return _spend_drop(budget, choices, graph, plan_of, formats[0], held_out, preprocessing, stage)
+
+
+def _spend_drop(
+    budget: Budget,
+    choices: Sequence[planner.LayerChoices],
+    graph: Graph,
+    plan_of: Callable[[Mapping[str, int]], CompressionPlan],
+    format_name: str,
+    held_out: LabelledImages,
+    preprocessing: Preprocessing,
+    stage: Stage,
+) -> tuple[dict[str, int], float, bool]:
+    from edgecomp.benchmarks.runners import default_runtime
+    from edgecomp.exporters import export
+    from edgecomp.pytorch.network import accuracy
+
+    before = accuracy(graph, held_out, preprocessing)
+
+    def drop_points(bits: Mapping[str, int]) -> float:
+        data = export(compress(graph, plan_of(bits)), format_name).data
+        return before - measure_accuracy(data, default_runtime(format_name), held_out, preprocessing)[0]
+
+    with stage("searching the smallest file", planner.DROP_STEPS) as advance:
+        bits, loss = planner.search_drop(choices, budget.asked, drop_points, progress=advance)
+    return bits, round(loss, 4), loss <= budget.asked
+
+
+def _export(quantized: Graph, formats: Sequence[str], stage: Stage) -> list[Exported]:
+    from edgecomp.exporters import export
+
+    exported = []
+    with stage("writing files", len(formats)) as advance:
+        for name in formats:
+            exported.append(export(quantized, name))
+            advance(1)
+    return exported
+
+
+def _measure(
+    exported: Exported, quantized: Graph, test: LabelledImages, preprocessing: Preprocessing, stage: Stage
+) -> dict[str, object]:
+    """Measure accuracy on the whole test split and parity on some of it, through the file's runtime."""
+    from edgecomp.benchmarks.runners import default_runtime, runner_class
+
+    runtime = default_runtime(exported.format)
+    with stage(f"accuracy in {runtime}", len(test)) as advance:
+        value, n = measure_accuracy(exported.data, runtime, test, preprocessing, progress=advance)
+    close, agreement = measure_parity(exported.data, runtime, quantized, test, preprocessing)
+    if agreement < LEAST_AGREEMENT_PERCENT:
+        raise ParityError(
+            f"model.{exported.format}: {runtime} names another class than the reference on {100 - agreement:.1f} % of "
+            f"images, expected at most {100 - LEAST_AGREEMENT_PERCENT:.0f} %; the file was not written"
+        )
+    version = runner_class(runtime)(exported.data).version
+    return {
+        "accuracy": {"value": round(value, 4), "n": n, "runtime": f"{runtime} {version}"},
+        "parity": {
+            "equal_percent": round(close.equal_percent, 4),
+            "max_steps": close.max_steps,
+            "n": close.n,
+            "same_class_percent": round(agreement, 4),
+        },
+    }
+
+
+def rewritten(plan: CompressionPlan, graph: Graph, format_name: str) -> Exported:
+    """Export again from a plan and its graph: neither torch nor data is needed, the bytes are the same."""
+    from edgecomp.exporters import export
+
+    exported: Exported = export(compress(graph, plan), format_name)
+    return exported
+
+
+def yardsticks(plan: CompressionPlan, graph: Graph, format_name: str) -> dict[str, Exported]:
+    """Export what a compressed file is compared with: the float model, and plain int8 of every channel."""
+    from edgecomp.exporters import export
+
+    eight = plan.without_pruning().with_uniform_bits(8)
+    return {"fp32": export(graph, format_name), "int8": export(compress(graph, eight), format_name)}

@@ -1,0 +1,109 @@
+"""Does an exported file do what it should: accuracy through its runtime, and parity with the integer reference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from edgecomp import reference
+from edgecomp.data import LabelledImages
+from edgecomp.errors import GraphError
+from edgecomp.graph import Array, Graph, Op
+from edgecomp.preprocessing import Preprocessing
+from edgecomp.report import Parity
+
+PARITY_IMAGES = 128
+"""Images of the test split whose outputs are compared one by one."""
+LEAST_AGREEMENT_PERCENT = 99.0
+"""Share of images on which a file must name the same class as the reference."""
+_BATCH = 32
+
+
+def measure_accuracy(
+    data: bytes,
+    runtime: str,
+    images: LabelledImages,
+    preprocessing: Preprocessing,
+    *,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[float, int]:
+    """Classify every image through a runtime, with all cores: (percent right, number of images).
+
+    Raises:
+        TargetError: the runtime is missing.
+        BundleError: the runtime refuses the file.
+        DataError: the images do not fit.
+    """
+    from edgecomp.benchmarks.accuracy import accuracy
+    from edgecomp.benchmarks.runners import runner_class
+
+    runner = runner_class(runtime)(data, threads=os.cpu_count() or 1)
+    percent, n_images = accuracy(runner, images, preprocessing, progress=progress)
+    return percent, n_images
+
+
+def output_step(graph: Graph) -> float:
+    """Give what one code of the output is worth; a float softmax at the end is measured in steps of 1/256."""
+    last = graph.producer()[graph.outputs[0]]
+    quant = graph.tensors[last.inputs[0] if last.op is Op.DEQUANTIZE else last.outputs[0]].quant
+    return 1 / 256 if quant is None else float(quant.scale)
+
+
+def reference_outputs(graph: Graph, inputs: Array, names: tuple[str, ...]) -> dict[str, Array]:
+    """Run the reference in batches that fit a small machine; give the named tensors.
+
+    Args:
+        graph: quantized.
+        inputs: float32 (N, C, H, W), preprocessed; quantized here for a model with int8 input.
+        names: of activations.
+    """
+    from edgecomp.quantmath import quantize
+
+    quant = graph.tensors[graph.inputs[0]].quant
+    parts: list[dict[str, Array]] = []
+    for start in range(0, len(inputs), _BATCH):
+        x = inputs[start : start + _BATCH]
+        values = reference.run(graph, {graph.inputs[0]: x if quant is None else quantize(x, quant)})
+        parts.append({name: values[name] for name in names})
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def measure_parity(
+    data: bytes, runtime: str, graph: Graph, images: LabelledImages, preprocessing: Preprocessing
+) -> tuple[Parity, float]:
+    """Compare a file's outputs with the reference's: (parity of the outputs, percent of images of the same class)."""
+    from edgecomp.benchmarks.accuracy import parity
+    from edgecomp.benchmarks.runners import runner_class
+
+    inputs = images.inputs(preprocessing, 0, min(PARITY_IMAGES, len(images)))
+    expected = reference_outputs(graph, inputs, graph.outputs)[graph.outputs[0]]
+    got = runner_class(runtime)(data, threads=os.cpu_count() or 1).run(inputs)
+    flat = [values.reshape(len(inputs), -1).argmax(axis=1) for values in (expected, got)]
+    return parity(expected, got, step=output_step(graph)), 100 * float((flat[0] == flat[1]).mean())
+
+
+def parity_by_layer(
+    graph: Graph, format_name: str, runtime: str, images: LabelledImages, preprocessing: Preprocessing
+) -> Mapping[str, Parity]:
+    """Compare every integer tensor inside the network with the reference's, by tensor, in running order.
+
+    The file is exported again with all of them as outputs: the same nodes and weights, but a runtime may fuse less.
+
+    Raises:
+        GraphError: the runtime gives a tensor that the graph does not know.
+    """
+    from edgecomp.benchmarks.accuracy import parity
+    from edgecomp.benchmarks.runners import runner_class
+    from edgecomp.exporters import export
+
+    names = tuple(node.outputs[0] for node in graph.nodes if graph.tensors[node.outputs[0]].quant is not None)
+    watched = replace(graph, outputs=names)
+    inputs = images.inputs(preprocessing, 0, min(PARITY_IMAGES, len(images)))
+    expected = reference_outputs(graph, inputs, names)
+    got = runner_class(runtime)(export(watched, format_name).data, threads=os.cpu_count() or 1).run_all(inputs)
+    if missing := [name for name in names if name not in got]:
+        raise GraphError(f"{runtime}: gives no tensor {missing[0]!r}; expected {', '.join(names)}")
+    return {name: parity(expected[name], got[name].reshape(expected[name].shape)) for name in names}

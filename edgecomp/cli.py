@@ -1,0 +1,379 @@
+"""The command line: each verb reads files and writes files. The only module that prints.
+
+Exit codes: 0 done; 1 a defect of ours; 2 usage, configuration, unreadable input or a full disk; 3 a budget is not met;
+4 parity or accuracy is not met; 5 the model or format is not supported; 6 a runtime or device is missing or its run is
+not valid; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from edgecomp import __version__, errors
+
+if TYPE_CHECKING:
+    from edgecomp.build import Budget
+    from edgecomp.preprocessing import Preprocessing
+
+EXIT_CODES: tuple[tuple[type[errors.EdgecompError], int], ...] = (
+    (errors.UnsupportedOp, 5),
+    (errors.ExportError, 5),
+    (errors.BudgetError, 3),
+    (errors.ParityError, 4),
+    (errors.TargetError, 6),
+    (errors.GraphError, 1),
+    (errors.EdgecompError, 2),
+)
+"""The first row whose class fits counts."""
+INTERRUPTED = 130
+
+
+def entry() -> NoReturn:
+    """Be the console command: run and leave with the exit code."""
+    raise SystemExit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after the program's name; those of the process by default.
+
+    Returns:
+        the exit code.
+    """
+    args = _parser().parse_args(argv)
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except errors.EdgecompError as e:
+        return _complain(str(e), next(code for kind, code in EXIT_CODES if isinstance(e, kind)))
+    except KeyboardInterrupt:
+        return _complain("interrupted; nothing was written", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has gone (`| head`); what is left to print is not wanted.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _complain("out of memory; try fewer --calib images, or a machine with more", 2)
+    except OSError as e:
+        place = f"{e.filename}: " if e.filename else ""
+        return _complain(f"{place}{e.strerror or e}; nothing was left half-written", 2)
+    return code
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"edgecomp: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edgecomp",
+        description="Compress a trained CNN by explanations: prune what does not matter, give each layer the bits it "
+        "deserves, write small files that run on stock runtimes.",
+        epilog="exit codes: 0 done, 1 defect, 2 usage or input, 3 budget, 4 parity, 5 unsupported, 6 runtime or device",
+    )
+    parser.add_argument("--version", action="version", version=f"edgecomp {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_build(verbs)
+    _add_export(verbs)
+    _add_verify(verbs)
+    _add_bench(verbs)
+    _add_inspect(verbs)
+    _add_targets(verbs)
+    return parser
+
+
+def _add_build(verbs: Any) -> None:
+    p = verbs.add_parser("build", help="model and images in, a folder of compressed files with their proof out")
+    p.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="torchvision:NAME, package.module:factory, or a .pt2 file; without it the bundled sample is built",
+    )
+    p.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or a state_dict saved by torch")
+    p.add_argument("--input-shape", type=_shape, metavar="C,H,W", help="checked against the preprocessed images")
+    p.add_argument(
+        "--data",
+        metavar="D",
+        help="fashion-mnist:ROOT, cifar10:ROOT, folder:PATH (directory or .zip), npz:PATH, module:function",
+    )
+    p.add_argument("--mean", type=_numbers, metavar="M", help="per channel, of pixels / 255; default 0")
+    p.add_argument("--std", type=_numbers, metavar="S", help="per channel, of pixels / 255; default 1")
+    p.add_argument("--resize", type=int, metavar="N", help="shorter side to N, then the centre N x N")
+    p.add_argument("--pad", type=int, metavar="N", help="black pixels on each side, before normalisation")
+    p.add_argument("--calib", type=int, default=512, metavar="N", help="training images to look at (default 512)")
+    limits = p.add_mutually_exclusive_group()
+    limits.add_argument("--avg-bits", type=_number, metavar="X", help="mean bits a weight, 2 to 8 (default 4)")
+    limits.add_argument("--max-size", type=_size, metavar="BYTES", help="of every exported file; 64K, 1.5M are fine")
+    limits.add_argument("--max-drop", type=_number, metavar="P", help="points of accuracy, on held-out training images")
+    p.add_argument("--format", type=_formats, default=("onnx", "tflite"), metavar="onnx,tflite")
+    p.add_argument("--io", choices=("float", "int8"), default="float", help="what the files take and give")
+    p.add_argument("--seed", type=int, default=0, metavar="N")
+    p.add_argument("--force", action="store_true", help="replace an earlier build in DIR")
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    p.set_defaults(run=_build)
+
+
+def _add_export(verbs: Any) -> None:
+    p = verbs.add_parser("export", help="write a file again from a plan and its graph; needs no torch and no data")
+    p.add_argument("plan", type=Path, metavar="PLAN")
+    p.add_argument("--graph", type=Path, required=True, metavar="FILE", help="graph.edgecomp, beside the plan")
+    p.add_argument("--format", type=_formats, required=True, metavar="F", help="onnx, tflite, or both with a comma")
+    p.add_argument("--force", action="store_true", help="replace files in DIR")
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    p.set_defaults(run=_export)
+
+
+def _add_verify(verbs: Any) -> None:
+    p = verbs.add_parser("verify", help="measure digests, accuracy and parity of a built folder again")
+    p.add_argument("folder", type=Path, metavar="DIR")
+    p.add_argument("--data", metavar="D", help="when the images have moved; else as in the manifest")
+    p.add_argument("--per-layer", action="store_true", help="compare every tensor inside the network as well")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_verify)
+
+
+def _add_bench(verbs: Any) -> None:
+    p = verbs.add_parser("bench", help="latency and memory on this machine, beside the float and plain int8 model")
+    p.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a built folder, or an .onnx or .tflite file")
+    p.add_argument("--runtime", metavar="R", help="onnxruntime, litert, litert-reference, tflite-runtime")
+    p.add_argument("--threads", type=int, default=1, metavar="N")
+    p.add_argument("--min-secs", type=float, default=2.0, metavar="S", help="measuring time for each model at least")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the runs")
+    p.add_argument("--json", action="store_true", help="everything, all raw samples included")
+    p.set_defaults(run=_bench)
+
+
+def _add_inspect(verbs: Any) -> None:
+    p = verbs.add_parser("inspect", help="say what is in a file: layers, bits, bytes, operators")
+    p.add_argument("file", type=Path, metavar="FILE")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_inspect)
+
+
+def _add_targets(verbs: Any) -> None:
+    p = verbs.add_parser("targets", help="the boards edgecomp knows")
+    p.add_argument("name", nargs="?", metavar="NAME")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_targets)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_number(part) for part in text.split(","))
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    parts = text.lower().replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected channels, height and width, e.g. 3,224,224")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def _size(text: str) -> float:
+    units = {"kb": 1000, "mb": 1000**2, "k": 1024, "kib": 1024, "m": 1024**2, "mib": 1024**2, "b": 1}
+    digits = text.strip().lower()
+    for unit in sorted(units, key=len, reverse=True):
+        if digits.endswith(unit):
+            return _number(digits.removesuffix(unit)) * units[unit]
+    return _number(digits)
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    from edgecomp.exporters import FORMATS
+
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in names:
+        if name not in FORMATS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not a format; expected {', '.join(FORMATS)}")
+    return names
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _stage(name: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Show a bar with the time left on a terminal; be silent elsewhere, and where tqdm is not installed."""
+    if not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda n: None
+        return
+    shape = "{desc:<28}{percentage:3.0f} % |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+    with tqdm(total=total, desc=name, file=sys.stderr, bar_format=shape, unit_scale=total > 100_000) as bar:
+        yield bar.update
+
+
+# ---- verbs -----------------------------------------------------------------------------------------------------------
+
+
+def _preprocessing(args: argparse.Namespace) -> Preprocessing | None:
+    from edgecomp.preprocessing import Preprocessing
+
+    if args.mean is None and args.std is None and args.resize is None and args.pad is None:
+        return None
+    return Preprocessing(
+        mean=args.mean or (0.0,) * len(args.std or (1.0,)),
+        std=args.std or (1.0,) * len(args.mean or (0.0,)),
+        resize=args.resize,
+        pad=args.pad or 0,
+    )
+
+
+def _budget(args: argparse.Namespace) -> Budget:
+    from edgecomp.build import Budget, BudgetKind
+
+    if args.max_size is not None:
+        return Budget(kind=BudgetKind.MAX_SIZE, asked=args.max_size)
+    if args.max_drop is not None:
+        return Budget(kind=BudgetKind.MAX_DROP, asked=args.max_drop)
+    return Budget(kind=BudgetKind.AVG_BITS, asked=4.0 if args.avg_bits is None else args.avg_bits)
+
+
+def _build(args: argparse.Namespace) -> int:
+    _require("torch", "build")
+    from edgecomp.build import build
+    from edgecomp.overview import results_table
+    from edgecomp.plan import Io
+
+    sys.path.insert(0, os.getcwd())  # package.module:factory is looked for where the user stands
+    built = build(
+        model=args.model,
+        weights=args.weights,
+        data=args.data,
+        preprocessing=_preprocessing(args),
+        input_shape=args.input_shape,
+        n_calibration=args.calib,
+        budget=_budget(args),
+        formats=args.format,
+        io=Io(args.io),
+        seed=args.seed,
+        folder=args.output,
+        force=args.force,
+        stage=_stage,
+    )
+    print(results_table(built.manifest))
+    print(f"\n{args.output}: README.md there explains the files")
+    if not built.budget_met:
+        asked, got = args.max_drop, built.manifest["budget"]["got"]  # type: ignore[index]
+        return _complain(f"budget: at most {asked:g} points lost asked for, the most precise plan loses {got:g}", 3)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from edgecomp import bundle
+    from edgecomp.build import rewritten
+    from edgecomp.errors import PlanError, UsageError
+    from edgecomp.files import write_file
+    from edgecomp.plan import CompressionPlan
+    from edgecomp.report import table
+
+    try:
+        plan = CompressionPlan.from_json(args.plan.read_text("utf-8"), str(args.plan))
+    except UnicodeDecodeError as e:
+        raise PlanError(f"{args.plan}: is not text; expected a plan.json") from e
+    graph = bundle.load(args.graph)
+    files = {name: args.output / f"model.{name}" for name in args.format}
+    for path in files.values():
+        if path.exists() and not args.force:
+            raise UsageError(f"{path}: is there already; give --force to replace it, or another -o")
+    exported = [rewritten(plan, graph, name) for name in args.format]
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for file in exported:
+        write_file(files[file.format], file.data)
+        weight_bytes = sum(w.stored_bytes for w in file.weights)
+        rows.append((str(files[file.format]), len(file.data), weight_bytes, file.sha256()))
+    print(table(rows, ("file", "bytes", "weight bytes", "sha256")))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from edgecomp.verifying import verify
+
+    result = verify(args.folder, data=args.data, per_layer=args.per_layer, stage=_stage)
+    print(json.dumps(result.to_json(), indent=1) if args.json else result.table())
+    return 0 if result.passed else _complain(result.reason(), 4)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from edgecomp.benching import bench_artifact
+
+    comparisons = bench_artifact(
+        args.artifact,
+        runtime=args.runtime,
+        threads=args.threads,
+        min_s=args.min_secs,
+        seed=args.seed,
+        stage=_stage,
+    )
+    if args.json:
+        print(json.dumps([json.loads(c.comparison.to_json()) for c in comparisons], indent=1))
+    else:
+        print("\n\n".join(c.table() for c in comparisons))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from edgecomp.exporters.describe import describe, describe_tables
+
+    found = describe(args.file)
+    print(json.dumps(found, indent=1) if args.json else describe_tables(found))
+    return 0
+
+
+def _targets(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from edgecomp.report import table
+    from edgecomp.targets import load, names
+
+    known = [load(name) for name in ([args.name] if args.name else names())]
+    if args.json:
+        print(json.dumps([asdict(target) for target in known], indent=1, default=list))
+    elif args.name:
+        print(table([(key, str(value)) for key, value in asdict(known[0]).items()], ("fact", "value")))
+    else:
+        rows = [(t.name, t.cores or "-", t.description) for t in known]
+        print(table(rows, ("target", "cores", "description")))
+    return 0
+
+
+def _require(package: str, extra: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise errors.UsageError(f"{package} is not installed; install it with: pip install 'edgecomp[{extra}]'")

@@ -1,0 +1,87 @@
+"""A built folder, read back and checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgecomp import bundle
+from edgecomp.errors import BundleError, PlanError
+from edgecomp.files import MANIFEST, PLAN_FILE
+from edgecomp.graph import Graph
+from edgecomp.manifest import read_manifest
+from edgecomp.plan import CompressionPlan, validate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BuiltFolder:
+    """What lies in a folder that `edgecomp build` wrote.
+
+    Attributes:
+        path: the folder.
+        record: its manifest.
+        plan: what was decided.
+        graph: the float graph.
+    """
+
+    path: Path
+    record: Mapping[str, Any]
+    plan: CompressionPlan
+    graph: Graph
+
+    def artifact(self, entry: Mapping[str, Any]) -> bytes:
+        """Read an exported file and check that it is the one the manifest speaks of.
+
+        Args:
+            entry: from the manifest's list of artifacts.
+
+        Raises:
+            BundleError: missing, or of another digest.
+        """
+        path = self.path / entry["path"]
+        data = _read(path)
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != entry["sha256"]:
+            raise BundleError(
+                f"{path}: sha256 is {digest[:12]}…, the manifest says {entry['sha256'][:12]}…; "
+                "the file was changed after the build, build it again"
+            )
+        return data
+
+
+def open_folder(path: Path) -> BuiltFolder:
+    """Read a built folder.
+
+    Raises:
+        BundleError: it is none, or a file of it is missing, damaged or of another build.
+        PlanError: the plan is malformed or belongs to another graph.
+    """
+    if not path.is_dir():
+        raise BundleError(f"{path}: is no folder; expected one that edgecomp build wrote")
+    record = read_manifest(_text(path / MANIFEST), str(path / MANIFEST))
+    text = _text(path / PLAN_FILE)
+    if hashlib.sha256(text.encode()).hexdigest() != record["plan_sha256"]:
+        raise BundleError(
+            f"{path / PLAN_FILE}: was changed after the build; write files from it with: edgecomp export {PLAN_FILE}"
+        )
+    plan = CompressionPlan.from_json(text, str(path / PLAN_FILE))
+    graph = bundle.load(path / bundle.GRAPH_FILE)
+    validate(plan, graph)
+    return BuiltFolder(path=path, record=record, plan=plan, graph=graph)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise BundleError(f"{path}: cannot be read: {e.strerror}") from e
+
+
+def _text(path: Path) -> str:
+    try:
+        return _read(path).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise PlanError(f"{path}: is not UTF-8 text; the file is damaged, build it again") from e

@@ -1,0 +1,162 @@
+"""The record that lies beside exported files: what was asked, what was done, what was measured. Strict JSON.
+
+Nothing in it depends on the clock or the folder: the same build twice gives the same bytes but for measured figures.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from edgecomp import __version__
+from edgecomp.artifact import Exported
+from edgecomp.errors import BundleError, PlanError
+from edgecomp.files import MANIFEST_SCHEMA
+from edgecomp.graph import Graph, Op
+from edgecomp.groups import number_channels
+from edgecomp.plan import CompressionPlan, Relevance, check_keys, load_strict_json
+
+KEYS = (
+    "schema",
+    "model",
+    "data",
+    "preprocessing",
+    "classes",
+    "io",
+    "budget",
+    "float",
+    "artifacts",
+    "layers",
+    "graph_digest",
+    "plan_sha256",
+    "seed",
+    "tools",
+)
+_PACKAGES = ("numpy", "torch", "torchvision", "onnx", "onnxruntime", "ai-edge-litert", "flatbuffers")
+
+
+def tool_versions() -> dict[str, str]:
+    """Name the versions that can change a byte or a figure."""
+    versions = {"edgecomp": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def weight_counts(graph: Graph) -> dict[str, int]:
+    """Count the weights (without biases) of every layer."""
+    return {node.name: int(np.prod(graph.weight(node).shape)) for node in graph.layers()}
+
+
+def float_entry(graph: Graph, accuracy_percent: float, n_images: int) -> dict[str, object]:
+    """Describe the float model: accuracy, and bytes of its weights as float32, biases left out."""
+    counts = weight_counts(graph)
+    convolutions = {node.name for node in graph.layers() if node.op is Op.CONV2D}
+    return {
+        "accuracy": accuracy_percent,
+        "n": n_images,
+        "conv_weight_bytes": 4 * sum(n for name, n in counts.items() if name in convolutions),
+        "weight_bytes": 4 * sum(counts.values()),
+    }
+
+
+def artifact_entry(exported: Exported, graph: Graph, measured: Mapping[str, object]) -> dict[str, object]:
+    """Describe an exported file.
+
+    Args:
+        exported: the file.
+        graph: the quantized graph it holds.
+        measured: accuracy and parity.
+    """
+    convolutions = {node.name for node in graph.layers() if node.op is Op.CONV2D}
+    n_weights = sum(weight_counts(graph).values())
+    weight_bytes = sum(w.stored_bytes for w in exported.weights)
+    return {
+        "format": exported.format,
+        "path": f"model.{exported.format}",
+        "bytes": len(exported.data),
+        "sha256": exported.sha256(),
+        "weight_bytes": weight_bytes,
+        "conv_weight_bytes": sum(w.stored_bytes for w in exported.weights if w.layer in convolutions),
+        "mean_bits": round(8 * weight_bytes / n_weights, 4),
+        **measured,
+    }
+
+
+def layer_entries(
+    graph: Graph, quantized: Graph, plan: CompressionPlan, relevance: Relevance, exported: Sequence[Exported]
+) -> list[dict[str, object]]:
+    """Describe every layer; relevance is the layer's share of all absolute relevance at layer outputs, in percent.
+
+    Args:
+        graph: the float graph.
+        quantized: what was made of it.
+        plan: what was decided.
+        relevance: what it was decided by.
+        exported: the files; stored_bytes are those of the first.
+    """
+    whole = sum(float(layer.channel_abs.sum()) for layer in relevance.layers.values()) or 1.0
+    channels = number_channels(graph)
+    entries: list[dict[str, object]] = []
+    smaller = {node.name: node for node in quantized.layers()}
+    for node in graph.layers():
+        weight = quantized.weight(smaller[node.name])
+        assert weight.data is not None
+        numbers = channels.of[node.outputs[0]]
+        stored = {e.format: next(w.stored_bytes for w in e.weights if w.layer == node.name) for e in exported}
+        entries.append(
+            {
+                "name": node.name,
+                "kind": node.op.value,
+                "weights": int(weight.data.size),
+                "weights_before": int(np.prod(graph.weight(node).shape)),
+                "kept_channels": int(sum(plan.layers[node.name].keep)),
+                "channels_before": len(plan.layers[node.name].keep),
+                "can_cut": bool((~channels.locked[numbers]).any()),
+                "bits": plan.layers[node.name].weight_bits,
+                "zero_percent": round(100 * float((weight.data == 0).mean()), 3),
+                "relevance": round(100 * float(relevance.layers[node.name].channel_abs.sum()) / whole, 4),
+                "stored_bytes": stored[exported[0].format],
+                "stored_bytes_by_format": stored,
+            }
+        )
+    return entries
+
+
+def read_manifest(text: str, where: str) -> Mapping[str, Any]:
+    """Read a manifest; its top level is checked, and what `verify` and `bench` rely on.
+
+    Raises:
+        BundleError: not JSON, another schema, or a key is missing or unknown.
+    """
+    try:
+        obj: Mapping[str, Any] = load_strict_json(text, where)
+        if obj.get("schema") != MANIFEST_SCHEMA:
+            raise BundleError(f"{where}: schema is {obj.get('schema')!r:.60}, this edgecomp reads {MANIFEST_SCHEMA!r}")
+        check_keys(obj, KEYS, where)
+    except PlanError as e:
+        raise BundleError(str(e)) from e
+    artifacts = obj["artifacts"]
+    if not isinstance(artifacts, list) or not artifacts:
+        raise BundleError(f"{where}: artifacts: expected a list of at least one")
+    for i, artifact in enumerate(artifacts):
+        place = f"{where}: artifact {i}"
+        if not isinstance(artifact, dict):
+            raise BundleError(f"{place}: expected an object")
+        for key, kind in (("format", str), ("path", str), ("sha256", str), ("bytes", int), ("accuracy", dict)):
+            if not isinstance(artifact.get(key), kind):
+                raise BundleError(f"{place}: {key!r} is missing or not of type {kind.__name__}")
+        if "/" in artifact["path"] or artifact["path"].startswith("."):
+            raise BundleError(f"{place}: path {artifact['path']!r:.80}: expected a file in the same folder")
+        if not isinstance(artifact["accuracy"].get("value"), (int, float)):
+            raise BundleError(f"{place}: accuracy: 'value' is missing")
+    if not isinstance(obj["data"], str) or not isinstance(obj["float"], dict):
+        raise BundleError(f"{where}: 'data' or 'float' is of the wrong type")
+    return obj

@@ -1,0 +1,107 @@
+"""The page that explains an output folder to who opens it: Markdown made from the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgecomp.report import table
+
+_FILES = {
+    "model.onnx": "the compressed network for onnxruntime 1.17 or newer; packed weights are unpacked once, at load",
+    "model.tflite": "the compressed network for LiteRT / TensorFlow Lite",
+    "graph.edgecomp": "the float network, BatchNorm folded: with plan.json it gives every exported file again",
+    "plan.json": "what was decided: channels kept, bits of each layer, activation ranges, preprocessing",
+    "manifest.json": "what was measured, byte counts, digests and tool versions, for programs",
+}
+
+
+def results_table(record: Mapping[str, Any]) -> str:
+    """Give the table of bytes and accuracies, float model first.
+
+    Args:
+        record: a manifest.
+    """
+    base = record["float"]
+    rows: list[tuple[object, ...]] = [
+        ("float", base["weight_bytes"], "1.0x", "32.00", f"{base['accuracy']:.2f} %", "-", "-", "torch")
+    ]
+    for a in record["artifacts"]:
+        parity = a["parity"]
+        rows.append(
+            (
+                a["path"],
+                a["bytes"],
+                f"{base['weight_bytes'] / a['bytes']:.1f}x",
+                f"{a['mean_bits']:.2f}",
+                f"{a['accuracy']['value']:.2f} %",
+                f"{a['accuracy']['value'] - base['accuracy']:+.2f}",
+                f"{parity['equal_percent']:.2f} % (max {parity['max_steps']})",
+                a["accuracy"]["runtime"],
+            )
+        )
+    header = ("file", "bytes", "smaller", "bits a weight", "accuracy", "points", "equal to reference", "runtime")
+    return table(rows, header)
+
+
+def layers_table(record: Mapping[str, Any]) -> str:
+    """Give the table of layers.
+
+    Args:
+        record: a manifest.
+    """
+    rows = [
+        (
+            layer["name"],
+            layer["kind"],
+            layer["weights"],
+            f"{layer['kept_channels']}/{layer['channels_before']}",
+            layer["bits"],
+            f"{layer['zero_percent']:.1f} %",
+            f"{layer['relevance']:.2f} %",
+            layer["stored_bytes"],
+            "█" * layer["bits"],
+        )
+        for layer in record["layers"]
+    ]
+    return table(
+        rows, ("layer", "kind", "weights", "channels", "bits", "zeros", "relevance", "stored bytes", "bits drawn")
+    )
+
+
+def overview(record: Mapping[str, Any]) -> str:
+    """Write the page.
+
+    Args:
+        record: a manifest.
+    """
+    budget, n = record["budget"], record["float"]["n"]
+    names = [a["path"] for a in record["artifacts"]]
+    files = [(name, what) for name, what in _FILES.items() if name in names or not name.startswith("model.")]
+    first = record["artifacts"][0]["path"]
+    unmet = "" if budget["met"] else " (not met)"
+    return f"""# {record["model"]}, compressed by edgecomp
+
+{results_table(record)}
+
+The float row counts the weights alone, as float32. Accuracies are measured on {n} test images, those of a file through
+the runtime named; "equal to reference" compares the file's outputs with edgecomp's integer reference, in steps of the
+last place. Budget: {budget["kind"]} {budget["asked"]:g}, came to {budget["got"]:g}{unmet}.
+
+## Files
+
+{table(files, ("file", "what it is"))}
+
+## Layers
+
+{layers_table(record)}
+
+"relevance" is the layer's share of all absolute relevance at layer outputs; "stored bytes" are those in {first}.
+
+## What next
+
+    edgecomp verify DIR           # digests, accuracy and parity again
+    edgecomp bench DIR            # latency and memory beside the float and the plain int8 model
+    edgecomp inspect DIR/{first}
+    edgecomp export DIR/plan.json --graph DIR/graph.edgecomp --format {record["artifacts"][0]["format"]} -o NEW
+"""

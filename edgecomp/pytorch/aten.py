@@ -1,0 +1,478 @@
+"""What each ATen operator of an exported program means in edgecomp's graph: one row of `TRANSLATORS` an operator."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import fx
+
+from edgecomp.errors import CaptureError, UnsupportedOp
+from edgecomp.graph import WEIGHTED, Array, Attribute, Node, Op, Tensor
+from edgecomp.ops import OPS, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """A tensor that depends on the image: its name in the graph and its shape, N = 1."""
+
+    name: str
+    shape: Shape
+
+
+Value = Activation | torch.Tensor | tuple["Value | None", ...]
+"""What a node of the exported program stands for: an activation, a constant, or several outputs."""
+
+
+def operator_name(node: fx.Node) -> str:
+    """Name the ATen operator of a node, in-place form and overload left out: "relu" for aten.relu_.default."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return str(getattr(node.target, "__name__", node.target))
+    name = str(schema.name).removeprefix("aten::")
+    return name.removesuffix("_") if schema.is_mutable else name
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """Give the arguments of a node by their names in the operator's schema, defaults included."""
+    arguments = cast("Any", node.target)._schema.arguments
+    given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | dict(node.kwargs)
+    return {argument.name: given.get(argument.name, argument.default_value) for argument in arguments}
+
+
+@dataclass(slots=True, kw_only=True)
+class Builder:
+    """The graph while it grows.
+
+    Attributes:
+        used: names that are taken.
+        nodes: in running order.
+        tensors: by name.
+        reserved: names of modules, which a functional operator may not take.
+    """
+
+    used: set[str]
+    reserved: frozenset[str]
+    nodes: list[Node] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def unique(self, name: str, *, functional: bool) -> str:
+        """Take a name: `name` itself, or `name:2`, `name:3` ... where it is taken."""
+        n, candidate = 1, name
+        while candidate in self.used or (functional and candidate in self.reserved):
+            n += 1
+            candidate = f"{name}:{n}"
+        self.used.add(candidate)
+        return candidate
+
+    def emit(
+        self,
+        name: str,
+        op: Op,
+        inputs: Sequence[Activation],
+        *,
+        weights: Mapping[str, Array] | None = None,
+        **attrs: Attribute,
+    ) -> Activation:
+        """Append a node that writes the tensor `name`.
+
+        Raises:
+            GraphError: the inputs do not fit together.
+        """
+        names = [x.name for x in inputs]
+        for role, data in (weights or {}).items():
+            names.append(f"{name}.{role}")
+            self.store(names[-1], data)
+        shapes = [self.tensors[x].shape for x in names]
+        shape = OPS[op].shape(shapes, attrs)
+        self.tensors[name] = Tensor(name=name, shape=shape)
+        self.nodes.append(Node(name=name, op=op, inputs=tuple(names), outputs=(name,), attrs=attrs))
+        return Activation(name, shape)
+
+    def store(self, name: str, data: Array) -> None:
+        """Keep a weight as float32."""
+        with np.errstate(over="ignore"):  # the result is checked, and named, just below
+            data = np.array(data, dtype=np.float32)
+        if not np.isfinite(data).all():
+            raise CaptureError(f"weight {name!r} holds NaN or infinity; expected finite numbers: check the training")
+        self.tensors[name] = Tensor(name=name, shape=data.shape, data=data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One operator of the exported program about to be translated.
+
+    Attributes:
+        build: where nodes go.
+        node: the call itself.
+        layer: where it stands, for people and for names: "layer1.0.conv2" or "stack1.add".
+        functional: whether `layer` ends in an operator's name rather than being a module's own.
+        args: by schema name; activations and constants in the place of fx nodes.
+        sole: whether nothing but this call reads a given activation.
+    """
+
+    build: Builder
+    node: fx.Node
+    layer: str
+    functional: bool
+    args: Mapping[str, Any]
+    sole: Callable[[Activation], bool]
+
+    def refuse(self, found: str) -> UnsupportedOp:
+        """Make the error for this call; `found` says what of it edgecomp does not know."""
+        return UnsupportedOp(f"layer {self.layer!r}: {operator_name(self.node)} {found}; {SUPPORTED}")
+
+    def activation(self, name: str, *, ndim: int | None = None) -> Activation:
+        """Read an argument that must depend on the image."""
+        value = self.args[name]
+        if not isinstance(value, Activation):
+            kind = "a constant tensor" if isinstance(value, torch.Tensor) else f"the constant {value!r}"
+            raise self.refuse(f"with {kind} for {name!r} is not supported")
+        if ndim is not None and len(value.shape) != ndim:
+            raise self.refuse(f"on a tensor of shape {value.shape} is not supported, only {ndim} dimensions")
+        return value
+
+    def constant(self, name: str) -> Array | None:
+        """Read an argument that must be a weight, or absent."""
+        value = self.args[name]
+        if value is None:
+            return None
+        if not isinstance(value, torch.Tensor):
+            raise self.refuse(f"with a {name!r} that is computed from the image is not supported")
+        return value.detach().cpu().numpy()
+
+    def weight(self, name: str) -> Array:
+        """Read an argument that must be a weight."""
+        value = self.constant(name)
+        if value is None:
+            raise self.refuse(f"without {name!r} is not supported")
+        return value
+
+    def pair(self, name: str) -> tuple[int, int]:
+        """Read an argument that is one or two whole numbers; an empty stride means the kernel's size."""
+        value = self.args[name]
+        numbers = [int(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+        if not numbers and name == "stride":
+            return self.pair("kernel_size")
+        return (numbers[0], numbers[-1])
+
+    def out_shape(self) -> Shape:
+        """Give the shape that torch found for the first output."""
+        value = self.node.meta["val"]
+        return tuple(int(n) for n in (value[0] if isinstance(value, (list, tuple)) else value).shape)
+
+    def emit(
+        self, op: Op, inputs: Sequence[Activation], *, weights: Mapping[str, Array] | None = None, **attrs: Attribute
+    ) -> Activation:
+        """Append the node of this call, under its own name."""
+        name = self.build.unique(self.layer, functional=self.functional)
+        return self.build.emit(name, op, inputs, weights=weights, **attrs)
+
+
+def _with_bias(weight: Array, bias: Array | None) -> dict[str, Array]:
+    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias.reshape(-1)}
+
+
+# ---- layers with weights ---------------------------------------------------------------------------------------------
+
+
+def _conv2d(call: Call) -> Value:
+    if call.args.get("transposed"):
+        raise call.refuse("that is transposed is not supported")
+    weight = call.weight("weight")
+    if weight.ndim != 4:
+        raise call.refuse(f"with a kernel of shape {weight.shape} is not supported")
+    dilation = call.pair("dilation")
+    padding = call.args["padding"]
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        # As torch does: where the sum is odd, the larger part goes to the right and to the bottom.
+        pads = (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
+    else:
+        h, w = (0, 0) if padding == "valid" else call.pair("padding")
+        pads = (h, w, h, w)
+    return call.emit(
+        Op.CONV2D,
+        [call.activation("input", ndim=4)],
+        weights=_with_bias(weight, call.constant("bias")),
+        stride=call.pair("stride"),
+        pads=pads,
+        dilation=dilation,
+        groups=int(call.args["groups"]),
+    )
+
+
+def _linear(call: Call) -> Value:
+    weights = _with_bias(call.weight("weight"), call.constant("bias"))
+    return call.emit(Op.LINEAR, [call.activation("input", ndim=2)], weights=weights)
+
+
+def _matmul(call: Call) -> Value:
+    """Multiply activations (N, F) by a weight (F, O)."""
+    weight = call.weight("mat2" if "mat2" in call.args else "other")
+    if weight.ndim != 2:
+        raise call.refuse(f"with a weight of shape {weight.shape} is not supported")
+    return call.emit(Op.LINEAR, [call.activation("self", ndim=2)], weights={"weight": weight.T})
+
+
+def _addmm(call: Call) -> Value:
+    bias, weight = call.weight("self"), call.weight("mat2")
+    if call.args["alpha"] != 1 or call.args["beta"] != 1 or bias.size != weight.shape[1]:
+        raise call.refuse("with alpha, beta or a bias that is not one number an output is not supported")
+    return call.emit(Op.LINEAR, [call.activation("mat1", ndim=2)], weights=_with_bias(weight.T, bias))
+
+
+def _batch_norm(call: Call) -> Value:
+    """Scale and shift each channel: inside the layer before where that layer's output goes nowhere else."""
+    x = call.activation("input")
+    mean, variance = call.constant("running_mean"), call.constant("running_var")
+    if call.args.get("training") or mean is None or variance is None:
+        raise call.refuse("that takes its statistics from the batch is not supported: call model.eval() before export")
+    variance = variance.astype(np.float64) + float(call.args["eps"])
+    if not (variance > 0).all():
+        raise CaptureError(f"layer {call.layer!r}: running_var holds a negative number; expected a variance")
+    weight, bias = call.constant("weight"), call.constant("bias")
+    scale = (1.0 if weight is None else weight.astype(np.float64)) / np.sqrt(variance)
+    shift = (0.0 if bias is None else bias.astype(np.float64)) - mean.astype(np.float64) * scale
+    if len(x.shape) not in (2, 4):
+        raise call.refuse(f"on a tensor of shape {x.shape} is not supported, only 2 or 4 dimensions")
+    folded = _fold(call, x, scale, shift)
+    if folded is None:
+        folded = _scale_channels(call, x, scale, shift)
+    return (folded, None, None) if isinstance(call.node.meta["val"], (list, tuple)) else folded
+
+
+def _fold(call: Call, x: Activation, scale: Array, shift: Array) -> Activation | None:
+    """Multiply the layer that writes x, or give None where x is not a layer's or has another reader."""
+    build = call.build
+    index = next((i for i, node in enumerate(build.nodes) if node.outputs[0] == x.name), None)
+    if index is None or build.nodes[index].op not in WEIGHTED or not call.sole(x):
+        return None
+    node = build.nodes[index]
+    weight = cast("Array", build.tensors[node.inputs[1]].data).astype(np.float64)
+    bias = build.tensors[node.inputs[2]].data if len(node.inputs) > 2 else None
+    build.store(node.inputs[1], weight * scale.reshape((-1,) + (1,) * (weight.ndim - 1)))
+    build.store(f"{node.name}.bias", shift if bias is None else bias.astype(np.float64) * scale + shift)
+    build.nodes[index] = dataclasses.replace(node, inputs=(*node.inputs[:2], f"{node.name}.bias"))
+    return x
+
+
+def _scale_channels(call: Call, x: Activation, scale: Array, shift: Array) -> Activation:
+    """Write scale and shift as a depthwise 1x1 convolution; features (N, F) become F channels of one pixel for it."""
+    name = call.build.unique(call.layer, functional=call.functional)
+    image = x
+    if len(x.shape) == 2:
+        reshaped = call.build.unique(f"{name}.reshape", functional=True)
+        image = call.build.emit(reshaped, Op.RESHAPE, [x], shape=(*x.shape, 1, 1))
+    out = call.build.emit(
+        name,
+        Op.CONV2D,
+        [image],
+        weights={"weight": scale.reshape(-1, 1, 1, 1), "bias": shift},
+        stride=(1, 1),
+        pads=(0, 0, 0, 0),
+        dilation=(1, 1),
+        groups=x.shape[1],
+    )
+    return out if image is x else _flatten_after(call, out)
+
+
+def _flatten_after(call: Call, x: Activation) -> Activation:
+    """Flatten what this call has just written."""
+    return call.build.emit(call.build.unique(f"{x.name}.flatten", functional=True), Op.FLATTEN, [x])
+
+
+# ---- elementwise -----------------------------------------------------------------------------------------------------
+
+
+def _clip(low: float | str, high: float | str) -> Callable[[Call], Value]:
+    """Translate to clip; a bound is a number, or the name of the argument that holds it."""
+
+    def translate(call: Call) -> Value:
+        bounds = []
+        for bound, absent in ((low, -math.inf), (high, math.inf)):
+            value = call.args[bound] if isinstance(bound, str) else bound
+            if isinstance(value, (Activation, torch.Tensor)):
+                raise call.refuse("with a tensor as its bound is not supported")
+            bounds.append(absent if value is None else float(value))
+        return call.emit(Op.CLIP, [call.activation("self")], low=bounds[0], high=bounds[1])
+
+    return translate
+
+
+def _add(call: Call) -> Value:
+    if call.args["alpha"] != 1:
+        raise call.refuse(f"with alpha={call.args['alpha']} is not supported")
+    a, b = call.activation("self"), call.activation("other")
+    if a.shape != b.shape:
+        raise call.refuse(f"of shapes {a.shape} and {b.shape} is not supported, only equal shapes")
+    return call.emit(Op.ADD, [a, b])
+
+
+def _cat(call: Call) -> Value:
+    parts = call.args["tensors"]
+    if not all(isinstance(part, Activation) for part in parts):
+        raise call.refuse("with a constant tensor is not supported")
+    ndim = len(parts[0].shape)
+    axis = int(call.args["dim"]) % ndim
+    if axis != 1 or ndim not in (2, 4):
+        raise call.refuse(f"along axis {axis} of {ndim} is not supported, only channels (axis 1)")
+    return cast("Value", parts[0]) if len(parts) == 1 else call.emit(Op.CONCAT, parts, axis=axis)
+
+
+def _softmax(call: Call) -> Value:
+    x = call.activation("self")
+    axis = int(call.args["dim"]) % len(x.shape)
+    if axis == 0:
+        raise call.refuse("along the batch is not supported")
+    if call.args.get("half_to_float") or call.args.get("dtype") not in (None, torch.float32):
+        raise call.refuse("with a change of dtype is not supported")
+    return call.emit(Op.SOFTMAX, [x], axis=axis)
+
+
+# ---- pools -----------------------------------------------------------------------------------------------------------
+
+
+def _extra(call: Call, x: Activation, reach: Sequence[int]) -> tuple[int, int]:
+    """Give the rows and columns past torch's padding that ceil_mode's last windows touch."""
+    out, stride, padding = call.out_shape()[2:], call.pair("stride"), call.pair("padding")
+    needed = [(out[i] - 1) * stride[i] + reach[i] - x.shape[2 + i] - 2 * padding[i] for i in (0, 1)]
+    return max(0, needed[0]), max(0, needed[1])
+
+
+def _max_pool2d(call: Call) -> Value:
+    x = call.activation("self", ndim=4)
+    kernel, dilation, (h, w) = call.pair("kernel_size"), call.pair("dilation"), call.pair("padding")
+    down, right = _extra(call, x, [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)])
+    pooled = call.emit(
+        Op.MAX_POOL,
+        [x],
+        kernel=kernel,
+        stride=call.pair("stride"),
+        pads=(h, w, h + down, w + right),
+        dilation=dilation,
+    )
+    return (pooled, None) if isinstance(call.node.meta["val"], (list, tuple)) else pooled
+
+
+def _avg_pool2d(call: Call) -> Value:
+    if call.args["divisor_override"] is not None:
+        raise call.refuse("with divisor_override is not supported")
+    x = call.activation("self", ndim=4)
+    kernel, (h, w) = call.pair("kernel_size"), call.pair("padding")
+    down, right = _extra(call, x, kernel)
+    include = bool(call.args["count_include_pad"]) and (h, w) != (0, 0)
+    if include and (down, right) != (0, 0):
+        # torch then counts its padding but not what ceil_mode adds: neither of the two ways to count that we know.
+        raise call.refuse("with ceil_mode, padding and count_include_pad together is not supported")
+    return call.emit(
+        Op.AVG_POOL,
+        [x],
+        kernel=kernel,
+        stride=call.pair("stride"),
+        pads=(h, w, h + down, w + right),
+        include_pad=int(include),
+    )
+
+
+def _adaptive_pool2d(call: Call) -> Value:
+    x = call.activation("self", ndim=4)
+    out, size = call.out_shape()[2:], x.shape[2:]
+    maximum = "max" in operator_name(call.node)
+    if out == size:
+        pooled = x
+    elif out == (1, 1) and not maximum:
+        pooled = call.emit(Op.GLOBAL_AVG_POOL, [x])
+    elif size[0] % out[0] or size[1] % out[1]:
+        raise call.refuse(f"from {size} to {out} is not supported, only to (1, 1) or to sizes that divide the input's")
+    else:
+        step = (size[0] // out[0], size[1] // out[1])
+        if maximum:
+            pooled = call.emit(Op.MAX_POOL, [x], kernel=step, stride=step, pads=(0, 0, 0, 0), dilation=(1, 1))
+        else:
+            pooled = call.emit(Op.AVG_POOL, [x], kernel=step, stride=step, pads=(0, 0, 0, 0), include_pad=0)
+    return (pooled, None) if maximum else pooled
+
+
+def _mean(call: Call) -> Value:
+    x = call.activation("self", ndim=4)
+    axes = sorted(int(axis) % 4 for axis in call.args.get("dim") or ())
+    if axes != [2, 3] or call.args["dtype"] not in (None, torch.float32):
+        raise call.refuse(f"over axes {axes or 'all'} is not supported, only over space (2, 3)")
+    pooled = call.emit(Op.GLOBAL_AVG_POOL, [x])
+    return pooled if call.args["keepdim"] else _flatten_after(call, pooled)
+
+
+# ---- shape, and what disappears --------------------------------------------------------------------------------------
+
+
+def _reshape(call: Call) -> Value:
+    x, shape = call.activation("input" if "input" in call.args else "self"), call.out_shape()
+    if shape == x.shape:
+        return x
+    if not shape or shape[0] != 1:
+        raise call.refuse(f"from {x.shape} to {shape} is not supported: the first axis must stay the batch of 1")
+    return call.emit(Op.FLATTEN, [x]) if len(shape) == 2 else call.emit(Op.RESHAPE, [x], shape=shape)
+
+
+def _same(call: Call) -> Value:
+    x = call.activation("input" if "input" in call.args else "self")
+    if call.args.get("train"):
+        raise call.refuse("that stays on after training is not supported: pass training=self.training to it")
+    if call.node.meta["val"].dtype != torch.float32 or call.out_shape() != x.shape:
+        raise call.refuse(f"to {call.node.meta['val'].dtype} {call.out_shape()} is not supported")
+    return x
+
+
+_RESHAPES = ("flatten", "view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "unflatten", "view_as")
+_SAME = ("dropout", "feature_dropout", "alpha_dropout", "detach", "alias", "contiguous", "to", "expand")
+_COPIES = ("clone", "_to_copy", "lift_fresh_copy")
+
+VIEWS = frozenset(_RESHAPES + _SAME)
+"""Operators whose output shares memory with their input: what is then done in place to one is done to the other."""
+
+TRANSLATORS: Mapping[str, Callable[[Call], Value]] = {
+    "conv2d": _conv2d,
+    "convolution": _conv2d,
+    "linear": _linear,
+    "matmul": _matmul,
+    "mm": _matmul,
+    "addmm": _addmm,
+    "batch_norm": _batch_norm,
+    "_native_batch_norm_legit_no_training": _batch_norm,
+    "relu": _clip(0.0, math.inf),
+    "relu6": _clip(0.0, 6.0),
+    "hardtanh": _clip("min_val", "max_val"),
+    "clamp": _clip("min", "max"),
+    "clip": _clip("min", "max"),
+    "clamp_min": _clip("min", math.inf),
+    "clamp_max": _clip(-math.inf, "max"),
+    "add": _add,
+    "cat": _cat,
+    "concat": _cat,
+    "concatenate": _cat,
+    "softmax": _softmax,
+    "_softmax": _softmax,
+    "max_pool2d": _max_pool2d,
+    "max_pool2d_with_indices": _max_pool2d,
+    "avg_pool2d": _avg_pool2d,
+    "adaptive_avg_pool2d": _adaptive_pool2d,
+    "_adaptive_avg_pool2d": _adaptive_pool2d,
+    "adaptive_max_pool2d": _adaptive_pool2d,
+    "mean": _mean,
+    **dict.fromkeys(_RESHAPES, _reshape),
+    **dict.fromkeys((*_SAME, *_COPIES), _same),
+}
+
+
+_TAUGHT = (
+    "conv2d, linear, batch_norm, relu, relu6, hardtanh, clamp, add, cat, max_pool2d, avg_pool2d, adaptive_avg_pool2d, "
+    "adaptive_max_pool2d, mean, flatten, reshape, dropout, softmax"
+)  # without the other spellings of the same
+SUPPORTED = f"edgecomp takes in {_TAUGHT}"
+"""The end of every UnsupportedOp message."""

@@ -1,0 +1,176 @@
+"""Measure again what a built folder claims: digests, accuracy on the whole test split, parity with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgecomp.check import LEAST_AGREEMENT_PERCENT, measure_accuracy, measure_parity, parity_by_layer
+from edgecomp.compress import compress
+from edgecomp.data import load
+from edgecomp.errors import ExportError
+from edgecomp.folder import BuiltFolder, open_folder
+from edgecomp.report import Parity, table
+
+if TYPE_CHECKING:
+    from edgecomp.build import Stage
+
+ACCURACY_TOLERANCE_POINTS = 0.2
+"""How far accuracy may be from the manifest's: another processor's kernels may round single values otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """One file, measured again.
+
+    Attributes:
+        path: the file's name.
+        claimed_percent: accuracy in the manifest.
+        percent: accuracy now.
+        n_images: of the test split.
+        parity: of the outputs with the integer reference.
+        same_class_percent: images on which file and reference name the same class.
+        same_bytes: whether exporting plan and graph again gives the same bytes; None where the writer library is
+            missing or of another version.
+        by_layer: parity of every tensor inside; empty unless asked for.
+    """
+
+    path: str
+    claimed_percent: float
+    percent: float
+    n_images: int
+    parity: Parity
+    same_class_percent: float
+    same_bytes: bool | None
+    by_layer: Mapping[str, Parity]
+
+    def faults(self) -> list[str]:
+        """Say what is not as it should be."""
+        found = []
+        if abs(self.percent - self.claimed_percent) > ACCURACY_TOLERANCE_POINTS:
+            found.append(f"accuracy is {self.percent:.2f} %, the manifest says {self.claimed_percent:.2f} %")
+        if self.same_class_percent < LEAST_AGREEMENT_PERCENT:
+            found.append(f"names the reference's class on {self.same_class_percent:.1f} % of images only")
+        if self.same_bytes is False:
+            found.append("exporting plan and graph again gives other bytes")
+        return [f"{self.path}: {fault}" for fault in found]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """All files of a folder."""
+
+    files: tuple[Verified, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Tell whether nothing is amiss."""
+        return not any(file.faults() for file in self.files)
+
+    def reason(self) -> str:
+        """Say in one line what is amiss."""
+        return "; ".join(fault for file in self.files for fault in file.faults())
+
+    def table(self) -> str:
+        """Give tables for people."""
+        rows = [
+            (
+                f.path,
+                f"{f.percent:.2f} %",
+                f"{f.claimed_percent:.2f} %",
+                f.n_images,
+                f"{f.parity.equal_percent:.2f} %",
+                f.parity.max_steps,
+                f"{f.same_class_percent:.1f} %",
+                {True: "same", False: "DIFFER", None: "not compared"}[f.same_bytes],
+                "; ".join(f.faults()) or "ok",
+            )
+            for f in self.files
+        ]
+        header = ("file", "accuracy", "claimed", "images", "equal", "max steps", "same class", "bytes again", "verdict")
+        parts = [table(rows, header)]
+        for f in self.files:
+            if f.by_layer:
+                layers = [(n, f"{p.equal_percent:.3f} %", p.max_steps, p.n) for n, p in f.by_layer.items()]
+                parts.append(f"{f.path}\n\n" + table(layers, ("tensor", "equal", "max steps", "values")))
+        return "\n\n".join(parts)
+
+    def to_json(self) -> dict[str, object]:
+        """Give the same for machines."""
+
+        def parity(p: Parity) -> dict[str, object]:
+            return {"equal_percent": p.equal_percent, "max_steps": p.max_steps, "n": p.n}
+
+        return {
+            "passed": self.passed,
+            "files": [
+                {
+                    "path": f.path,
+                    "accuracy": {"value": f.percent, "claimed": f.claimed_percent, "n": f.n_images},
+                    "parity": {**parity(f.parity), "same_class_percent": f.same_class_percent},
+                    "same_bytes": f.same_bytes,
+                    "by_layer": {name: parity(p) for name, p in f.by_layer.items()},
+                    "faults": f.faults(),
+                }
+                for f in self.files
+            ],
+        }
+
+
+def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Verification:
+    """Measure a built folder again.
+
+    Args:
+        path: the folder.
+        data: where the images are now; None for where the manifest says.
+        per_layer: compare every tensor inside as well.
+        stage: shows how far the work is.
+
+    Raises:
+        BundleError: a file is missing, damaged or changed.
+        DataError: the images cannot be read or do not fit.
+        TargetError: a runtime is missing.
+    """
+    folder = open_folder(path)
+    files = {entry["path"]: folder.artifact(entry) for entry in folder.record["artifacts"]}
+    images = load(data or folder.record["data"], seed=folder.record["seed"], resize=folder.plan.preprocessing.resize)
+    quantized = compress(folder.graph, folder.plan)
+    verified = []
+    for entry in folder.record["artifacts"]:
+        runtime = entry["accuracy"]["runtime"].split()[0]
+        preprocessing = folder.plan.preprocessing
+        with stage(f"{entry['path']} in {runtime}", len(images.test)) as advance:
+            percent, n = measure_accuracy(files[entry["path"]], runtime, images.test, preprocessing, progress=advance)
+        close, agreement = measure_parity(files[entry["path"]], runtime, quantized, images.test, preprocessing)
+        layers = {}
+        if per_layer:
+            layers = dict(parity_by_layer(quantized, entry["format"], runtime, images.test, preprocessing))
+        verified.append(
+            Verified(
+                path=entry["path"],
+                claimed_percent=entry["accuracy"]["value"],
+                percent=percent,
+                n_images=n,
+                parity=close,
+                same_class_percent=agreement,
+                same_bytes=_same_bytes(folder, entry["format"], files[entry["path"]]),
+                by_layer=layers,
+            )
+        )
+    return Verification(files=tuple(verified))
+
+
+def _same_bytes(folder: BuiltFolder, format_name: str, data: bytes) -> bool | None:
+    from edgecomp.build import rewritten
+    from edgecomp.manifest import tool_versions
+
+    writers = {"onnx": ("edgecomp", "onnx"), "tflite": ("edgecomp", "ai-edge-litert", "flatbuffers")}[format_name]
+    now, then = tool_versions(), folder.record["tools"]
+    if any(now.get(name) != then.get(name) for name in writers):
+        return None
+    try:
+        return rewritten(folder.plan, folder.graph, format_name).data == data
+    except ExportError:
+        return None

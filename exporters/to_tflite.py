@@ -1,0 +1,407 @@
+"""A graph as a TFLite file: NHWC, int8 activations, int8 or packed int4 weights; or all float32.
+
+Written with flatbuffers and the schema alone. Operators run in stock LiteRT, in its reference, built-in and XNNPACK
+kernels alike; what the format cannot express is refused with the node's name. Weights of 4 bits and fewer are stored as
+int4 where the kernels read it. Batch size is 1; the input can be resized to more images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from edgecomp.artifact import Exported, StoredWeight
+from edgecomp.compress import fuse_clips
+from edgecomp.errors import ExportError
+from edgecomp.graph import Array, Graph, Node, Op, QuantParams, Tensor
+from edgecomp.ops import clamp_codes, ints
+from edgecomp.packing import stored_bits
+from edgecomp.quantmath import ACT_MAX, ACT_MIN, bias_scale
+
+from .layout import (
+    TO_NCHW,
+    TO_NHWC,
+    feature_orders,
+    moves_data,
+    stored_axis,
+    stored_shape,
+    window_padding,
+)
+from .tflite_schema import TfliteFile
+
+_LIMITS = {"RELU": (0.0, np.inf), "RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0)}
+"""Real limits of the activations that TFLite can fuse."""
+
+
+def to_tflite(graph: Graph) -> Exported:
+    """Write a graph as a TFLite file.
+
+    Image tensors are NHWC, the graph's input and output included. Tensors keep their names in the graph.
+
+    Args:
+        graph: float (gives a float32 file) or quantized, as `verify_float` and `verify_quantized` define them.
+
+    Returns:
+        the file, and where its weight bytes went. Equal graphs give equal bytes.
+
+    Raises:
+        ExportError: TFLite cannot express a node, or the writer libraries are missing.
+    """
+    if all(tensor.quant is None for tensor in graph.tensors.values()):
+        graph = fuse_clips(graph)
+    writer = _Writer(graph)
+    for name in graph.inputs:
+        writer.activation(name)
+    for node in graph.nodes:
+        _HANDLERS[node.op](writer, node)
+    data = writer.file.to_bytes(
+        inputs=[writer.number[name] for name in graph.inputs], outputs=[writer.number[name] for name in graph.outputs]
+    )
+    return Exported(format="tflite", data=data, weights=tuple(writer.weights))
+
+
+def pack_dense(codes: Array, width: int) -> bytes:
+    """Pack int8 codes as TFLite's INT2 and INT4: the first code in the lowest bits, zeros after the last.
+
+    Args:
+        codes: int8, each within -2^(width-1) .. 2^(width-1) - 1.
+        width: 2 or 4 bits; 8 leaves the codes as they are.
+    """
+    per_byte = 8 // width
+    fields = codes.reshape(-1).view(np.uint8) & np.uint8((1 << width) - 1)
+    fields = np.append(fields, np.zeros(-fields.size % per_byte, dtype=np.uint8)).reshape(-1, per_byte)
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    packed: Array = np.bitwise_or.reduce(fields << shifts, axis=1)
+    return packed.tobytes()
+
+
+class _Writer:
+    """The file in the making, with what the handlers of all nodes share.
+
+    Attributes:
+        graph: what is written.
+        file: takes tensors and operators.
+        number: tensor number by graph name.
+        orders: see `layout.feature_orders`.
+        weights: one entry a layer so far.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.file = TfliteFile()
+        self.number: dict[str, int] = {}
+        self.orders = feature_orders(graph)
+        self.weights: list[StoredWeight] = []
+
+    def activation(self, name: str) -> int:
+        """Add an activation tensor of the graph."""
+        tensor = self.graph.tensors[name]
+        self.number[name] = self.scratch(name, stored_shape(tensor.shape), tensor)
+        return self.number[name]
+
+    def scratch(self, name: str, shape: Sequence[int], like: Tensor) -> int:
+        """Add an activation with the type and scale of `like`."""
+        return self.file.tensor(name, shape, "FLOAT32" if like.quant is None else "INT8", quant=like.quant)
+
+    def constant(self, values: Array, *, quant: QuantParams | None = None) -> int:
+        """Add a nameless constant: int32, int8 or float32."""
+        return self.file.tensor("", values.shape, values.dtype.name.upper(), data=_little_endian(values), quant=quant)
+
+    def source(self, node: Node) -> Tensor:
+        """Look up the node's first input."""
+        return self.graph.tensors[node.inputs[0]]
+
+    def result(self, node: Node) -> Tensor:
+        """Look up the node's output."""
+        return self.graph.tensors[node.outputs[0]]
+
+    def operator(self, op: str, node: Node, inputs: Sequence[int], options: str = "", **fields: object) -> None:
+        """Add the operator that writes the node's output; in version 2 where its input is int8, which all such need."""
+        version = 1 if self.source(node).quant is None else 2
+        self.file.operator(op, version, inputs, [self.activation(node.outputs[0])], options, **fields)
+
+    def transpose(self, number: int, order: Sequence[int], output: int, like: Tensor) -> None:
+        """Add a transpose of rank 4."""
+        permutation = self.constant(np.asarray(order, dtype=np.int32))
+        self.file.operator("TRANSPOSE", 1 if like.quant is None else 2, [number, permutation], [output])
+
+    def padded(self, node: Node, kernel: Sequence[int]) -> tuple[int, int]:
+        """Pad the input of a window operator, by an operator of its own where SAME and VALID do not say it.
+
+        Returns:
+            the number of the tensor to read, and the schema's Padding to read it with.
+
+        Raises:
+            ExportError: an average leaves out padding in a way that only SAME could express.
+        """
+        source, number, modes = self.source(node), self.number[node.inputs[0]], self.file.schema.Padding
+        window = window_padding(source.shape, kernel, node)
+        if not any(window.pads):
+            return number, modes.VALID
+        if window.same and not node.attrs.get("include_pad"):
+            return number, modes.SAME
+        if node.op is Op.AVG_POOL and not node.attrs["include_pad"]:
+            raise ExportError(
+                f"tflite: {node.name!r}: avg_pool leaves its padding {node.attrs['pads']} out of the mean, the format "
+                "does so for SAME padding only; use count_include_pad=True or another padding"
+            )
+        top, left, bottom, right = window.pads
+        n, c, h, w = source.shape
+        output = self.scratch(f"{node.name}.pad", (n, top + h + bottom, left + w + right, c), source)
+        margins = np.array([(0, 0), (top, bottom), (left, right), (0, 0)], dtype=np.int32)
+        inputs, version = [number, self.constant(margins)], 1 if source.quant is None else 2
+        if node.op is Op.MAX_POOL and not self.never_negative(node.inputs[0]):
+            value = np.array([np.finfo(np.float32).min], dtype=np.float32)
+            value = value if source.quant is None else np.array([ACT_MIN], dtype=np.int8)
+            inputs.append(self.constant(value, quant=source.quant))
+            self.file.operator("PADV2", version, inputs, [output])
+        else:
+            # Pads with the zero point, which is a real zero.
+            self.file.operator("PAD", version, inputs, [output])
+        return output, modes.VALID
+
+    def clamp(self, node: Node, number: int, output: int) -> None:
+        """Clamp to limits that no activation of TFLite has, by a minimum and a maximum."""
+        like = self.result(node)
+        limits = np.array([_limits(node, like)]).T.astype(np.float32 if like.quant is None else np.int8)
+        low, high = (self.constant(limit, quant=like.quant) for limit in limits)
+        middle = self.scratch(f"{node.name}.low", stored_shape(like.shape), like)
+        version = 1 if like.quant is None else 2
+        self.file.operator("MAXIMUM", version, [number, low], [middle], "MaximumMinimumOptions")
+        self.file.operator("MINIMUM", version, [middle, high], [output], "MaximumMinimumOptions")
+
+    def stored_bits(self, node: Node) -> int:
+        """Give the bits that a code of the layer's weight takes in the file: 32 for float."""
+        weight = self.graph.weight(node)
+        return 32 if weight.quant is None else stored_bits("tflite", node, weight.shape, weight.quant.bits)
+
+    def layer(self, node: Node, values: Array, *, axis: int) -> list[int]:
+        """Add weight and bias of a layer.
+
+        Args:
+            node: the layer.
+            values: its weight in the file's layout.
+            axis: of the output channels in it.
+
+        Returns:
+            tensor numbers.
+        """
+        weight = self.graph.weight(node)
+        data, kind, quant = _little_endian(values), "FLOAT32", weight.quant
+        bits, width = 32, self.stored_bits(node)
+        if quant is not None:
+            bits = quant.bits
+            kind, data, quant = f"INT{width}", pack_dense(values, width), replace(quant, axis=axis)
+        self.weights.append(StoredWeight(layer=node.name, bits=bits, stored_bits=width, stored_bytes=len(data)))
+        return [self.file.tensor(weight.name, values.shape, kind, data=data, quant=quant), self._bias(node)]
+
+    def _bias(self, node: Node) -> int:
+        """Add a layer's bias: of zeros where it has none, as the kernels of convolutions insist on one."""
+        bias, weight, x = self.graph.bias(node), self.graph.weight(node), self.source(node)
+        name, shape = f"{node.name}.bias", (weight.shape[0],)
+        if bias is None and weight.quant is None:
+            bias = Tensor(name=name, shape=shape, data=np.zeros(shape, dtype=np.float32))
+        elif bias is None:
+            assert weight.quant is not None
+            assert x.quant is not None
+            scale = bias_scale(x.quant.scale, weight.quant.scale)
+            quant = replace(weight.quant, bits=32, scale=scale)
+            bias = Tensor(name=name, shape=shape, data=np.zeros(shape, dtype=np.int32), quant=quant)
+        assert bias.data is not None
+        kind = bias.data.dtype.name.upper()
+        return self.file.tensor(name, shape, kind, data=_little_endian(bias.data), quant=bias.quant)
+
+    def activated(
+        self, op: str, version: int, node: Node, inputs: Sequence[int], options: str, **fields: object
+    ) -> None:
+        """Add an operator with a fused activation, and what it cannot fuse behind it."""
+        activation = _activation(node, self.result(node))
+        output = self.activation(node.outputs[0])
+        target = output
+        if activation is None:
+            like = self.result(node)
+            target = self.scratch(f"{node.name}.all", stored_shape(like.shape), like)
+        function = getattr(self.file.schema.ActivationFunctionType, activation or "NONE")
+        self.file.operator(op, version, inputs, [target], options, fusedActivationFunction=function, **fields)
+        if activation is None:
+            self.clamp(node, target, output)
+
+    def never_negative(self, name: str) -> bool:
+        """Tell whether padding with zeros cannot change a maximum: XNNPACK runs PAD, but not PADV2."""
+        quant = self.graph.tensors[name].quant
+        if quant is not None:
+            return int(quant.zero_point) == ACT_MIN
+        node = self.graph.producer().get(name)
+        if node is None:
+            return False
+        if "low" in node.attrs:
+            return float(node.attrs["low"]) >= 0  # type: ignore[arg-type]
+        passes = node.op in (Op.MAX_POOL, Op.AVG_POOL, Op.CONCAT)
+        return passes and all(self.never_negative(n) for n in node.inputs)
+
+
+def _little_endian(values: Array) -> bytes:
+    return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _limits(node: Node, output: Tensor) -> tuple[float, float]:
+    """Give what the node clamps its output to: codes if that is quantized, else real numbers."""
+    if output.quant is not None:
+        return clamp_codes(node)
+    low, high = node.attrs.get("low", -np.inf), node.attrs.get("high", np.inf)
+    return float(low), float(high)  # type: ignore[arg-type]
+
+
+def _activation(node: Node, output: Tensor) -> str | None:
+    """Name the activation that gives exactly the node's limits; None where TFLite has none."""
+    limits = _limits(node, output)
+    if output.quant is None:
+        names = {limit: name for name, limit in _LIMITS.items()} | {(-np.inf, np.inf): "NONE"}
+        return names.get(limits)
+    scale, zero_point = np.float32(output.quant.scale), int(output.quant.zero_point)
+    if limits == (ACT_MIN, ACT_MAX):
+        # Saturation does it all; say RELU where it means that, for readers of the file.
+        return "RELU" if zero_point == ACT_MIN else "NONE"
+    for name, (low, high) in _LIMITS.items():
+        if limits == (_kernel_code(low, scale, zero_point), _kernel_code(high, scale, zero_point)):
+            return name
+    return None
+
+
+def _kernel_code(limit: float, scale: np.float32, zero_point: int) -> int:
+    """Turn a limit into a code as TFLite's kernels do: float32, ties away from zero."""
+    if np.isinf(limit):
+        return ACT_MAX
+    steps = np.float32(limit) / scale
+    code = zero_point + int(np.sign(steps) * np.floor(np.abs(steps) + np.float32(0.5)))
+    return max(ACT_MIN, min(ACT_MAX, code))
+
+
+# ---- one handler an operator -----------------------------------------------------------------------------------------
+
+
+def _conv2d(writer: _Writer, node: Node) -> None:
+    weight, source = writer.graph.weight(node), writer.source(node)
+    assert weight.data is not None
+    groups = int(node.attrs["groups"])  # type: ignore[arg-type]
+    (sh, sw), (dh, dw) = ints(node.attrs, "stride"), ints(node.attrs, "dilation")
+    x, padding = writer.padded(node, weight.shape[2:])
+    fields = {"padding": padding, "strideH": sh, "strideW": sw, "dilationHFactor": dh, "dilationWFactor": dw}
+    if groups != 1 and groups == source.shape[1]:
+        # O1HW -> 1HWO: output channel k*m+j belongs to input channel k in both worlds.
+        inputs = [x, *writer.layer(node, weight.data.transpose(1, 2, 3, 0), axis=3)]
+        fields["depthMultiplier"] = weight.shape[0] // groups
+        version = 3 if weight.quant is not None else 2 if (dh, dw) != (1, 1) else 1
+        writer.activated("DEPTHWISE_CONV_2D", version, node, inputs, "DepthwiseConv2DOptions", **fields)
+        return
+    width = writer.stored_bits(node)
+    if width < 8 and weight.shape[2:] == (1, 1) == (sh, sw) and groups == 1 and not any(ints(node.attrs, "pads")):
+        # XNNPACK reads packed weights in FULLY_CONNECTED only; a 1x1 convolution is one, at every pixel.
+        _fully_connected(writer, node, weight.data.reshape(weight.shape[:2]))
+        return
+    inputs = [x, *writer.layer(node, weight.data.transpose(0, 2, 3, 1), axis=0)]
+    version = 6 if groups != 1 else {32: 1, 8: 3, 4: 7}[width]
+    writer.activated("CONV_2D", version, node, inputs, "Conv2DOptions", **fields)
+
+
+def _linear(writer: _Writer, node: Node) -> None:
+    weight, order = writer.graph.weight(node).data, writer.orders.get(node.inputs[0])
+    assert weight is not None
+    _fully_connected(writer, node, weight if order is None else weight[:, order])
+
+
+def _fully_connected(writer: _Writer, node: Node, values: Array) -> None:
+    """Multiply the last axis of the input by values (O, I)."""
+    inputs = [writer.number[node.inputs[0]], *writer.layer(node, values, axis=0)]
+    version = {32: 1, 8: 4, 4: 10, 2: 14}[writer.stored_bits(node)]
+    keep = len(writer.source(node).shape) > 2
+    writer.activated("FULLY_CONNECTED", version, node, inputs, "FullyConnectedOptions", keepNumDims=keep)
+
+
+def _add(writer: _Writer, node: Node) -> None:
+    version = 1 if writer.result(node).quant is None else 2
+    writer.activated("ADD", version, node, [writer.number[name] for name in node.inputs], "AddOptions")
+
+
+def _concat(writer: _Writer, node: Node) -> None:
+    axis = stored_axis(int(node.attrs["axis"]), len(writer.result(node).shape))  # type: ignore[arg-type]
+    inputs = [writer.number[name] for name in node.inputs]
+    writer.operator("CONCATENATION", node, inputs, "ConcatenationOptions", axis=axis)
+
+
+def _pool(writer: _Writer, node: Node) -> None:
+    kernel, (sh, sw) = ints(node.attrs, "kernel"), ints(node.attrs, "stride")
+    op = "MAX_POOL_2D" if node.op is Op.MAX_POOL else "AVERAGE_POOL_2D"
+    if node.op is Op.MAX_POOL and ints(node.attrs, "dilation") != (1, 1):
+        raise ExportError(f"tflite: {node.name!r}: max_pool has dilation, the format has none; remove it")
+    x, padding = writer.padded(node, kernel)
+    fields = {"padding": padding, "strideH": sh, "strideW": sw, "filterHeight": kernel[0], "filterWidth": kernel[1]}
+    writer.operator(op, node, [x], "Pool2DOptions", **fields)
+
+
+def _global_avg_pool(writer: _Writer, node: Node) -> None:
+    axes = writer.constant(np.array([1, 2], dtype=np.int32))
+    writer.operator("MEAN", node, [writer.number[node.inputs[0]], axes], "ReducerOptions", keepDims=True)
+
+
+def _clip(writer: _Writer, node: Node) -> None:
+    activation = _activation(node, writer.result(node))
+    x = writer.number[node.inputs[0]]
+    if activation in ("RELU", "RELU6"):
+        writer.operator(activation, node, [x])
+    else:
+        writer.clamp(node, x, writer.activation(node.outputs[0]))
+
+
+def _reshape(writer: _Writer, node: Node) -> None:
+    """Reshape in the graph's order of elements, by transposes around it where an image's differs."""
+    source, result = writer.source(node), writer.result(node)
+    x = writer.number[node.inputs[0]]
+    if moves_data(source.shape) and node.outputs[0] not in writer.orders:
+        nchw = writer.scratch(f"{node.name}.nchw", source.shape, source)
+        writer.transpose(x, TO_NCHW, nchw, source)
+        x = nchw
+    y = writer.activation(node.outputs[0])
+    turned = moves_data(result.shape)
+    target = writer.scratch(f"{node.name}.out", result.shape, result) if turned else y
+    shape = result.shape if turned else stored_shape(result.shape)
+    # -1: the batch is whatever is left, so that the input can be resized to many images.
+    inputs = [x, writer.constant(np.array([-1, *shape[1:]], dtype=np.int32))]
+    writer.file.operator("RESHAPE", 1, inputs, [target], "ReshapeOptions")
+    if turned:
+        writer.transpose(target, TO_NHWC, y, result)
+
+
+def _softmax(writer: _Writer, node: Node) -> None:
+    rank = len(writer.result(node).shape)
+    axis = int(node.attrs["axis"])  # type: ignore[arg-type]
+    if stored_axis(axis, rank) != rank - 1:
+        raise ExportError(f"tflite: {node.name!r}: softmax over axis {axis}, the format has channels only (images: 1)")
+    writer.operator("SOFTMAX", node, [writer.number[node.inputs[0]]], "SoftmaxOptions", beta=1.0)
+
+
+def _quantize(writer: _Writer, node: Node) -> None:
+    writer.operator("QUANTIZE", node, [writer.number[node.inputs[0]]], "QuantizeOptions")
+
+
+def _dequantize(writer: _Writer, node: Node) -> None:
+    writer.operator("DEQUANTIZE", node, [writer.number[node.inputs[0]]], "DequantizeOptions")
+
+
+_HANDLERS: Mapping[Op, Callable[[_Writer, Node], None]] = {
+    Op.CONV2D: _conv2d,
+    Op.LINEAR: _linear,
+    Op.ADD: _add,
+    Op.CONCAT: _concat,
+    Op.MAX_POOL: _pool,
+    Op.AVG_POOL: _pool,
+    Op.GLOBAL_AVG_POOL: _global_avg_pool,
+    Op.CLIP: _clip,
+    Op.FLATTEN: _reshape,
+    Op.RESHAPE: _reshape,
+    Op.SOFTMAX: _softmax,
+    Op.QUANTIZE: _quantize,
+    Op.DEQUANTIZE: _dequantize,
+}

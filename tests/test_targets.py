@@ -1,0 +1,125 @@
+"""The boards are what their sources say, and a board's file is read strictly."""
+
+from __future__ import annotations
+
+import pytest
+from edgecomp.benchmarks.runners import RUNNERS
+from edgecomp.targets import load, names
+
+from edgecomp.errors import TargetError
+from edgecomp.target import Target, parse
+
+GOOD = """
+name = "box"
+description = "a box"
+cpu = "Cortex-A53"
+cores = 4
+clock_hz = 1_000_000
+isa = ["aarch64"]
+ram_bytes = 1024
+flash_bytes = 512
+runtimes = ["litert"]
+[sources]
+cpu = "a"
+cores = "b"
+clock_hz = "c"
+isa = "d"
+ram_bytes = "e"
+flash_bytes = "f"
+"""
+
+# Typed from the makers' documentation, not from our files.
+BOARDS = {
+    "rpi-zero2w": ("Cortex-A53", 4, 1.0e9, 512 * 2**20, False),
+    "rpi3b": ("Cortex-A53", 4, 1.2e9, 2**30, False),
+    "rpi4": ("Cortex-A72", 4, 1.5e9, 2**30, False),
+    "rpi5": ("Cortex-A76", 4, 2.4e9, 2**30, True),
+}
+
+
+def test_the_list_of_boards():
+    assert names() == ("host", "rpi-zero2w", "rpi3b", "rpi4", "rpi5")
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_facts_of_a_board(name):
+    target = load(name)
+    cpu, cores, clock_hz, ram_bytes, dot_product = BOARDS[name]
+    assert (target.name, target.cpu, target.cores, target.clock_hz) == (name, cpu, cores, clock_hz)
+    assert (target.ram_bytes, target.flash_bytes) == (ram_bytes, None)
+    assert "neon" in target.isa
+    assert ("dotprod" in target.isa) is dot_product
+    assert ("fp16" in target.isa) is dot_product
+    assert set(target.sources) == {"cpu", "cores", "clock_hz", "isa", "ram_bytes"}
+
+
+def test_the_host_has_no_facts_on_file():
+    host = load("host")
+    assert (host.cpu, host.cores, host.clock_hz, host.ram_bytes, host.isa) == (None, None, None, None, ())
+    assert set(host.runtimes) == set(RUNNERS)
+
+
+def test_boards_name_runtimes_that_exist():
+    for name in names():
+        assert load(name).runtimes
+        assert set(load(name).runtimes) <= set(RUNNERS)
+
+
+def test_an_unknown_board_gets_a_hint():
+    with pytest.raises(TargetError, match=r"^target 'rpi-4' is unknown; did you mean rpi4"):
+        load("rpi-4")
+    with pytest.raises(TargetError, match="'toaster' is unknown; there are host, rpi-zero2w"):
+        load("toaster")
+    for name in ("../targets/rpi4", "", "rpi4.toml", "__init__"):
+        with pytest.raises(TargetError, match="is unknown"):
+            load(name)
+
+
+def test_a_file_becomes_a_value():
+    target = parse(GOOD, "box.toml")
+    assert target == Target(
+        name="box",
+        description="a box",
+        cpu="Cortex-A53",
+        cores=4,
+        clock_hz=1_000_000,
+        isa=("aarch64",),
+        ram_bytes=1024,
+        flash_bytes=512,
+        runtimes=("litert",),
+        sources=dict(zip(("cpu", "cores", "clock_hz", "isa", "ram_bytes", "flash_bytes"), "abcdef", strict=True)),
+    )
+    with pytest.raises(TypeError):
+        target.sources["cpu"] = "z"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("cores = 4", "cores = ", "not TOML"),
+        ("cores = 4", "cores = 4\ncores = 5", "not TOML"),
+        ("cores = 4", "core = 4", "unknown key 'core'; expected name"),
+        ('name = "box"', "", "name is missing"),
+        ('runtimes = ["litert"]', "", "runtimes is missing"),
+        ("cores = 4", "cores = 0", "cores is 0, expected a whole number above 0"),
+        ("cores = 4", "cores = true", "cores is True"),
+        ("cores = 4", "cores = 4.0", "cores is 4.0"),
+        ("ram_bytes = 1024", 'ram_bytes = "1 kB"', "ram_bytes is '1 kB'"),
+        ('name = "box"', "name = 1", "name is 1, expected one line of text"),
+        ('"a box"', '"""a\nbox"""', "description is"),
+        ('isa = ["aarch64"]', 'isa = "aarch64"', "isa is 'aarch64', expected a list of texts"),
+        ('isa = ["aarch64"]', "isa = [1]", "isa is [1]"),
+        ('clock_hz = "c"\n', "", "clock_hz: no source says where it was read"),
+        ("cores = 4", "", "cores: a source is given, but not the fact"),
+        ('cpu = "a"', 'cpu = "a"\ncolour = "red"', "sources: unknown key 'colour'"),
+        ('cpu = "a"', "cpu = 1", "sources: expected a table of texts"),
+    ],
+)
+def test_files_are_read_strictly(old, new, what):
+    text = GOOD.replace(old, new, 1)
+    assert text != GOOD
+    with pytest.raises(TargetError) as caught:
+        parse(text, "box.toml")
+    assert str(caught.value).startswith("box.toml: ")
+    assert what in str(caught.value)
+    assert "\n" not in str(caught.value)

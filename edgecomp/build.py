@@ -146,7 +146,14 @@ def build(
     relevance, ranges = _explain(graph, train, preprocessing, stage)
     keep = planner.irrelevant_channels(graph, relevance)
     with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
-        choices = planner.layer_choices(graph, relevance, keep, formats, progress=advance)
+        choices = planner.layer_choices(
+            graph,
+            relevance,
+            keep,
+            formats,
+            counted=max if budget.kind is BudgetKind.MAX_SIZE else min,
+            progress=advance,
+        )
 
     def plan_of(bits: Mapping[str, int]) -> CompressionPlan:
         return CompressionPlan(

@@ -30,7 +30,7 @@ class LayerChoices:
         name: the layer.
         n_weights: weights that remain after cutting.
         error: bits -> relevance-weighted squared rounding error.
-        stored_bits: bits -> bits a weight takes on disk, in the most expensive of the formats asked for.
+        stored_bits: bits -> bits a weight takes on disk, as the budget counts them.
     """
 
     name: str
@@ -41,6 +41,14 @@ class LayerChoices:
     def cost(self, bits: int) -> int:
         """Count the bits that the layer's weights take on disk."""
         return self.n_weights * self.stored_bits[bits]
+
+    def cheapest(self) -> int:
+        """Give the width that takes the least room; of several, the one with the least error."""
+        return min(self.error, key=lambda bits: (self.stored_bits[bits], self.error[bits]))
+
+    def dearest(self) -> int:
+        """Give the width with the least error."""
+        return max(self.error)
 
 
 def irrelevant_channels(graph: Graph, relevance: Relevance) -> dict[str, tuple[bool, ...]]:
@@ -74,6 +82,7 @@ def layer_choices(
     keep: Mapping[str, tuple[bool, ...]],
     formats: Sequence[str],
     *,
+    counted: Callable[[Sequence[int]], int] = min,
     progress: Callable[[int], object] | None = None,
 ) -> list[LayerChoices]:
     """Work out error and cost of every width of every layer.
@@ -85,6 +94,8 @@ def layer_choices(
         relevance: of the same graph.
         keep: layer name -> keep flags.
         formats: "onnx", "tflite".
+        counted: which of the formats' stored bits the budget counts: `min` for a mean width, so that a format that
+            stores 3 bits as 4 does not stop another from having 3; `max` where every file must stay within a size.
         progress: called after each layer with the number of its weights.
     """
     channels = number_channels(graph)
@@ -106,7 +117,7 @@ def layer_choices(
                 name=node.name,
                 n_weights=data.size,
                 error={bits: _rounding_error(data, cost, bits) for bits in useful},
-                stored_bits={bits: max(per_format[bits]) for bits in useful},
+                stored_bits={bits: counted(per_format[bits]) for bits in useful},
             )
         )
         if progress is not None:
@@ -145,7 +156,7 @@ def solve(choices: Sequence[LayerChoices], budget_bits: float) -> dict[str, int]
     Raises:
         BudgetError: even the smallest widths take more.
     """
-    smallest = {c.name: min(c.error, key=c.cost) for c in choices}
+    smallest = {c.name: c.cheapest() for c in choices}
     least = sum(c.cost(smallest[c.name]) for c in choices)
     if least > budget_bits:
         total = sum(c.n_weights for c in choices)
@@ -206,7 +217,7 @@ def search_file_size(
     Raises:
         BudgetError: the smallest widths give a larger file.
     """
-    smallest = {c.name: min(c.error, key=c.cost) for c in choices}
+    smallest = {c.name: c.cheapest() for c in choices}
     overhead = 0
     for _ in range(8):
         room_bits = 8 * (limit_bytes - overhead)
@@ -248,8 +259,8 @@ def search_drop(
     Returns:
         the widths and their measured loss; those of the largest widths where even they lose more.
     """
-    largest = {c.name: max(c.error) for c in choices}
-    smallest = {c.name: min(c.error, key=c.cost) for c in choices}
+    largest = {c.name: c.dearest() for c in choices}
+    smallest = {c.name: c.cheapest() for c in choices}
     low = float(sum(c.cost(smallest[c.name]) for c in choices))
     high = float(sum(c.cost(largest[c.name]) for c in choices))
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
+
 from edgecomp.benchmarks import memory
 from edgecomp.benchmarks.accuracy import accuracy, parity
 from edgecomp.benchmarks.bench import bench
@@ -16,8 +18,6 @@ from edgecomp.benchmarks.environment import environment
 from edgecomp.benchmarks.harness import MIN_ROUNDS, Timing, measure, ratio
 from edgecomp.benchmarks.memory import TINY, footprint
 from edgecomp.benchmarks.runners import LiteRt, OnnxRuntime
-from onnx import helper
-
 from edgecomp.data import LabelledImages
 from edgecomp.errors import BundleError, DataError, ParityError, TargetError, UsageError
 from edgecomp.preprocessing import Preprocessing
@@ -102,6 +102,10 @@ def test_what_never_settles_is_said_and_bounded():
     growing = clock.body("a", lambda: MS * 1.02 ** len(clock.calls))
     (timing,) = measure({"a": growing}, clock=clock, rng=rng(), warmup_max_s=2.0, rounds=1, min_s=0.0).values()
     assert not timing.steady
+    assert 180 < timing.warmups < 200  # 2 s are over after 187 runs, and a window is finished
+    clock = Clock()
+    timing = measure({"a": clock.body("a", MS)}, clock=clock, rng=rng(), warmup_min_s=0.0, min_s=0.0)["a"]
+    assert timing.warmups == 150  # three windows of 50 ms agree, not fewer
     clock = Clock()
     (timing,) = measure({"a": clock.body("a", MS)}, clock=clock, rng=rng(), warmup_min_s=0.5, min_s=0.0).values()
     assert timing.steady

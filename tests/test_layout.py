@@ -6,9 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
-from edgecomp.exporters import layout
 
 from edgecomp import reference
+from edgecomp.exporters import layout
 from edgecomp.graph import Graph, Node, Op
 from tests.graphs import Build, images
 

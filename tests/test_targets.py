@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from edgecomp.benchmarks.runners import RUNNERS
-from edgecomp.targets import load, names
 
+from edgecomp.benchmarks.runners import RUNNERS
 from edgecomp.errors import TargetError
 from edgecomp.target import Target, parse
+from edgecomp.targets import load, names
 
 GOOD = """
 name = "box"

@@ -8,20 +8,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from edgecomp.exporters import to_tflite as module
-from edgecomp.exporters.to_tflite import pack_dense, to_tflite
+from ai_edge_litert import interpreter as litert
+from ai_edge_litert import schema_py_generated as schema
 
 from edgecomp import quantmath, reference
 from edgecomp.compress import compress
 from edgecomp.errors import ExportError
+from edgecomp.exporters import to_tflite as module
+from edgecomp.exporters.to_tflite import pack_dense, to_tflite
 from edgecomp.graph import Graph, Node, Op, QuantParams, Tensor
 from edgecomp.ops import OPS
 from edgecomp.plan import Io
 from tests.graphs import GRAPHS, Build, images, plan_for
 from tests.tflite_cases import CASES, made
 
-litert = pytest.importorskip("ai_edge_litert.interpreter")
-schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
 RESOLVERS = {
     "reference": litert.OpResolverType.BUILTIN_REF,
     "builtin": litert.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,

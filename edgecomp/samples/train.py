@@ -170,7 +170,8 @@ def make(data: Path, out: Path, *, epochs: int, seed: int) -> None:
         "parameters": sum(p.numel() for p in network.parameters()),
         "accuracy": {name: {"correct": count_correct(network, *xy), "n": len(xy[1])} for name, xy in measured.items()},
         "torch": torch.__version__,
-        "command": f"python -m edgecomp.samples.train --data ROOT --epochs {epochs} --seed {seed}",
+        "command": f"python -m edgecomp.samples.train --data ROOT --epochs {epochs} --seed {seed}"
+        f" --threads {torch.get_num_threads()}",
     }
     (out / "resnet8_fmnist.safetensors").write_bytes(save(network.state_dict()))
     write_npz(

@@ -166,12 +166,18 @@ CASES = {
     "view": (Function(lambda m, x: x.view(x.size(0), -1)), [FLAT]),
     "reshape": (Function(lambda m, x: x.reshape(x.shape[0], 2, C // 2, H, W)), [Op.RESHAPE]),
     "unflatten": (Function(lambda m, x: x.flatten(1).unflatten(1, (2, -1))), [FLAT, Op.RESHAPE]),
-    "squeeze": (Function(lambda m, x: x.mean([-1, -2], keepdim=True).squeeze(-1).squeeze(-1)), [MEAN, Op.RESHAPE, FLAT]),
-    "softmax": (Function(lambda m, x: F.softmax(m.fc(features(x)), dim=-1), **HEAD), [MEAN, FLAT, Op.LINEAR, Op.SOFTMAX]),
+    "squeeze": (
+        Function(lambda m, x: x.mean([-1, -2], keepdim=True).squeeze(-1).squeeze(-1)),
+        [MEAN, Op.RESHAPE, FLAT],
+    ),
+    "softmax": (
+        Function(lambda m, x: F.softmax(m.fc(features(x)), dim=-1), **HEAD),
+        [MEAN, FLAT, Op.LINEAR, Op.SOFTMAX],
+    ),
     "softmax channels": (nn.Softmax(dim=1), [Op.SOFTMAX]),
     "mean keepdim": (Function(lambda m, x: x.mean((-1, 2), keepdim=True)), [MEAN]),
     "gone": (
-        nn.Sequential(OrderedDict(d=nn.Dropout(), i=nn.Identity(), d2=nn.Dropout2d(), r=nn.ReLU(), a=nn.AlphaDropout())),
+        nn.Sequential(nn.Dropout(), nn.Identity(), nn.Dropout2d(), nn.ReLU(), nn.AlphaDropout()),
         [CLIP],
     ),
     "gone functions": (
@@ -506,7 +512,7 @@ REFUSED = {
     "negative variance": (lambda: broken("1.running_var", -3.0), CaptureError, "layer '1': running_var"),
     "NaN weight": (lambda: broken("0.weight", math.nan), CaptureError, "weight '0.weight' holds NaN or infinity"),
     "infinite statistics": (lambda: broken("1.running_mean", -math.inf), CaptureError, "'1.running_mean'"),
-    "overflow in folding": (lambda: broken("1.weight", 3e38, scale=1e3), CaptureError, "weight '0.weight' holds NaN or infinity"),
+    "overflow in folding": (lambda: broken("1.weight", 3e38, scale=1e3), CaptureError, "weight '0.weight' holds NaN"),
     "two outputs": (lambda: net(lambda m, x: (x + x, x.relu())), CaptureError, "returns 2 tensors (add, relu)"),
     "no output": (lambda: net(lambda m, x: None), CaptureError, "returns 0 tensors"),
     "nothing done": (lambda: nn.Identity(), CaptureError, "does not depend on the image"),
@@ -592,7 +598,7 @@ def test_an_exported_program_of_another_shape() -> None:
 @pytest.mark.parametrize("part", [nn.BatchNorm2d(3), nn.Dropout()])
 def test_an_exported_program_in_training_mode(part: nn.Module) -> None:
     program = torch.export.export(nn.Sequential(part).train(), (torch.zeros(1, 3, 8, 8),))
-    with pytest.raises(UnsupportedOp, match="^layer '0'"):
+    with pytest.raises(UnsupportedOp, match=r"^layer '0'"):
         capture(program, (3, 8, 8), name="train")
 
 

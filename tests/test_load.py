@@ -311,6 +311,7 @@ def rewritten(path: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
         records = {name.split("/", 1)[1]: old.read(name) for name in old.namelist()}
     change(records)
     writer = torch._C.PyTorchFileWriter(str(path))
+    writer.set_min_version(6)
     for name, content in records.items():
         if name not in (".data/version", "version", ".data/serialization_id"):
             writer.write_record(name, content, len(content))
@@ -380,7 +381,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], None], str]] = {
     "type of inputs": (edit(MODEL, "builtins.tuple", "antigravity.tuple"), "are nested in 'antigravity.tuple'"),
     "guards": (edit(MODEL, '"guards_code": []', f'"guards_code": ["{EVIL}"]'), "guards_code"),
     "operator": (edit(MODEL, "torch.ops.aten.conv2d.default", "torch.hub.load"), "'torch.hub.load' as target"),
-    "operator on files": (edit(MODEL, "torch.ops.aten.conv2d.default", "torch.ops.aten.from_file.default"), "as target"),
+    "operator on files": (edit(MODEL, "aten.conv2d.default", "aten.from_file.default"), "as target"),
     "custom object": (edit(MODEL, '{"as_tensor": {"name": "input"}}', '{"as_custom_obj": {"name": "input"}}'),
                       "uses as_custom_obj"),
 }  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-import pickle
 import re
 import sys
 import warnings
@@ -166,6 +165,7 @@ def _read_torch(path: Path) -> object:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'torch.load' received a zip file that looks like a TorchScript")
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises all kinds on a damaged file
         text = str(error)
@@ -173,16 +173,26 @@ def _read_torch(path: Path) -> object:
             raise CaptureError(
                 f"weights {path}: is a TorchScript archive, which brings code along; save model.state_dict() instead"
             ) from error
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in text:
-            found = re.search(r"(?:GLOBAL|class|global:?) ([\w.]+\.\w+)", text)
+        found = re.search(r"GLOBAL ([\w.]+)", text)
+        if found is not None or _is_bare_pickle(path):
+            held = f" ({found[1]})" if found is not None else ""
             raise CaptureError(
-                f"weights {path}: is a pickled module or other Python object ({found[1] if found else 'unknown'}): "
+                f"weights {path}: is a pickled module or other Python object{held}: "
                 "unpickling runs code; save model.state_dict() instead"
             ) from error
         raise CaptureError(
             f"weights {path}: damaged, or not a file of torch.save ({type(error).__name__}); "
             "expected a saved state_dict"
         ) from error
+
+
+def _is_bare_pickle(path: Path) -> bool:
+    """Tell a file of pickle.dump, protocol 3 or later, from torch's own, which starts with protocol 2 or is a zip."""
+    try:
+        with path.open("rb") as file:
+            return file.read(2) in (b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    except OSError:
+        return False
 
 
 def _first_line(error: BaseException) -> str:

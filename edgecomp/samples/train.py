@@ -166,7 +166,7 @@ def make(data: Path, out: Path, *, epochs: int, seed: int) -> None:
         "data": "Fashion-MNIST",
         "classes": CLASSES,
         "input_shape": (1, 32, 32),
-        "preprocessing": {"mean": [MEAN], "std": [STD], "pad": PAD},
+        "preprocessing": {"mean": [MEAN], "std": [STD], "resize": None, "pad": PAD},
         "parameters": sum(p.numel() for p in network.parameters()),
         "accuracy": {name: {"correct": count_correct(network, *xy), "n": len(xy[1])} for name, xy in measured.items()},
         "torch": torch.__version__,

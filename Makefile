@@ -1,0 +1,35 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Each sets up .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types soak clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)  ## compress the bundled network and measure it: about a minute
+	$(BIN)/edgecomp build --force -o demo
+	$(BIN)/edgecomp bench demo
+
+test: lint types  ## everything CI runs
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy --strict edgecomp
+
+MINUTES ?= 20
+soak: $(READY)  ## fuzzing and random graphs for MINUTES; SEED=N repeats a run
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# Made again when the dependencies change; .ready is written last, so an interrupted installation is repeated.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgecomp needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

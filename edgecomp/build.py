@@ -375,8 +375,8 @@ def _measure(
     close, agreement = measure_parity(exported.data, runtime, quantized, test, preprocessing)
     if agreement < LEAST_AGREEMENT_PERCENT:
         raise ParityError(
-            f"model.{exported.format}: {runtime} names another class than the reference on {100 - agreement:.1f} % of "
-            f"images, expected at most {100 - LEAST_AGREEMENT_PERCENT:.0f} %; the file was not written"
+            f"model.{exported.format}: {runtime} names another class than the reference, beyond ties, on "
+            f"{100 - agreement:.1f} % of images, expected at most {100 - LEAST_AGREEMENT_PERCENT:.0f} %; the file was not written"
         )
     version = runner_class(runtime)(exported.data).version
     return {
@@ -385,7 +385,7 @@ def _measure(
             "equal_percent": round(close.equal_percent, 4),
             "max_steps": close.max_steps,
             "n": close.n,
-            "same_class_percent": round(agreement, 4),
+            "agree_percent": round(agreement, 4),
         },
     }
 

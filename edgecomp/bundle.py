@@ -70,7 +70,7 @@ def from_bytes(data: bytes, where: str = "graph") -> Graph:
         return _read(data, where)
     except BundleError:
         raise
-    except (EdgecompError, KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as e:
+    except (EdgecompError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as e:
         raise BundleError(f"{where}: is damaged: {str(e)[:200] or type(e).__name__}; build it again") from e
 
 
@@ -107,14 +107,13 @@ def _attribute_to_json(value: object) -> object:
 def _attribute_from_json(key: str, value: Any, where: str) -> Any:
     if value is None and key in ("low", "high"):
         return -math.inf if key == "low" else math.inf
-    numbers = value if isinstance(value, list) else [value]
+    if key in ("low", "high") and isinstance(value, float):
+        return value
+    numbers = value if isinstance(value, list) and key not in ("low", "high") else [value]
+    # A limit given as a whole number stays one: the digest tells 6 from 6.0.
     whole = all(isinstance(v, int) and not isinstance(v, bool) and abs(v) < 1 << 31 for v in numbers)
-    if key in ("low", "high"):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise BundleError(f"{where}: attribute {key!r} is not a number")
-        return float(value)
     if not whole or len(numbers) > 16:
-        raise BundleError(f"{where}: attribute {key!r} is not made of whole numbers")
+        raise BundleError(f"{where}: attribute {key!r:.80} is {value!r:.80}, expected small whole numbers")
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -189,6 +188,7 @@ def _shape(dims: Any, where: str) -> tuple[int, ...]:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise BundleError(f"{where}: expected a name, found {type(value).__name__}")
+    value.encode()  # half a surrogate pair passes JSON and could not be written again
     return value
 
 

@@ -356,20 +356,29 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _targets(args: argparse.Namespace) -> int:
-    from dataclasses import asdict
+    from dataclasses import fields
 
     from edgecomp.report import table
     from edgecomp.targets import load, names
 
     known = [load(name) for name in ([args.name] if args.name else names())]
+    facts = [{field.name: getattr(target, field.name) for field in fields(target)} for target in known]
     if args.json:
-        print(json.dumps([asdict(target) for target in known], indent=1, default=list))
+        print(json.dumps([{**fact, "sources": dict(fact["sources"])} for fact in facts], indent=1))
     elif args.name:
-        print(table([(key, str(value)) for key, value in asdict(known[0]).items()], ("fact", "value")))
+        sources = facts[0].pop("sources")
+        rows = [(name, _shown(value), sources.get(name, "")) for name, value in facts[0].items()]
+        print(table(rows, ("fact", "value", "source")))
     else:
         rows = [(t.name, t.cores or "-", t.description) for t in known]
         print(table(rows, ("target", "cores", "description")))
     return 0
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _require(package: str, extra: str) -> None:

@@ -104,11 +104,11 @@ def fuse_clips(graph: Graph) -> Graph:
             continue
         if node.inputs[0] in graph.outputs:
             continue
-        gone |= {node.name, node.inputs[0]}
+        gone.add(node.name)
         fused[source.name] = replace(
             source, outputs=node.outputs, attrs={**source.attrs, "low": node.attrs["low"], "high": node.attrs["high"]}
         )
-    nodes = tuple(fused.get(node.name, node) for node in graph.nodes if not (node.op is Op.CLIP and node.name in gone))
+    nodes = tuple(fused.get(node.name, node) for node in graph.nodes if node.name not in gone)
     written = {name for node in nodes for name in node.outputs}
     tensors = {
         name: t for name, t in graph.tensors.items() if t.data is not None or name in written or name in graph.inputs
@@ -172,11 +172,14 @@ def quantize_layers(graph: Graph, activations: Mapping[str, QuantParams], weight
             weight, bias = graph.weight(node), graph.bias(node)
             assert weight.data is not None
             scale = quantmath.choose_weight_scale(weight.data, bits)
+            input_scale = activations[node.inputs[0]].scale
+            if bias is not None:
+                assert bias.data is not None
+                scale = quantmath.widen_for_bias(scale, bias.data, input_scale)
             codes = quantmath.quantize_weight(weight.data, scale, bits)
             tensors[weight.name] = replace(weight, data=codes, quant=_symmetric(bits, scale))
             if bias is not None:
                 assert bias.data is not None
-                input_scale = activations[node.inputs[0]].scale
                 tensors[bias.name] = replace(
                     bias,
                     data=quantmath.quantize_bias(bias.data, input_scale, scale),
@@ -217,7 +220,7 @@ def insert_borders(graph: Graph, io: Io) -> Graph:
     if io is Io.INT8:
         return graph
     tensors, nodes = dict(graph.tensors), list(graph.nodes)
-    producer = graph.producer()
+    producer, consumers = graph.producer(), graph.consumers()
     for name in graph.inputs:
         codes = f"{name}.quantized"
         tensors[codes] = replace(tensors[name], name=codes)
@@ -227,9 +230,9 @@ def insert_borders(graph: Graph, io: Io) -> Graph:
     outputs = []
     for name in graph.outputs:
         last = producer.get(name)
-        if last is not None and last.op is Op.SOFTMAX:
-            source, place = last.inputs[0], next(i for i, n in enumerate(nodes) if n.name == last.name)
-            real = f"{source}.dequantized"
+        if last is not None and last.op is Op.SOFTMAX and not consumers[name]:
+            place = next(i for i, n in enumerate(nodes) if n.name == last.name)
+            source, real = nodes[place].inputs[0], f"{name}.logits"
             tensors[real] = replace(tensors[source], name=real, quant=None)
             tensors[name] = replace(tensors[name], quant=None)
             nodes[place] = replace(nodes[place], inputs=(real,))

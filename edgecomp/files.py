@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -42,12 +43,15 @@ def check_output_folder(folder: Path, *, force: bool) -> None:
         UsageError: the folder exists (without `force`), is a file, or holds something that no build of ours made.
     """
     if not folder.exists() and not folder.is_symlink():
-        parent = folder.absolute().parent
-        if parent.exists() and not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise UsageError(f"{folder}: its parent is not a folder one may write to; choose another -o")
+        parent = next(p for p in folder.absolute().parents if p.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise UsageError(f"{folder}: {parent} is not a folder one may write to; choose another -o")
         return
     if not folder.is_dir() or folder.is_symlink():
         raise UsageError(f"{folder}: is there and is not a plain folder; choose another -o")
+    if folder.is_mount() or Path.cwd().is_relative_to(folder.resolve()):
+        # Neither can be replaced by another folder: a mount refuses, and who stands there would see the old one.
+        raise UsageError(f"{folder}: is a mount point or the current folder; choose a folder within it as -o")
     if not any(folder.iterdir()):
         return
     if not force:
@@ -74,22 +78,22 @@ def new_folder(folder: Path, *, force: bool) -> Iterator[Path]:
         UsageError: see `check_output_folder`.
         OSError: as the system reports it.
     """
+    _remove_leftovers(folder.absolute())
     check_output_folder(folder, force=force)
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
     work = folder.with_name(f".{folder.name}{_UNFINISHED}{os.getpid()}")
     work.mkdir()
     try:
         yield work
         check_output_folder(folder, force=force)
         old = folder.with_name(f".{folder.name}{_UNFINISHED}{os.getpid()}-old")
-        if folder.exists():
-            folder.rename(old)
         try:
+            if folder.exists():
+                folder.rename(old)
             work.rename(folder)
-        except OSError:
-            if old.exists():
+        except BaseException:
+            if old.exists() and not folder.exists():
                 old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
@@ -99,9 +103,10 @@ def new_folder(folder: Path, *, force: bool) -> Iterator[Path]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    for path in folder.parent.glob(f".{folder.name}{_UNFINISHED}*"):
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}{_UNFINISHED}*"):
         owner = path.name.rpartition(_UNFINISHED)[2].partition("-")[0]
-        if not owner.isdigit() or _is_running(int(owner)):
+        # Our own number is that of a dead process, too: in a container every run may get the same.
+        if not owner.isdecimal() or (int(owner) != os.getpid() and _is_running(int(owner))):
             continue
         if path.name.endswith("-old") and not folder.exists():
             # Killed between the two renames: the earlier build is put back before anything else.
@@ -113,7 +118,7 @@ def _remove_leftovers(folder: Path) -> None:
 def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

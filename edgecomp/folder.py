@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecomp import bundle
-from edgecomp.errors import BundleError, PlanError
+from edgecomp.errors import BundleError
 from edgecomp.files import MANIFEST, PLAN_FILE
 from edgecomp.graph import Graph
 from edgecomp.manifest import read_manifest
@@ -84,4 +84,4 @@ def _text(path: Path) -> str:
     try:
         return _read(path).decode("utf-8")
     except UnicodeDecodeError as e:
-        raise PlanError(f"{path}: is not UTF-8 text; the file is damaged, build it again") from e
+        raise BundleError(f"{path}: is not UTF-8 text; the file is damaged, build it again") from e

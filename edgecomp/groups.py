@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -77,6 +78,10 @@ def number_channels(graph: Graph) -> Channels:
                 y = np.concatenate([of[name] for name in node.inputs])
             case Op.FLATTEN:
                 y = np.repeat(x, shape[1] // len(x))
+            case Op.CLIP if not cast("float", node.attrs["low"]) <= 0 <= cast("float", node.attrs["high"]):
+                # A channel of zeros leaves it as a constant, which would be lost with the channel.
+                y = x
+                locked.append(x)
             case Op.MAX_POOL | Op.AVG_POOL | Op.GLOBAL_AVG_POOL | Op.CLIP:
                 y = x
             case _:

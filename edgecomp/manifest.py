@@ -153,10 +153,19 @@ def read_manifest(text: str, where: str) -> Mapping[str, Any]:
         for key, kind in (("format", str), ("path", str), ("sha256", str), ("bytes", int), ("accuracy", dict)):
             if not isinstance(artifact.get(key), kind):
                 raise BundleError(f"{place}: {key!r} is missing or not of type {kind.__name__}")
-        if "/" in artifact["path"] or artifact["path"].startswith("."):
-            raise BundleError(f"{place}: path {artifact['path']!r:.80}: expected a file in the same folder")
-        if not isinstance(artifact["accuracy"].get("value"), (int, float)):
+        if artifact["path"] != f"model.{artifact['format']}" or not artifact["format"].isalnum():
+            raise BundleError(f"{place}: path {artifact['path']!r:.80}: expected model.FORMAT, in the same folder")
+        if not _is_number(artifact["accuracy"].get("value")):
             raise BundleError(f"{place}: accuracy: 'value' is missing")
-    if not isinstance(obj["data"], str) or not isinstance(obj["float"], dict):
-        raise BundleError(f"{where}: 'data' or 'float' is of the wrong type")
+        if not (isinstance(artifact["accuracy"].get("runtime"), str) and artifact["accuracy"]["runtime"].strip()):
+            raise BundleError(f"{place}: accuracy: 'runtime' is missing")
+    for key, kind in (("data", str), ("float", dict), ("seed", int), ("tools", dict)):
+        if not isinstance(obj[key], kind) or isinstance(obj[key], bool):
+            raise BundleError(f"{where}: {key!r} is {obj[key]!r:.60}, expected {kind.__name__}")
+    if not _is_number(obj["float"].get("accuracy")):
+        raise BundleError(f"{where}: float: 'accuracy' is missing")
     return obj
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300

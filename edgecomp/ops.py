@@ -189,7 +189,7 @@ def _clip_integer(node: Node, tensors: Mapping[str, Tensor], values: Mapping[str
 
 
 def _concat_shape(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
-    axis = cast("int", attrs["axis"])
+    axis = cast("int", attrs["axis"]) % len(shapes[0])
     rests = {s[:axis] + s[axis + 1 :] for s in shapes}
     if len(rests) != 1:
         raise GraphError(f"concat: shapes {list(shapes)} differ beside axis {axis}")
@@ -211,7 +211,6 @@ def _max_pool(values: Sequence[Array], attrs: Attrs) -> Array:
     lowest = quantmath.ACT_MIN if x.dtype == np.int8 else -np.inf
     result: Array = _windows(x, ints(attrs, "kernel"), attrs, lowest).max(axis=(4, 5))
     return result
-
 
 
 def window_counts(shape: Shape, attrs: Attrs) -> Array:

@@ -23,6 +23,9 @@ _CLIP_STEPS = 16
 # The smallest share of max |w| worth trying, by bits: a ternary grid wants to clip much, an 8-bit grid hardly at all.
 _CLIP_FLOOR = {2: 0.30, 3: 0.40, 4: 0.50, 5: 0.60, 6: 0.70, 7: 0.80, 8: 0.90}
 _CHUNK_ELEMENTS = 1 << 16
+# Times the smallest input scale this is still a normal float32, and not zero on a device that knows no others.
+_LEAST_WEIGHT_SCALE = np.float32(2.0**-80)
+_BIAS_LIMIT = 1 << 30
 
 
 def weight_limit(bits: int) -> int:
@@ -51,7 +54,8 @@ def activation_params(low: float, high: float) -> QuantParams:
 def choose_weight_scale(weight: Array, bits: int) -> Array:
     """Choose the scale of each output channel that minimises the squared rounding error, by a fixed grid of clips.
 
-    Deterministic and data-free. A channel of zeros gets scale 1.
+    Deterministic and data-free. A channel of zeros gets the largest scale of the others, which suits its bias; 1 when
+    all are zero.
 
     Args:
         weight: float32 (O, ...).
@@ -62,14 +66,14 @@ def choose_weight_scale(weight: Array, bits: int) -> Array:
     """
     rows = np.ascontiguousarray(weight, dtype=np.float32).reshape(weight.shape[0], -1)
     limit = weight_limit(bits)
-    scales = np.ones(rows.shape[0], dtype=np.float32)
+    scales = np.zeros(rows.shape[0], dtype=np.float32)
     shares = np.linspace(1.0, _CLIP_FLOOR[bits], _CLIP_STEPS, dtype=np.float32)
     step = max(1, _CHUNK_ELEMENTS // max(1, rows.shape[1]))
     for start in range(0, rows.shape[0], step):
         block = rows[start : start + step]
         peak = np.abs(block).max(axis=1)
         alive = peak > 0
-        base = np.where(alive, peak, 1).astype(np.float32) / np.float32(limit)
+        base = np.maximum(np.where(alive, peak, 1).astype(np.float32) / np.float32(limit), _LEAST_WEIGHT_SCALE)
         best_error = np.full(block.shape[0], np.inf, dtype=np.float32)
         best_scale = base.copy()
         for share in shares:
@@ -82,9 +86,19 @@ def choose_weight_scale(weight: Array, bits: int) -> Array:
             better = error < best_error
             best_error[better] = error[better]
             best_scale[better] = scale[better]
-        scales[start : start + step] = np.where(alive, best_scale, np.float32(1))
-    # A scale below the smallest normal float would turn to zero on some devices.
-    return np.maximum(scales, np.float32(np.finfo(np.float32).tiny))
+        scales[start : start + step] = np.where(alive, np.maximum(best_scale, _LEAST_WEIGHT_SCALE), np.float32(0))
+    dead = scales == 0
+    scales[dead] = 1 if dead.all() else scales.max()
+    return scales
+
+
+def widen_for_bias(weight_scale: Array, bias: Array, input_scale: Array) -> Array:
+    """Raise scales float32 (O,) where a bias float32 (O,) would saturate: channels whose weights have nearly died.
+
+    What is lost of such a channel's weights is less than a millionth of its bias.
+    """
+    least = np.abs(bias.astype(np.float64)) / (float(input_scale) * _BIAS_LIMIT)
+    return np.maximum(weight_scale, least.astype(np.float32))
 
 
 def quantize_weight(weight: Array, scale: Array, bits: int) -> Array:
@@ -98,7 +112,7 @@ def quantize_bias(bias: Array, input_scale: Array, weight_scale: Array) -> Array
     """Round a bias float32 (O,) to int32 codes of scale input_scale x weight_scale (O,), saturating."""
     codes = np.rint(bias.astype(np.float64) / bias_scale(input_scale, weight_scale).astype(np.float64))
     # A margin of half the int32 range stays free for the sum of products, so that the accumulator cannot overflow.
-    return np.clip(codes, -(1 << 30), 1 << 30).astype(np.int32)
+    return np.clip(codes, -_BIAS_LIMIT, _BIAS_LIMIT).astype(np.int32)
 
 
 def bias_scale(input_scale: Array, weight_scale: Array) -> Array:

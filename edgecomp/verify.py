@@ -48,8 +48,10 @@ def verify_quantized(graph: Graph) -> None:
             continue
         if not (np.isfinite(q.scale).all() and (q.scale > 0).all()):
             raise GraphError(f"tensor {tensor.name!r}: scales must be positive and finite")
-        if tensor.data is None and (q.bits != 8 or q.scale.shape != () or abs(int(q.zero_point)) > 128):
-            raise GraphError(f"tensor {tensor.name!r}: expected 8 bits and one scale for an activation")
+        if tensor.data is None and (q.bits != 8 or q.scale.shape != () or q.zero_point.shape != ()):
+            raise GraphError(f"tensor {tensor.name!r}: expected 8 bits, one scale and one zero point for an activation")
+        if tensor.data is None and not quantmath.ACT_MIN <= int(q.zero_point) <= quantmath.ACT_MAX:
+            raise GraphError(f"tensor {tensor.name!r}: zero point {int(q.zero_point)}, expected within -128..127")
     for node in graph.nodes:
         _verify_quantized_node(graph, node)
 
@@ -126,7 +128,10 @@ def _verify_structure(graph: Graph) -> None:
         if node.outputs[0] not in graph.tensors or node.outputs[0] in known:
             raise GraphError(f"node {node.name!r}: writes {node.outputs[0]!r}, which is unknown or written already")
         known.add(node.outputs[0])
-        shape = row.shape([graph.tensors[name].shape for name in node.inputs], node.attrs)
+        try:
+            shape = row.shape([graph.tensors[name].shape for name in node.inputs], node.attrs)
+        except GraphError as e:
+            raise GraphError(f"node {node.name!r}: {e}") from e
         if shape != graph.tensors[node.outputs[0]].shape:
             raise GraphError(
                 f"node {node.name!r}: gives shape {shape}, its tensor says {graph.tensors[node.outputs[0]].shape}"

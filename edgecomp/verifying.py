@@ -31,7 +31,7 @@ class Verified:
         percent: accuracy now.
         n_images: of the test split.
         parity: of the outputs with the integer reference.
-        same_class_percent: images on which file and reference name the same class.
+        agree_percent: images on which file and reference name the same class, ties aside.
         same_bytes: whether exporting plan and graph again gives the same bytes; None where the writer library is
             missing or of another version.
         by_layer: parity of every tensor inside; empty unless asked for.
@@ -42,7 +42,7 @@ class Verified:
     percent: float
     n_images: int
     parity: Parity
-    same_class_percent: float
+    agree_percent: float
     same_bytes: bool | None
     by_layer: Mapping[str, Parity]
 
@@ -51,8 +51,8 @@ class Verified:
         found = []
         if abs(self.percent - self.claimed_percent) > ACCURACY_TOLERANCE_POINTS:
             found.append(f"accuracy is {self.percent:.2f} %, the manifest says {self.claimed_percent:.2f} %")
-        if self.same_class_percent < LEAST_AGREEMENT_PERCENT:
-            found.append(f"names the reference's class on {self.same_class_percent:.1f} % of images only")
+        if self.agree_percent < LEAST_AGREEMENT_PERCENT:
+            found.append(f"names the reference's class on {self.agree_percent:.1f} % of images only")
         if self.same_bytes is False:
             found.append("exporting plan and graph again gives other bytes")
         return [f"{self.path}: {fault}" for fault in found]
@@ -83,13 +83,13 @@ class Verification:
                 f.n_images,
                 f"{f.parity.equal_percent:.2f} %",
                 f.parity.max_steps,
-                f"{f.same_class_percent:.1f} %",
+                f"{f.agree_percent:.1f} %",
                 {True: "same", False: "DIFFER", None: "not compared"}[f.same_bytes],
                 "; ".join(f.faults()) or "ok",
             )
             for f in self.files
         ]
-        header = ("file", "accuracy", "claimed", "images", "equal", "max steps", "same class", "bytes again", "verdict")
+        header = ("file", "accuracy", "claimed", "images", "equal", "max steps", "agree", "bytes again", "verdict")
         parts = [table(rows, header)]
         for f in self.files:
             if f.by_layer:
@@ -109,7 +109,7 @@ class Verification:
                 {
                     "path": f.path,
                     "accuracy": {"value": f.percent, "claimed": f.claimed_percent, "n": f.n_images},
-                    "parity": {**parity(f.parity), "same_class_percent": f.same_class_percent},
+                    "parity": {**parity(f.parity), "agree_percent": f.agree_percent},
                     "same_bytes": f.same_bytes,
                     "by_layer": {name: parity(p) for name, p in f.by_layer.items()},
                     "faults": f.faults(),
@@ -154,7 +154,7 @@ def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Ve
                 percent=percent,
                 n_images=n,
                 parity=close,
-                same_class_percent=agreement,
+                agree_percent=agreement,
                 same_bytes=_same_bytes(folder, entry["format"], files[entry["path"]]),
                 by_layer=layers,
             )

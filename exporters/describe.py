@@ -1,7 +1,7 @@
 """What is in a file: layers, bits, bytes and operators of any ONNX or TFLite file, and of every file edgecomp writes.
 
 A file is recognised by its content. Damaged files are expected: whatever bytes come, the answer is a description or a
-BundleError. Constant tensors of two dimensions and more count as weights; int32 and int64 ones are indices, not weights.
+BundleError. Constant tensors of two dimensions and more count as weights, but for int32 and int64, which are indices.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import stat
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from edgecomp.report import COMPARISON_SCHEMA, REPORT_SCHEMA, BenchReport, Compa
 
 _MAX_BYTES = 1 << 32
 _MAX_RANK = 64
+_MAX_TABLES = 1 << 18
 _MAX_CELL = 120
 _NO_WEIGHTS = frozenset({"int32", "int64", "uint32", "uint64", "bool", "string", "resource", "variant", "undefined"})
 _MEANT_BY_DAMAGED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -85,8 +86,8 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):
-        whole = all(v is None or isinstance(v, int) or v == "N" for v in value)
-        return ("x" if whole else ", ").join("?" if v is None else _cell(v) for v in value) or "()"
+        between = ", " if all(isinstance(v, str) for v in value) else "x"
+        value = between.join("?" if v is None else str(v) for v in value) or "-"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     # Names in foreign files may hold anything, control codes of terminals and half surrogates included.
     text = "".join(c if c.isprintable() else "?" for c in text[: _MAX_CELL + 1])
@@ -112,7 +113,7 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _reader(data: bytes, path: Path) -> Any:
+def _reader(data: bytes, path: Path) -> Callable[[bytes, str], dict[str, object]]:
     """Choose the reader by the first bytes, by the suffix only where these say nothing."""
     if data[4:8] == b"TFL3":
         return _tflite
@@ -252,7 +253,11 @@ class _OnnxGraph:
             for d in kind.shape.dim
         ]
         dtype = _onnx_dtype(kind.elem_type)
-        found = {"name": name, "shape": shape if kind.HasField("shape") else None, "dtype": dtype}
+        found: dict[str, object] = {
+            "name": name,
+            "shape": shape if kind.HasField("shape") else None,
+            "dtype": dtype,
+        }
         if "int" not in dtype:
             return found
         for node in self._graph.node:
@@ -280,7 +285,8 @@ class _OnnxGraph:
         for name, tensor in self._tensors.items():
             dtype, shape = _onnx_dtype(tensor.data_type), _checked(tensor.dims, name)
             whole, _, number = name.rpartition(".")
-            if name in widths and number.isdecimal() and whole in shapes:
+            # The exporter appends "'" to names that a layer has already.
+            if name in widths and number.rstrip("'").isdecimal() and whole in shapes:
                 n, n_bytes = math.prod(shapes[whole]), len(tensor.raw_data)
                 _check_length(name, n, widths[name], n_bytes)
                 row = rows.setdefault(whole, _weight(self._layer(whole), shapes[whole], 0, 0))
@@ -290,7 +296,7 @@ class _OnnxGraph:
                 n_bytes, bits = _onnx_payload(tensor, dtype, shape, name), _bits(dtype)
                 rows[name] = _weight(self._layer(name), shape, bits, n_bytes)
                 if tensor.external_data:
-                    rows[name]["external"] = _external(tensor, "location")
+                    rows[name]["external"] = {_text(e.key): _text(e.value) for e in tensor.external_data}["location"]
         return list(rows.values())
 
     def _layer(self, name: str) -> str:
@@ -335,10 +341,6 @@ def _onnx_dtype(number: int) -> str:
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 
-def _external(tensor: Any, key: str) -> str:
-    return next((_text(entry.value) for entry in tensor.external_data if entry.key == key), "")
-
-
 def _onnx_payload(tensor: Any, dtype: str, shape: list[int], name: str) -> int:
     """Count the bytes of a tensor's elements, wherever they lie.
 
@@ -347,7 +349,7 @@ def _onnx_payload(tensor: Any, dtype: str, shape: list[int], name: str) -> int:
     """
     n, bits = math.prod(shape), _bits(dtype)
     if tensor.external_data:
-        return int(_external(tensor, "length") or -(-n * bits // 8))
+        return -(-n * bits // 8)
     if tensor.raw_data or not n:
         _check_length(name, n, bits, len(tensor.raw_data))
         return len(tensor.raw_data)
@@ -385,11 +387,11 @@ class _Flatbuffer:
 
     def __init__(self, data: bytes) -> None:
         self.data = data
-        self._tables_left = 1 << 20
+        self._tables_left = _MAX_TABLES
 
     def number_at(self, position: int, code: str) -> Any:
         """Read one little-endian number; `code` is struct's."""
-        if not 0 <= position <= len(self.data) - struct.calcsize(code):
+        if not 0 <= position <= len(self.data) - struct.calcsize(f"<{code}"):
             raise ValueError(f"an offset leads to byte {position} of {len(self.data)}")
         return struct.unpack_from(f"<{code}", self.data, position)[0]
 
@@ -471,6 +473,13 @@ def _tflite_model(model: _Table, schema: Any, file_bytes: int) -> dict[str, obje
         ValueError, IndexError, KeyError: the file contradicts itself.
     """
     kinds = {number: name.lower() for name, number in vars(schema.TensorType).items() if isinstance(number, int)}
+
+    def dtype_of(tensor: _Table) -> str:
+        number = tensor.number(1, "b")
+        if number not in kinds:
+            raise ValueError(f"a tensor has the unknown type {number}")
+        return str(kinds[number])
+
     names = {number: name for name, number in vars(schema.BuiltinOperator).items() if isinstance(number, int)}
     producer, graphs, buffers = model.text(3), model.tables(2), model.tables(4)
     if not graphs:
@@ -488,7 +497,7 @@ def _tflite_model(model: _Table, schema: Any, file_bytes: int) -> dict[str, obje
     for tensor in (t for of_graph in tensors for t in of_graph):
         shape = tensor.numbers(0, "<i4")
         start, n_bytes = buffers[number].payload() if (number := tensor.number(2, "I")) else (0, 0)
-        dtype = kinds[tensor.number(1, "b")]
+        dtype = dtype_of(tensor)
         if not n_bytes or shape.size < 2 or dtype in _NO_WEIGHTS:
             continue
         name = tensor.text(3)
@@ -500,13 +509,14 @@ def _tflite_model(model: _Table, schema: Any, file_bytes: int) -> dict[str, obje
         stored[start] = n_bytes
 
     def border(number: int) -> dict[str, object]:
-        tensor, shape = tensors[0][number], None
+        tensor = tensors[0][number]
         signature = tensor.numbers(7, "<i4")
         shape = signature if signature.size else tensor.numbers(0, "<i4")
         if shape.size > _MAX_RANK:
             raise ValueError(f"tensor {number} has {shape.size} dimensions")
-        dtype, quant = kinds[tensor.number(1, "b")], tensor.table(4)
-        found = {"name": tensor.text(3), "shape": [d if d >= 0 else None for d in shape.tolist()], "dtype": dtype}
+        dtype, quant = dtype_of(tensor), tensor.table(4)
+        dims = [d if d >= 0 else None for d in shape.tolist()]
+        found: dict[str, object] = {"name": tensor.text(3), "shape": dims, "dtype": dtype}
         if "int" in dtype and quant is not None:
             found |= _affine(quant.numbers(2, "<f4"), quant.numbers(3, "<i8"))
         return found
@@ -568,27 +578,20 @@ def _json(data: bytes, where: str) -> dict[str, object]:
             parts = listed["list"]
             return _reports([Comparison.from_json(json.dumps(part), where) for part in parts])  # type: ignore[attr-defined]
         schema = load_strict_json(text, where).get("schema")
-        match schema:
-            case "edgecomp-plan/1":
-                return _plan(CompressionPlan.from_json(text, where))
-            case "edgecomp-manifest/1":
-                return _manifest(read_manifest(text, where))
-            case "edgecomp-bench/1":
-                report = BenchReport.from_json(text, where)
-                return {"kind": "bench", "reports": [_report(report)]}
-            case "edgecomp-comparison/1":
-                return _reports([Comparison.from_json(text, where)])
+        for known, read in _JSON.items():
+            if schema == known:
+                return read(text, where)
     except BundleError:
         raise
     except EdgecompError as e:
         raise BundleError(str(e)) from e
     except _MEANT_BY_DAMAGED as e:
         raise BundleError(f"{where}: is damaged: {' '.join(str(e).split())[:200] or type(e).__name__}") from e
-    known = ", ".join((PLAN_SCHEMA, MANIFEST_SCHEMA, REPORT_SCHEMA, COMPARISON_SCHEMA))
-    raise BundleError(f"{where}: schema is {schema!r:.60}; expected one of {known}")
+    raise BundleError(f"{where}: schema is {schema!r:.60}; expected one of {', '.join(_JSON)}")
 
 
-def _plan(plan: CompressionPlan) -> dict[str, object]:
+def _plan(text: str, where: str) -> dict[str, object]:
+    plan = CompressionPlan.from_json(text, where)
     layers = [
         {
             "name": name,
@@ -611,7 +614,9 @@ def _plan(plan: CompressionPlan) -> dict[str, object]:
     }
 
 
-def _manifest(record: Mapping[str, Any]) -> dict[str, object]:
+def _manifest(text: str, where: str) -> dict[str, object]:
+    record = read_manifest(text, where)
+    _check_plain(record, 6)
     artifacts = [
         {
             **{key: a.get(key) for key in ("path", "format", "bytes", "weight_bytes", "mean_bits", "sha256")},
@@ -632,6 +637,21 @@ def _manifest(record: Mapping[str, Any]) -> dict[str, object]:
     }
 
 
+def _check_plain(value: object, depth: int) -> None:
+    """Refuse what could not be written as JSON again: numbers beyond float64, lists nested without end.
+
+    Raises:
+        ValueError: there is such a thing.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number is too large")
+    if isinstance(value, (dict, list)):
+        if not depth:
+            raise ValueError("it is nested too deeply")
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_plain(part, depth - 1)
+
+
 def _report(report: BenchReport) -> dict[str, object]:
     names = ("label", "artifact", "artifact_bytes", "format", "target", "runtime", "runtime_version", "threads",
              "p50_us", "p90_us", "min_us", "load_ms", "peak_memory_bytes", "model_memory_bytes")  # fmt: skip
@@ -639,7 +659,7 @@ def _report(report: BenchReport) -> dict[str, object]:
     return {**values, "samples": len(report.samples_us), "source": report.source.value}
 
 
-def _reports(comparisons: list[Comparison]) -> dict[str, object]:
+def _reports(comparisons: Sequence[Comparison]) -> dict[str, object]:
     if not comparisons:
         raise ValueError("it lists no comparison")
     rows = []
@@ -649,3 +669,15 @@ def _reports(comparisons: list[Comparison]) -> dict[str, object]:
             versus = {"baseline": comparison.baseline, "ratio": ratio.median if ratio else None}
             rows.append({**_report(report), **versus})
     return {"kind": "comparison", "format_version": COMPARISON_SCHEMA, "reports": rows}
+
+
+_JSON: dict[str, Callable[[str, str], dict[str, object]]] = {
+    PLAN_SCHEMA: _plan,
+    MANIFEST_SCHEMA: _manifest,
+    REPORT_SCHEMA: lambda text, where: {
+        "kind": "bench",
+        "format_version": REPORT_SCHEMA,
+        "reports": [_report(BenchReport.from_json(text, where))],
+    },
+    COMPARISON_SCHEMA: lambda text, where: _reports([Comparison.from_json(text, where)]),
+}

@@ -26,19 +26,30 @@ from edgecomp.ops import clamp_codes, ints
 from edgecomp.packing import FIELDS, pack
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 OPSET = 18
 IR_VERSION = 8
 
 
 class _Model:
-    """The nodes and initializers written so far; equal small constants are stored once."""
+    """The nodes and initializers written so far; equal small constants are stored once.
 
-    def __init__(self) -> None:
+    Names that the exporter makes up give way to those of the graph.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = set(names)
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+
+    def fresh(self, wanted: str) -> str:
+        """Give a tensor name that nothing else has: the one wanted, or as near as possible."""
+        while wanted in self._names:
+            wanted += "'"
+        self._names.add(wanted)
+        return wanted
 
     def node(self, op_type: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
         from onnx import helper
@@ -48,7 +59,7 @@ class _Model:
 
     def temporary(self, op_type: str, inputs: Sequence[str], **attributes: object) -> str:
         """Append a node whose output needs no name that says something: bytes on disk count."""
-        return self.node(op_type, inputs, f"%{len(self.nodes)}", **attributes)
+        return self.node(op_type, inputs, self.fresh(f"%{len(self.nodes)}"), **attributes)
 
     def weight(self, name: str, values: Array) -> str:
         from onnx import numpy_helper
@@ -57,11 +68,11 @@ class _Model:
         return name
 
     def constant(self, values: Array) -> str:
-        """Store a constant once for equal values, under a short name that no PyTorch layer can have."""
+        """Store a constant once for equal values, under a short name: bytes on disk count."""
         values = np.asarray(values, order="C")
         key = (values.dtype.name, values.shape, values.tobytes())
         if key not in self._constants:
-            self._constants[key] = self.weight(f"#{len(self._constants)}", values)
+            self._constants[key] = self.weight(self.fresh(f"#{len(self._constants)}"), values)
         return self._constants[key]
 
 
@@ -84,19 +95,21 @@ def to_onnx(graph: Graph) -> Exported:
     except ImportError as e:
         raise ExportError("onnx: the package is missing; install it with: pip install 'edgecomp[build]'") from e
 
-    model = _Model()
+    model = _Model(graph.tensors)
     stored = []
-    inside = _with_unsigned_borders(graph)
+    borders = [name for name in (*graph.inputs, *graph.outputs) if graph.tensors[name].quant is not None]
+    inner = {name: model.fresh(f"{name}:u8") for name in borders}
+    inside = _renamed(graph, inner)
     for name in graph.inputs:
-        if graph.tensors[name].quant is not None:
-            _shift_codes(model, graph.tensors[name], name, _inner_name(name), (np.int8, np.uint8))
+        if name in inner:
+            _shift_codes(model, graph.tensors[name], name, inner[name], (np.int8, np.uint8))
     for node in inside.nodes:
         if node.op in (Op.CONV2D, Op.LINEAR):
             stored.append(_stored_weight(inside, node))
         _EMIT[node.op](model, inside, node)
     for name in graph.outputs:
-        if graph.tensors[name].quant is not None:
-            _shift_codes(model, graph.tensors[name], _inner_name(name), name, (np.uint8, np.int8))
+        if name in inner:
+            _shift_codes(model, graph.tensors[name], inner[name], name, (np.uint8, np.int8))
 
     def value_info(name: str) -> Any:
         tensor = graph.tensors[name]
@@ -135,25 +148,18 @@ def _border_metadata(graph: Graph) -> dict[str, str]:
     return found
 
 
-def _inner_name(name: str) -> str:
-    return f"{name}:u8"
-
-
-def _with_unsigned_borders(graph: Graph) -> Graph:
+def _renamed(graph: Graph, inner: Mapping[str, str]) -> Graph:
     """Rename integer inputs and outputs inside the graph, so that their own names are free for the int8 borders."""
-    borders = {name for name in (*graph.inputs, *graph.outputs) if graph.tensors[name].quant is not None}
-    if not borders:
-        return graph
 
-    def inner(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_inner_name(name) if name in borders else name for name in names)
+    def names(outer: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(inner.get(name, name) for name in outer)
 
     return replace(
         graph,
-        nodes=tuple(replace(node, inputs=inner(node.inputs), outputs=inner(node.outputs)) for node in graph.nodes),
-        tensors={inner((name,))[0]: replace(t, name=inner((name,))[0]) for name, t in graph.tensors.items()},
-        inputs=inner(graph.inputs),
-        outputs=inner(graph.outputs),
+        nodes=tuple(replace(node, inputs=names(node.inputs), outputs=names(node.outputs)) for node in graph.nodes),
+        tensors={inner.get(name, name): replace(t, name=inner.get(name, name)) for name, t in graph.tensors.items()},
+        inputs=names(graph.inputs),
+        outputs=names(graph.outputs),
     )
 
 
@@ -163,7 +169,7 @@ def _shift_codes(model: _Model, tensor: Tensor, source: str, target: str, kinds:
     scale = model.constant(tensor.quant.scale)
     shifts = {np.int8: 0, np.uint8: _TO_UNSIGNED}
     zero_points = [model.constant((tensor.quant.zero_point + shifts[kind]).astype(kind)) for kind in kinds]
-    real = model.node("DequantizeLinear", [source, scale, zero_points[0]], f"{target}:f")
+    real = model.temporary("DequantizeLinear", [source, scale, zero_points[0]])
     model.node("QuantizeLinear", [real, scale, zero_points[1]], target)
 
 
@@ -216,12 +222,12 @@ def _write(model: _Model, graph: Graph, node: Node, op_type: str, inputs: Sequen
         model.node(op_type, inputs, output.name, name=node.name, **attributes)
         return
     scale, zero_point = _activation_params(model, output)
-    real = model.node(op_type, inputs, f"{node.name}>", name=node.name, **attributes)
+    real = model.temporary(op_type, inputs, name=node.name, **attributes)
     low, high = clamp_codes(node) if "clamp" in node.attrs else (-128, 127)
     if (low, high) == (-128, 127):
         model.node("QuantizeLinear", [real, scale, zero_point], output.name)
         return
-    codes = model.node("QuantizeLinear", [real, scale, zero_point], f"{node.name}>q")
+    codes = model.temporary("QuantizeLinear", [real, scale, zero_point])
     _clip_codes(model, codes, low, high, output.name)
 
 
@@ -245,7 +251,7 @@ def _packed_codes(model: _Model, name: str, codes: Array, bits: int) -> str:
     for number, (field, width) in enumerate(zip(pack(codes, bits), FIELDS[bits], strict=True)):
         planes = 8 // width
         shifts = model.constant(np.arange(0, 8, width, dtype=np.uint8)[:, None])
-        part = model.weight(f"{name}.{number}", field[None, :])
+        part = model.weight(model.fresh(f"{name}.{number}"), field[None, :])
         part = model.temporary("BitShift", [part, shifts], direction="RIGHT")
         part = model.temporary("BitwiseAnd", [part, model.constant(np.uint8((1 << width) - 1))])
         part = model.temporary("Reshape", [part, model.constant(np.array([-1], dtype=np.int64))])

@@ -223,19 +223,13 @@ def test_a_state_dict_of_another_model(state: dict[str, torch.Tensor], tmp_path:
     )
 
 
-def test_read_weights_takes_the_shared_models(shared_models: Path) -> None:
-    state = read_weights(shared_models / "alexnet_fmnist.pt")
+@pytest.mark.shared
+def test_read_weights_takes_the_shared_models(shared: Path) -> None:
+    path = shared / "models" / "alexnet_fmnist.pt"
+    state = read_weights(path)
     assert {value.dtype for value in state.values()} == {torch.float32}
-    module = load_module("edgecomp.pytorch.networks:alexnet_fmnist", shared_models / "alexnet_fmnist.pt")
+    module = load_module("edgecomp.pytorch.networks:alexnet_fmnist", path)
     assert_loaded(module, state)
-
-
-@pytest.fixture
-def shared_models() -> Path:
-    path = Path(__file__).parents[1].parent / "shared" / "models"
-    if not path.is_dir():
-        pytest.skip("../shared/models is not on this machine")
-    return path
 
 
 # ---- torchvision -----------------------------------------------------------------------------------------------------
@@ -379,7 +373,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], None], str]] = {
                       "as forward_arg_names"),
     "keyword name": (edit(MODEL, r'\"context\": \"[]\"', r'\"context\": \"[\\\"x=exit()\\\"]\"'), "are named"),
     "type of inputs": (edit(MODEL, "builtins.tuple", "antigravity.tuple"), "are nested in 'antigravity.tuple'"),
-    "guards": (edit(MODEL, '"guards_code": []', f'"guards_code": ["{EVIL}"]'), "guards_code"),
+    "guards": (edit(MODEL, '"guards_code": []', f'"guards_code": ["{EVIL}"]'), "Python source"),
     "operator": (edit(MODEL, "torch.ops.aten.conv2d.default", "torch.hub.load"), "'torch.hub.load' as target"),
     "operator on files": (edit(MODEL, "aten.conv2d.default", "aten.from_file.default"), "as target"),
     "custom object": (edit(MODEL, '{"as_tensor": {"name": "input"}}', '{"as_custom_obj": {"name": "input"}}'),

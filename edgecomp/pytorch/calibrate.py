@@ -63,9 +63,8 @@ def calibrate(
 
     def count(name: str, value: Tensor) -> None:
         low, high = full[name]
-        if low < high:
-            for piece in torch.split(value.flatten(), _PIECE_ELEMENTS):
-                counts[name] += torch.histc(piece, bins=N_BINS, min=low, max=high).numpy()
+        for piece in torch.split(value.flatten(), _PIECE_ELEMENTS):
+            counts[name] += torch.histc(piece, bins=N_BINS, min=low, max=high).numpy()
 
     if (again := _visit(network, batches, count, progress)) != n_images:
         raise DataError(f"batches gave {n_images} images, then {again}; expected the same twice, a list or a function")
@@ -81,7 +80,7 @@ def choose_range(counts: Array, low: float, high: float) -> ActRange:
         high: at least 0.
     """
     centres = low + (high - low) * (np.arange(len(counts)) + 0.5) / len(counts)
-    # A tensor of zeros has no bins; its grid has no error at any factor, and the first one wins.
+    # Where several are equally good, as for a tensor of zeros, the first one wins.
     errors = [float((counts * _error(centres, low * factor, high * factor) ** 2).sum()) for factor in FACTORS]
     factor = FACTORS[int(np.argmin(errors))]
     return ActRange(low=low * factor, high=high * factor)

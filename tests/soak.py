@@ -1,0 +1,147 @@
+"""Long random checks: `python -m tests.soak --minutes 10`. Stops at the first failure, and says how to repeat it.
+
+Two kinds of work, in turns: damaged files for every reader (`soak_fuzz`), and random networks through compression,
+export and the stock runtimes (`soak_graphs`). A case is a function of seed and number only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from typing import Any
+
+import numpy as np
+
+from tests import soak_graphs
+from tests.soak_fuzz import Fuzz
+
+KINDS = ("fuzz", "graphs")
+# Seconds of one kind before it is the other's turn.
+_TURN_S = 5.0
+
+
+class Failed(Exception):
+    """A case went wrong; the text is a reproducer."""
+
+
+def rng_of(seed: int, kind: str, case: int) -> np.random.Generator:
+    return np.random.default_rng([seed, KINDS.index(kind), case])
+
+
+def check_graph(rng: np.random.Generator) -> str:
+    """Draw a network and check it; a failure's note shows it."""
+    case = soak_graphs.random_case(rng)
+    try:
+        soak_graphs.check(case)
+    except Exception as e:
+        bits = {n: (f"{sum(p.keep)}/{len(p.keep)}", p.weight_bits) for n, p in case.plan.layers.items()}
+        e.add_note(f"{soak_graphs.drawing(case.graph)}\nio {case.plan.io}, kept channels and bits: {bits}")
+        raise
+    return "network"
+
+
+def soak(
+    seed: int,
+    kinds: Sequence[str],
+    *,
+    seconds: float,
+    first: int = 0,
+    most: int | None = None,
+    step: Callable[[float], object] = lambda s: None,
+) -> Counter[str]:
+    """Work until the time is over, or `most` cases of each kind are done.
+
+    Args:
+        seed: of all cases.
+        kinds: "fuzz", "graphs".
+        seconds: to work for.
+        first: number of the first case of each kind.
+        most: cases of each kind.
+        step: is told of the seconds that went by.
+
+    Returns:
+        what was checked, counted.
+
+    Raises:
+        Failed: at the first case that fails.
+    """
+    done: Counter[str] = Counter()
+    number = dict.fromkeys(kinds, first)
+    start = last = time.monotonic()
+    with closing(Fuzz()) if "fuzz" in kinds else nullcontext() as fuzz:
+        check = {"fuzz": fuzz.check if fuzz else check_graph, "graphs": check_graph}
+        while time.monotonic() - start < seconds and any(most is None or n < first + most for n in number.values()):
+            for kind in kinds:
+                turn = time.monotonic()
+                while time.monotonic() < min(turn + _TURN_S, start + seconds):
+                    if most is not None and number[kind] >= first + most:
+                        break
+                    try:
+                        done[check[kind](rng_of(seed, kind, number[kind]))] += 1
+                    except Exception as e:
+                        raise Failed(
+                            f"{kind}, case {number[kind]} of seed {seed}; again with: python -m tests.soak --only {kind}"
+                            f" --seed {seed} --case {number[kind]}\n{''.join(traceback.format_exception(e))}"
+                        ) from e
+                    number[kind] += 1
+                    now = time.monotonic()
+                    step(now - last)
+                    last = now
+    return done
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, help="a new one each time by default")
+    parser.add_argument("--only", choices=KINDS)
+    parser.add_argument("--case", type=int, help="one case only, by its number")
+    args = parser.parse_args(argv)
+    seed = secrets.randbelow(1 << 32) if args.seed is None else args.seed
+    print(f"seed {seed}", flush=True)
+    kinds = (args.only,) if args.only else KINDS
+    start = time.monotonic()
+    try:
+        with _bar(60 * args.minutes) as step:
+            done = soak(
+                seed,
+                kinds,
+                seconds=60 * args.minutes,
+                first=args.case or 0,
+                most=None if args.case is None else 1,
+                step=step,
+            )
+    except Failed as e:
+        print(e, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing had failed", file=sys.stderr)
+        return 130
+    counts = ", ".join(f"{count} x {name}" for name, count in sorted(done.items()))
+    print(f"{sum(done.values())} cases in {time.monotonic() - start:.0f} s, none failed: {counts}")
+    return 0
+
+
+def _bar(seconds: float) -> Any:
+    if not sys.stderr.isatty():
+        return nullcontext(lambda s: None)
+    from contextlib import contextmanager
+
+    from tqdm import tqdm
+
+    @contextmanager
+    def shown() -> Any:
+        with tqdm(total=seconds, unit="s", bar_format="{percentage:3.0f} % |{bar}| {n:.0f}/{total:.0f} s") as bar:
+            yield lambda s: bar.update(min(s, bar.total - bar.n))
+
+    return shown()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

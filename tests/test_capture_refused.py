@@ -1,0 +1,174 @@
+"""Capture: what edgecomp does not take in is refused in one line, of the right class, and with nothing else printed."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from edgecomp.errors import CaptureError, EdgecompError, UnsupportedOp, UsageError
+from edgecomp.pytorch import aten
+from edgecomp.pytorch.capture import capture
+from tests.test_capture import Function, zoo
+
+C, H, W = 4, 9, 7
+
+
+def net(forward, **parts) -> nn.Module:
+    return Function(forward, conv=nn.Conv2d(C, C, 1), **parts).eval()
+
+
+def broken(key: str, value: float, scale: float = 1) -> nn.Module:
+    module = nn.Sequential(nn.Conv2d(C, 6, 3), nn.BatchNorm2d(6))
+    with torch.no_grad():
+        module[0].weight *= scale
+        module.state_dict()[key].view(-1)[1] = value
+    return module
+
+
+def complaining(m, x):
+    raise ValueError("first line\nsecond line")
+
+
+REFUSED = {
+    "add alpha": (lambda: net(lambda m, x: torch.add(x, x, alpha=2)), UnsupportedOp, "layer 'add': add with alpha=2"),
+    "add a number": (lambda: net(lambda m, x: x + 1), UnsupportedOp, "layer 'add': add with the constant 1"),
+    "add a tensor": (
+        lambda: net(lambda m, x: x + m.b, b=nn.Parameter(torch.zeros(1, C, H, W))),
+        UnsupportedOp,
+        "layer 'add': add with a constant tensor",
+    ),
+    "add broadcast": (lambda: net(lambda m, x: x + x.mean((2, 3), keepdim=True)), UnsupportedOp, "of shapes"),
+    "multiply": (lambda: net(lambda m, x: m.conv(x) * x), UnsupportedOp, "layer 'mul': mul is not supported"),
+    "inside a module": (lambda: nn.Sequential(nn.ReLU(), nn.Sigmoid()), UnsupportedOp, "layer '1': sigmoid"),
+    "transposed": (lambda: nn.ConvTranspose2d(C, 2, 3), UnsupportedOp, "layer 'conv_transpose2d': conv_transpose2d"),
+    "reflect": (
+        lambda: nn.Sequential(nn.Conv2d(C, 6, 3, padding=1, padding_mode="reflect")),
+        UnsupportedOp,
+        "layer '0': pad is not supported",
+    ),
+    "conv1d": (
+        lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(C, 6, 3)),
+        UnsupportedOp,
+        "layer '1': conv1d is not supported",
+    ),
+    "linear on an image": (lambda: nn.Sequential(nn.Linear(W, 3)), UnsupportedOp, "only 2 dimensions"),
+    "matmul of two": (lambda: net(lambda m, x: x.flatten(2)[0] @ x.flatten(2)[0].t()), UnsupportedOp, "layer 'select'"),
+    "kernel from the image": (
+        lambda: net(lambda m, x: F.conv2d(x, x)),
+        UnsupportedOp,
+        "layer 'conv2d': conv2d with a 'weight' that is computed from the image",
+    ),
+    "clamp by a tensor": (lambda: net(lambda m, x: torch.clamp(x, min=x)), UnsupportedOp, "a tensor as its bound"),
+    "divisor_override": (lambda: nn.AvgPool2d(2, divisor_override=3), UnsupportedOp, "divisor_override"),
+    "avg ceil include": (lambda: nn.AvgPool2d(3, 3, padding=1, ceil_mode=True), UnsupportedOp, "count_include_pad"),
+    "adaptive uneven": (lambda: nn.AdaptiveAvgPool2d(2), UnsupportedOp, "from (9, 7) to (2, 2)"),
+    "adaptive max uneven": (lambda: nn.AdaptiveMaxPool2d(4), UnsupportedOp, "from (9, 7) to (4, 4)"),
+    "pool indices": (lambda: net(lambda m, x: F.max_pool2d(x, 2, return_indices=True)[1] + 1), UnsupportedOp, "layer"),
+    "mean channels": (lambda: net(lambda m, x: x.mean(1)), UnsupportedOp, "mean over axes [1]"),
+    "mean of all": (lambda: net(lambda m, x: x.mean()), UnsupportedOp, "mean over axes all"),
+    "cat rows": (lambda: net(lambda m, x: torch.cat([x, x], 2)), UnsupportedOp, "cat along axis 2"),
+    "cat a constant": (
+        lambda: net(lambda m, x: torch.cat([x, m.b], 1), b=nn.Parameter(torch.zeros(1, C, H, W))),
+        UnsupportedOp,
+        "layer 'cat': cat with a constant tensor",
+    ),
+    "softmax of the batch": (lambda: nn.Softmax(dim=0), UnsupportedOp, "softmax along the batch"),
+    "no batch left": (lambda: net(lambda m, x: x.flatten()), UnsupportedOp, "must stay the batch of 1"),
+    "other dtype": (lambda: net(lambda m, x: m.conv(x).half()), UnsupportedOp, "to torch.float16"),
+    "dropout for ever": (lambda: net(lambda m, x: F.dropout(x)), UnsupportedOp, "training=self.training"),
+    "random": (
+        lambda: net(lambda m, x: x + torch.rand_like(m.b), b=nn.Parameter(torch.zeros(1, C, H, W))),
+        UnsupportedOp,
+        "draws random numbers",
+    ),
+    "bn of the batch": (
+        lambda: nn.Sequential(nn.BatchNorm2d(C, track_running_stats=False)),
+        UnsupportedOp,
+        "layer '0': batch_norm that takes its statistics from the batch",
+    ),
+    "negative variance": (lambda: broken("1.running_var", -3.0), CaptureError, "layer '1': running_var"),
+    "NaN weight": (lambda: broken("0.weight", math.nan), CaptureError, "weight '0.weight' holds NaN or infinity"),
+    "infinite statistics": (lambda: broken("1.running_mean", -math.inf), CaptureError, "'1.running_mean'"),
+    "overflow in folding": (lambda: broken("1.weight", 3e38, scale=1e3), CaptureError, "weight '0.weight' holds NaN"),
+    "two outputs": (lambda: net(lambda m, x: (x + x, x.relu())), CaptureError, "returns 2 tensors (add, relu)"),
+    "no output": (lambda: net(lambda m, x: None), CaptureError, "returns 0 tensors"),
+    "nothing done": (lambda: nn.Identity(), CaptureError, "does not depend on the image"),
+    "constant output": (lambda: net(lambda m, x: m.conv.weight + m.conv.weight), CaptureError, "does not depend"),
+    "wrong channels": (lambda: nn.Conv2d(C + 1, 6, 3), CaptureError, "does not run on one image of C,H,W = 4,9,7 (Run"),
+    "wrong size": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(7, 2)),
+        CaptureError,
+        "(RuntimeError: a and b must have same reduction dim",
+    ),
+    "two inputs": (lambda: nn.Bilinear(2, 2, 2), CaptureError, "missing a required argument"),
+    "raises": (lambda: net(complaining), CaptureError, "(ValueError: first line);"),
+    "data-dependent": (
+        lambda: net(lambda m, x: x + x if x.sum() > 0 else x.relu()),
+        CaptureError,
+        "decides by the values of the image",
+    ),
+    "item": (lambda: net(lambda m, x: x.clamp(max=x.max().item())), UnsupportedOp, "layer 'max': max"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=[case.replace(" ", "-") for case in REFUSED])
+def test_refused_in_one_line(case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    make, kind, message = REFUSED[case]
+    with pytest.raises(EdgecompError) as error:
+        capture(make(), (C, H, W), name="net")
+    assert type(error.value) is kind
+    text = str(error.value)
+    assert message in text
+    assert "\n" not in text
+    if kind is UnsupportedOp:
+        assert text.startswith("layer ")
+        assert text.endswith(aten.SUPPORTED)
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_torch_logs_nothing_beside_the_error() -> None:
+    """In a process of its own: pytest takes the place of torch's log handlers."""
+    code = (
+        "from torch import nn\n"
+        "from edgecomp.errors import CaptureError\n"
+        "from edgecomp.pytorch.capture import capture\n"
+        "class Deciding(nn.Module):\n"
+        "    def forward(self, x): return x if x.sum() > 0 else -x\n"
+        "for module in (nn.Sequential(nn.Flatten(), nn.Linear(7, 2)), Deciding()):\n"
+        "    try: capture(module, (1, 4, 4), name='net')\n"
+        "    except CaptureError: continue\n"
+        "    raise SystemExit('no error')\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("shape", [(3, 32), (0, 8, 8), (3, -1, 8)])
+def test_an_input_shape_that_is_none(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="expected C,H,W"):
+        capture(nn.ReLU(), shape, name="relu")
+
+
+def test_what_the_message_teaches_is_what_is_translated() -> None:
+    taught = aten.SUPPORTED.removeprefix("edgecomp takes in ").split(", ")
+    assert set(taught) <= set(aten.TRANSLATORS)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("mobilenet_v3", "layer '0.2': hardswish"), ("shufflenet", "layer 'stage2.0.transpose': transpose")],
+)
+def test_torchvision_with_operators_we_do_not_know(name: str, found: str) -> None:
+    with pytest.raises(UnsupportedOp, match=f"^{re.escape(found)}") as error:
+        capture(zoo(name), (3, 64, 64), name=name)
+    assert "edgecomp takes in conv2d, linear" in str(error.value)

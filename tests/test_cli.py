@@ -1,0 +1,199 @@
+"""The command line with bad input: one line, the right exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgecomp.cli import main
+from tests.tiny import Place
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with pytest.MonkeyPatch.context() as patch:
+        here = Place(tmp_path_factory.mktemp("place"), patch)
+        np.savez(here.folder / "empty.npz", x=np.zeros((0, 8, 8), dtype=np.uint8), y=np.zeros(0, dtype=np.int64))
+        np.savez(here.folder / "large.npz", x=np.zeros((20, 12, 12), dtype=np.uint8), y=np.arange(20) % 4)
+        rgb = np.zeros((20, 8, 8, 3), dtype=np.uint8)
+        np.savez(here.folder / "rgb.npz", x=rgb, y=np.arange(20) % 4)
+        np.savez(here.folder / "labels.npz", x=rgb[..., 0], y=np.arange(20) % 5)
+        (here.folder / "torn.pt").write_bytes((here.folder / "tiny.pt").read_bytes()[:-200])
+        (here.folder / "full").mkdir()
+        (here.folder / "full" / "mine.txt").write_text("precious")
+        yield here
+
+
+BAD = {
+    "missing weights": (["--weights", "no.pt"], 2, "no.pt"),
+    "folder for weights": (["--weights", "full"], 2, "full"),
+    "truncated weights": (["--weights", "torn.pt"], 2, "torn.pt"),
+    "another model's weights": (["--weights", "wide.pt"], 2, "fc.weight"),
+    "NaN in weights": (["--weights", "nan.pt"], 2, "conv2.weight"),
+    "pickled module": (["--weights", "pickled.pt"], 2, "pickle"),
+    "unsupported operator": (["MODEL=tinymodels:other"], 5, "sin"),
+    "unknown factory": (["MODEL=tinymodels:none"], 2, "none"),
+    "unknown module": (["MODEL=nowhere:tiny"], 2, "nowhere"),
+    "factory that fails": (["MODEL=tinymodels:broken"], 2, "no such luck"),
+    "unknown torchvision name": (["MODEL=torchvision:resnet19"], 2, "resnet18"),
+    "not a model": (["MODEL=tinymodels"], 2, "tinymodels"),
+    "empty data": (["--data", "npz:empty.npz"], 2, "empty.npz"),
+    "missing data": (["--data", "npz:none.npz"], 2, "none.npz"),
+    "unknown kind of data": (["--data", "mnist:here"], 2, "mnist"),
+    "wrong image size": (["--data", "npz:large.npz"], 2, "12"),
+    "wrong channels": (["--data", "npz:rgb.npz"], 2, "3"),
+    "label beyond the outputs": (["--data", "npz:labels.npz"], 2, "4"),
+    "input shape of another size": (["--input-shape", "1,9,9"], 2, "--input-shape"),
+    "too few bits": (["--avg-bits", "0.5"], 2, "2 to 8"),
+    "too many bits": (["--avg-bits", "9"], 2, "2 to 8"),
+    "bits that formats cannot store": (["--avg-bits", "3", "--format", "tflite"], 3, "4.00 bits"),
+    "impossible size": (["--max-size", "1000"], 3, "the smallest possible has"),
+    "no calibration": (["--calib", "0"], 2, "--calib"),
+    "std of zero": (["--std", "0"], 2, "std"),
+    "three means for one channel": (["--mean", "0,0,0", "--std", "1,1,1"], 2, "3"),
+    "existing folder": (["-o", "full"], 2, "--force"),
+    "another's folder by force": (["-o", "full", "--force"], 2, "did not make"),
+    "file in the way": (["-o", "tiny.pt"], 2, "tiny.pt"),
+    "below a file": (["-o", "tiny.pt/out"], 2, "tiny.pt"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(
+    case: str, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place.folder)
+    changes, code, found = BAD[case]
+    argv = [*place.command(), *changes]  # of an option given twice the last counts
+    if changes[0].startswith("MODEL="):
+        argv[1] = argv.pop().removeprefix("MODEL=")
+    before = {path: path.stat().st_mtime_ns for path in place.folder.rglob("*")}
+    assert main(argv) == code
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("edgecomp: ")
+    assert output.err.count("\n") == 1
+    assert found in output.err
+    after = {path: path.stat().st_mtime_ns for path in place.folder.rglob("*") if "__pycache__" not in path.parts}
+    assert after.keys() <= before.keys() | {place.folder}
+    assert (place.folder / "full" / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [
+        (["build"], "-o/--output"),
+        (["build", "--avg-bits", "four", "-o", "x"], "not a number"),
+        (["build", "--avg-bits", "4", "--max-size", "9", "-o", "x"], "not allowed with"),
+        (["build", "--format", "pb", "-o", "x"], "onnx, tflite"),
+        (["build", "--input-shape", "3", "-o", "x"], "e.g. 3,224,224"),
+        (["fly"], "invalid choice"),
+    ],
+)
+def test_wrong_usage_exits_with_2(argv: list[str], found: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+    assert found in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "found"),
+    [
+        (["verify", "nowhere"], 2, "is no folder"),
+        (["bench", "nowhere.onnx"], 2, "no such file"),
+        (["bench", "tiny.pt"], 2, ".onnx or .tflite"),
+        (["inspect", "nowhere.onnx"], 2, "nowhere.onnx"),
+        (["inspect", "tiny.pt"], 2, "tiny.pt"),
+        (["export", "tiny.pt", "--graph", "tiny.pt", "--format", "onnx", "-o", "x"], 2, "tiny.pt"),
+        (["targets", "rpi9"], 6, "rpi"),
+        (["build", "tinymodels:tiny", "-o", "x"], 2, "--data"),
+        (["build", "--weights", "tiny.pt", "-o", "x"], 2, "MODEL"),
+    ],
+)
+def test_other_verbs_say_what_is_wrong(
+    argv: list[str],
+    code: int,
+    found: str,
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(place.folder)
+    assert main(argv) == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert found in error
+    assert not (place.folder / "x").exists()
+
+
+def run(*argv: str, folder: Path, **options: object) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+        [sys.executable, "-m", "edgecomp", *argv], cwd=folder, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_in_the_middle_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    process = run("build", "-o", "out", folder=tmp_path)
+    time.sleep(4)  # long enough to be at work, too short to be done: the sample takes tens of seconds
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert err == "edgecomp: interrupted; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_full_disk_is_one_line(place: Place, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this machine mounts no tmpfs")
+    try:
+        process = run(*place.command()[:-1], str(small / "out"), folder=place.folder)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert out == ""
+        assert err.count("\n") == 1
+        assert "No space left on device" in err
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    process = run("targets", "--json", folder=tmp_path)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from edgecomp.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as e:\n    assert e.code == 0\n"
+        "heavy = {'numpy', 'torch', 'onnx', 'onnxruntime', 'ai_edge_litert', 'PIL', 'tqdm'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "VERB" in done.stdout

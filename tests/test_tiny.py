@@ -1,0 +1,148 @@
+"""The whole way on a tiny model, through the command line: the first file to read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from edgecomp.cli import main
+from tests.tiny import Place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    with pytest.MonkeyPatch.context() as patch:
+        here = Place(tmp_path_factory.mktemp("tiny"), patch)
+        assert main([*here.command(), "--avg-bits", "4"]) == 0
+        return here
+
+
+def test_the_folder_holds_what_the_manifest_says(place: Place) -> None:
+    out = place.folder / "out"
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md", "graph.edgecomp", "manifest.json", "model.onnx", "model.tflite", "plan.json",
+    ]  # fmt: skip
+    assert manifest["schema"] == "edgecomp-manifest/1"
+    assert manifest["model"] == "tiny"
+    assert manifest["budget"] == {"kind": "avg_bits", "asked": 4.0, "got": manifest["budget"]["got"], "met": True}
+    assert manifest["budget"]["got"] <= 4.0
+    for artifact in manifest["artifacts"]:
+        data = (out / artifact["path"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (artifact["bytes"], artifact["sha256"])
+        assert artifact["accuracy"]["n"] == 200
+        assert artifact["parity"]["max_steps"] <= 1
+        assert sum(layer["stored_bytes_by_format"][artifact["format"]] for layer in manifest["layers"]) == (
+            artifact["weight_bytes"]
+        )
+    assert [layer["name"] for layer in manifest["layers"]] == ["conv1", "conv2", "fc"]
+    n_conv = 8 * 1 * 9 + 8 * 8 * 9
+    assert manifest["float"]["conv_weight_bytes"] == 4 * n_conv
+    assert manifest["float"]["weight_bytes"] == 4 * (n_conv + 4 * 128)
+
+
+def test_accuracy_in_the_manifest_is_that_of_the_file(place: Place) -> None:
+    """Measured again here with onnxruntime alone, preprocessing written out by hand."""
+    manifest = json.loads((place.folder / "out" / "manifest.json").read_text())
+    data = np.load(place.folder / "data.npz")
+    session = onnxruntime.InferenceSession(str(place.folder / "out" / "model.onnx"))
+    scores = session.run(None, {session.get_inputs()[0].name: (data["x_test"][:, None] / 255).astype(np.float32)})[0]
+    right = 100 * float((scores.argmax(axis=1) == data["y_test"]).mean())
+    assert manifest["artifacts"][0]["accuracy"]["value"] == pytest.approx(right)
+    assert right > 95
+
+
+def test_the_same_build_twice_gives_the_same_bytes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.folder)
+    assert main([*place.command()[:-1], "again", "--avg-bits", "4"]) == 0
+    for path in (place.folder / "out").iterdir():
+        assert (place.folder / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_export_writes_the_same_bytes_from_plan_and_graph(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = place.folder / "out"
+    argv = ["export", str(out / "plan.json"), "--graph", str(out / "graph.edgecomp"), "--format", "onnx,tflite"]
+    assert main([*argv, "-o", str(tmp_path)]) == 0
+    for name in ("model.onnx", "model.tflite"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    assert main([*argv, "-o", str(tmp_path)]) == 2
+    assert "give --force" in capsys.readouterr().err
+
+
+def test_verify_passes_and_shows_each_layer(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.folder)
+    assert main(["verify", "out", "--per-layer", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"]
+    for file in found["files"]:
+        assert file["same_bytes"] is True
+        assert {"input.quantized", "fc"} < file["by_layer"].keys() or len(file["by_layer"]) >= 4
+        assert max(p["max_steps"] for p in file["by_layer"].values()) <= 2
+
+
+def test_verify_refuses_a_changed_file(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.folder)
+    for path in (place.folder / "out").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    data = bytearray((tmp_path / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "model.onnx").write_bytes(data)
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "changed after the build" in capsys.readouterr().err
+
+
+def test_bench_measures_beside_float_and_int8(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(place.folder / "out"), "--runtime", "onnxruntime", "--min-secs", "0.05", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert [report["label"] for report in found["reports"]] == ["float32", "plain int8", "compressed"]
+    assert found["baseline"] == "plain int8"
+    for report in found["reports"]:
+        assert report["source"] == "measured"
+        assert len(report["samples_us"]) >= 10
+        assert report["min_us"] <= report["p50_us"] <= report["p90_us"]
+
+
+def test_int8_input_and_output(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.folder)
+    assert main([*place.command()[:-1], "int8", "--io", "int8", "--format", "onnx"]) == 0
+    session = onnxruntime.InferenceSession(str(place.folder / "int8" / "model.onnx"))
+    assert session.get_inputs()[0].type == "tensor(int8)"
+    assert session.get_outputs()[0].type == "tensor(int8)"
+    manifest = json.loads((place.folder / "int8" / "manifest.json").read_text())
+    assert manifest["artifacts"][0]["accuracy"]["value"] > 95
+
+
+def test_max_size_is_kept_by_every_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.folder)
+    default = json.loads((place.folder / "out" / "manifest.json").read_text())
+    limit = max(artifact["bytes"] for artifact in default["artifacts"]) + 100
+    assert main([*place.command()[:-1], "sized", "--max-size", str(limit)]) == 0
+    manifest = json.loads((place.folder / "sized" / "manifest.json").read_text())
+    sizes = [path.stat().st_size for path in (place.folder / "sized").glob("model.*")]
+    assert max(sizes) == manifest["budget"]["got"] <= limit
+
+
+def test_max_drop_spends_less_than_eight_bits(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.folder)
+    assert main([*place.command()[:-1], "dropped", "--max-drop", "3", "--format", "onnx"]) == 0
+    manifest = json.loads((place.folder / "dropped" / "manifest.json").read_text())
+    assert manifest["budget"]["met"]
+    assert manifest["budget"]["got"] <= 3
+    assert manifest["artifacts"][0]["mean_bits"] < 8
+
+
+def test_inspect_names_the_layers(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(place.folder / "out" / "model.onnx")]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("conv1", "conv2", "fc"))

@@ -60,7 +60,7 @@ def float_entry(graph: Graph, accuracy_percent: float, n_images: int) -> dict[st
     counts = weight_counts(graph)
     convolutions = {node.name for node in graph.layers() if node.op is Op.CONV2D}
     return {
-        "accuracy": accuracy_percent,
+        "accuracy": round(accuracy_percent, 4),
         "n": n_images,
         "conv_weight_bytes": 4 * sum(n for name, n in counts.items() if name in convolutions),
         "weight_bytes": 4 * sum(counts.values()),

@@ -35,7 +35,7 @@ def results_table(record: Mapping[str, Any]) -> str:
                 f"{base['weight_bytes'] / a['bytes']:.1f}x",
                 f"{a['mean_bits']:.2f}",
                 f"{a['accuracy']['value']:.2f} %",
-                f"{a['accuracy']['value'] - base['accuracy']:+.2f}",
+                f"{round(a['accuracy']['value'] - base['accuracy'], 2) + 0.0:+.2f}",
                 f"{parity['equal_percent']:.2f} % (max {parity['max_steps']})",
                 a["accuracy"]["runtime"],
             )

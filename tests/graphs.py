@@ -144,6 +144,29 @@ def branches(seed: int = 0) -> Graph:
     return b.graph(b.linear("fc", x, 10), "branches")
 
 
+def multiplied(seed: int = 0) -> Graph:
+    """Depthwise convolutions with two outputs an input, one behind the other: where channel numbers repeat."""
+    b = Build(seed, (2, 6, 6))
+    x = b.clip("relu", b.conv("stem", "input", 4))
+    x = b.clip("dw1.relu6", b.conv("dw1", x, 8, groups=4), 0, 6)
+    x = b.conv("dw2", b.max_pool("pool", x), 16, groups=8)
+    x = b.node(Op.FLATTEN, "flatten", (x,), {})
+    return b.graph(b.linear("fc", x, 5), "multiplied")
+
+
+def dense(seed: int = 0) -> Graph:
+    """Growing concats, then flattened images and features side by side: the shape of DenseNet with a wide head."""
+    b = Build(seed, (2, 6, 6))
+    x = b.clip("relu", b.conv("stem", "input", 4))
+    for i in (1, 2):
+        y = b.clip(f"relu{i}", b.conv(f"conv{i}", x, 3))
+        x = b.node(Op.CONCAT, f"cat{i}", (x, y), {"axis": 1})
+    x = b.node(Op.FLATTEN, "flatten", (b.max_pool("pool", x),), {})
+    y = b.clip("side.relu", b.linear("side", x, 6))
+    x = b.node(Op.CONCAT, "cat", (x, y), {"axis": 1})
+    return b.graph(b.linear("fc", x, 5), "dense")
+
+
 GRAPHS = {"plain": plain, "residual": residual, "separable": separable, "branches": branches}
 
 

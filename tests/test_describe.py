@@ -20,6 +20,7 @@ from edgecomp.artifact import Exported
 from edgecomp.compress import compress
 from edgecomp.errors import BundleError, ExportError
 from edgecomp.exporters import describe as module
+from edgecomp.exporters import read_tflite
 from edgecomp.exporters.describe import describe, describe_tables
 from edgecomp.exporters.to_onnx import to_onnx
 from edgecomp.exporters.to_tflite import to_tflite
@@ -490,6 +491,16 @@ def test_a_packed_field_that_is_too_short(say, files):
         say(model.SerializeToString())
 
 
+def test_a_flatbuffer_list_that_leads_beyond_the_end(say):
+    def change(model):
+        model.description = "maker"
+
+    data = foreign_tflite(change)
+    assert data.count(b"\5\0\0\0maker") == 1
+    with pytest.raises(BundleError, match="a list of 60000 elements leads beyond its end"):
+        say(data.replace(b"\5\0\0\0maker", struct.pack("<I", 60000) + b"maker"))
+
+
 def test_a_flatbuffer_that_names_one_table_without_end(say, monkeypatch):
     """100 times one sub-graph, which has 100 times one tensor: 10,100 tables in 900 bytes."""
     n = 100
@@ -518,7 +529,7 @@ def test_a_flatbuffer_that_names_one_table_without_end(say, monkeypatch):
         for at in range(start, start + 4 * n, 4):
             struct.pack_into("<I", parts, at, table - at)
     assert say(bytes(parts))["producer"] == ""
-    monkeypatch.setattr(module, "_MAX_TABLES", 10_000)
+    monkeypatch.setattr(read_tflite, "_MAX_TABLES", 10_000)
     with pytest.raises(BundleError, match="more tables than any network has"):
         say(bytes(parts))
 

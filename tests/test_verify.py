@@ -130,7 +130,10 @@ FLOAT_ONLY: dict[str, tuple[Callable[[Graph], Graph], str]] = {
         "tensor 'fc.weight': is float64, expected float32",
     ),
     "NaN": (lambda g: with_tensor(g, "stem.bias", data=NAN), "tensor 'stem.bias': holds NaN or infinity"),
-    "infinity": (lambda g: with_tensor(g, "stem.bias", data=np.full_like(NAN, np.inf)), "tensor 'stem.bias': holds NaN"),
+    "infinity": (
+        lambda g: with_tensor(g, "stem.bias", data=np.full_like(NAN, np.inf)),
+        "tensor 'stem.bias': holds NaN or infinity",
+    ),
     "clamp": (
         lambda g: with_attribute(g, "stem", "clamp", (-128, 127)),
         "node 'stem': belongs to a quantized graph, expected a float graph",

@@ -1,0 +1,230 @@
+"""Who may import whom, and other rules of the house that a parser can check."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {
+    "edgecomp": "edgecomp",
+    "exporters": "edgecomp.exporters",
+    "benchmarks": "edgecomp.benchmarks",
+    "targets": "edgecomp.targets",
+}
+
+# A module may import any lower row, and what stands before it in its own. The package itself holds only a version.
+LEVELS = (
+    ("edgecomp", "errors"),
+    ("graph", "quantmath", "packing", "target", "preprocessing", "imagefolder", "data"),
+    ("ops", "verify", "reference", "groups", "plan"),
+    ("artifact", "files", "compress", "planner", "bundle", "report", "manifest", "folder", "overview", "samples"),
+    ("pytorch", "pytorch.torchvision_ops", "pytorch.pt2", "pytorch.networks", "pytorch.load", "pytorch.aten",
+     "pytorch.capture", "pytorch.network", "pytorch.relevance", "pytorch.calibrate", "samples.train"),
+    ("targets", "exporters.layout", "exporters.tflite_schema", "exporters.to_onnx", "exporters.to_tflite", "exporters",
+     "exporters.modelfacts", "exporters.read_onnx", "exporters.read_tflite", "exporters.describe"),
+    ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
+     "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench"),
+    ("check", "build", "verifying", "benching", "cli", "__main__"),
+)  # fmt: skip
+RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}
+
+# Packages beside the standard library and numpy: the modules that may import them, and whether at the top of the file.
+SCRIPT = ("samples.train",)  # made the sample; nobody imports it
+THIRD_PARTY = {
+    "torch": (("pytorch.", *SCRIPT), True),
+    "torchvision": (("pytorch.load", "pytorch.torchvision_ops"), False),
+    "safetensors": (("pytorch.load", *SCRIPT), False),
+    "PIL": (("preprocessing", "imagefolder"), False),
+    "onnx": (("exporters.", "benchmarks."), False),
+    "google": (("exporters.",), False),
+    "ai_edge_litert": (("exporters.", "benchmarks."), False),
+    "flatbuffers": (("exporters.",), False),
+    "onnxruntime": (("benchmarks.",), False),
+    "tqdm": (("cli", *SCRIPT), False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """One imported name.
+
+    Attributes:
+        name: absolute, dotted.
+        lazy: within a function.
+        typing: under TYPE_CHECKING.
+    """
+
+    name: str
+    lazy: bool
+    typing: bool
+    line: int
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the library by its short name ("graph", "exporters.layout")."""
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            name = ".".join((package, *parts)).removesuffix(".__init__")
+            found[name.removeprefix("edgecomp.")] = path
+    return found
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"), str(path))
+
+
+def imports(name: str) -> list[Import]:
+    path, found = modules()[name], []
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+
+    def visit(node: ast.AST, lazy: bool, typing: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            inner_typing = typing or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
+            inner_lazy = lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            for target in _names(child, package):
+                found.append(Import(name=target, lazy=lazy, typing=typing, line=child.lineno))  # type: ignore[attr-defined]
+            visit(child, inner_lazy, inner_typing)
+
+    visit(tree(path), False, False)
+    return found
+
+
+def _names(node: ast.AST, package: str) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            assert node.level == 1, "relative imports go within one folder"
+            base = ".".join(part for part in ("edgecomp", package, base) if part)
+        for alias in node.names:
+            whole = f"{base}.{alias.name}"
+            yield whole if whole.removeprefix("edgecomp.") in modules() else base
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "import_runtime", "__import__")):
+        if node.args and isinstance(node.args[0], ast.Constant):
+            yield str(node.args[0].value)
+
+
+def own(name: str) -> str | None:
+    """Give the short name of a module of ours, None for others."""
+    if name != "edgecomp" and not name.startswith("edgecomp."):
+        return None
+    return name.removeprefix("edgecomp.")
+
+
+def test_every_module_stands_in_the_table() -> None:
+    assert modules().keys() - RANK.keys() == set(), "a new module needs a place in LEVELS"
+    assert len(RANK) == sum(map(len, LEVELS)), "a module stands twice"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_nothing_imports_upwards(name: str) -> None:
+    for found in imports(name):
+        target = own(found.name)
+        if target is None:
+            assert found.name.partition(".")[0] not in FOLDERS, f"{name}:{found.line}: the bare name of a side folder"
+            continue
+        assert target in RANK, f"{name}:{found.line}: imports {found.name}, which is no module"
+        # A name for a type checker costs nothing when running and cannot make a circle.
+        assert found.typing or RANK[target] < RANK[name], f"{name}:{found.line}: imports {target}, which stands above it"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_other_packages_stay_in_their_place(name: str) -> None:
+    for found in imports(name):
+        package = found.name.partition(".")[0]
+        if package in sys.stdlib_module_names or package in ("edgecomp", "numpy"):
+            continue
+        assert package in THIRD_PARTY, f"{name}:{found.line}: imports {package}"
+        users, at_top = THIRD_PARTY[package]
+        assert name.startswith(users), f"{name}:{found.line}: imports {package}"
+        assert found.lazy or found.typing or at_top or name in SCRIPT, f"{name}:{found.line}: {package} at the top"
+
+
+def test_torch_is_reached_only_where_a_model_is_built() -> None:
+    """What stands below the line of data runs without torch: only a build reaches over it, when it is called."""
+    for name in modules():
+        for found in imports(name):
+            if (own(found.name) or "").startswith("pytorch") and not name.startswith("pytorch"):
+                assert name == "build" or name in SCRIPT, f"{name}:{found.line}"
+                assert found.lazy or name in SCRIPT, f"{name}:{found.line}: at the top"
+
+
+def test_only_the_command_line_prints() -> None:
+    # benchmarks.memory is also the child process that answers its parent through a pipe.
+    for name, path in modules().items():
+        if name in ("cli", "benchmarks.memory", *SCRIPT):
+            continue
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("print", "sys.stdout.write", "sys.stderr.write"), f"{name}:{node.lineno}: {called}"
+
+
+def test_no_behaviour_comes_from_the_environment() -> None:
+    allowed = ("benchmarks.memory", *SCRIPT)  # hands it on to its child process
+    for name, path in modules().items():
+        used = {ast.unparse(n) for n in ast.walk(tree(path)) if isinstance(n, ast.Attribute)}
+        found = used & {"os.environ", "os.getenv", "os.environb"}
+        assert name in allowed or not found, f"{name}: {found}"
+
+
+@pytest.mark.parametrize("path", [*modules().values(), *sorted((ROOT / "tests").glob("*.py"))], ids=str)
+def test_no_file_is_long(path: Path) -> None:
+    lines = len(path.read_text("utf-8").splitlines())
+    assert lines <= 600, f"{path.relative_to(ROOT)} has {lines} lines; a file beyond 500 usually holds two things"
+
+
+def test_no_module_of_the_library_is_long() -> None:
+    assert [n for n, path in modules().items() if len(path.read_text("utf-8").splitlines()) > 500] == []
+
+
+def test_no_drawers() -> None:
+    names = {part for name in modules() for part in name.split(".")}
+    assert not names & {"utils", "util", "helpers", "common", "misc", "base", "manager", "core"}
+
+
+# Functions of the tests' own that assert, or raise, on behalf of who calls them.
+ASSERTING = frozenset(
+    {"close", "check", "refused", "same", "compare", "expect", "assert_allclose", "assert_array_equal", "fail", "raises"}
+)
+
+
+def test_every_test_can_fail() -> None:
+    silent = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and not _asserts(node):
+                silent.append(f"{path.name}:{node.lineno} {node.name}")
+    assert silent == []
+
+
+def _asserts(function: ast.FunctionDef) -> bool:
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            return True
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2].lstrip("_") in ASSERTING:
+            return True
+    return False
+
+
+def test_the_rules_notice_what_they_should() -> None:
+    assert not _asserts(ast.parse("def test_x():\n  print(1)").body[0])  # type: ignore[arg-type]
+    assert _asserts(ast.parse("def test_x():\n  with pytest.raises(ValueError): f()").body[0])  # type: ignore[arg-type]
+    assert list(_names(ast.parse("from .layout import f").body[0], "exporters")) == ["edgecomp.exporters.layout"]
+    assert list(_names(ast.parse("from edgecomp import bundle, errors").body[0], "")) == [
+        "edgecomp.bundle", "edgecomp.errors",
+    ]  # fmt: skip
+    assert RANK["graph"] < RANK["ops"] < RANK["compress"] < RANK["pytorch.load"] < RANK["exporters"] < RANK["cli"]
+    assert {found.name for found in imports("exporters.to_onnx") if not found.lazy} >= {"numpy", "edgecomp.graph"}

@@ -1,0 +1,351 @@
+"""The planner against brute force, and its searches against made-up files and accuracies."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgecomp import quantmath
+from edgecomp.compress import cut
+from edgecomp.errors import BudgetError
+from edgecomp.graph import Graph
+from edgecomp.groups import number_channels
+from edgecomp.plan import LayerRelevance, Relevance
+from edgecomp.planner import (
+    DROP_STEPS,
+    LayerChoices,
+    irrelevant_channels,
+    layer_choices,
+    mean_bits,
+    search_drop,
+    search_file_size,
+    solve,
+    solve_mean_bits,
+)
+from tests.graphs import GRAPHS, dense, multiplied
+
+often = settings(derandomize=True, deadline=None, max_examples=150)
+ALL = {**GRAPHS, "multiplied": multiplied, "dense": dense}
+
+# ---- solve -----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def instances(draw: st.DrawFn, most_weights: int = 200) -> tuple[list[LayerChoices], float]:
+    """A few layers with random errors (mostly falling with the bits), and a budget between least and most."""
+    choices = []
+    for i in range(draw(st.integers(1, 4))):
+        widths = sorted(draw(st.sets(st.integers(2, 8), min_size=1, max_size=4)))
+        errors = sorted(draw(st.lists(st.floats(0, 100), min_size=len(widths), max_size=len(widths))), reverse=True)
+        if draw(st.integers(0, 4)) == 0:
+            errors.reverse()
+        stored = {b: (4 if b <= 4 else 8) if draw(st.booleans()) else b for b in widths}
+        n = draw(st.integers(1, most_weights))
+        choices.append(
+            LayerChoices(
+                name=f"layer{i}", n_weights=n, error=dict(zip(widths, errors, strict=True)), stored_bits=stored
+            )
+        )
+    least = sum(min(c.cost(b) for b in c.error) for c in choices)
+    most = sum(max(c.cost(b) for b in c.error) for c in choices)
+    return choices, least + draw(st.floats(0, 1)) * (most - least + 10)
+
+
+def total_error(choices: Sequence[LayerChoices], bits: Mapping[str, int]) -> float:
+    return sum(c.error[bits[c.name]] for c in choices)
+
+
+def total_cost(choices: Sequence[LayerChoices], bits: Mapping[str, int]) -> int:
+    return sum(c.n_weights * c.stored_bits[bits[c.name]] for c in choices)
+
+
+def best_of_all(choices: Sequence[LayerChoices], budget: float) -> float:
+    """Try every combination."""
+    found = np.inf
+    for widths in itertools.product(*(c.error for c in choices)):
+        bits = {c.name: b for c, b in zip(choices, widths, strict=True)}
+        if total_cost(choices, bits) <= budget:
+            found = min(found, total_error(choices, bits))
+    return found
+
+
+@often
+@given(instances())
+def test_solve_is_optimal(case: tuple[list[LayerChoices], float]) -> None:
+    """Below 65536 bits nothing is rounded."""
+    choices, budget = case
+    bits = solve(choices, budget)
+    assert list(bits) == [c.name for c in choices]
+    assert all(bits[c.name] in c.error for c in choices)
+    assert total_cost(choices, bits) <= budget
+    assert total_error(choices, bits) == pytest.approx(best_of_all(choices, budget), rel=1e-9, abs=1e-12)
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(instances(most_weights=3_000_000))
+def test_solve_rounds_by_a_65536th(case: tuple[list[LayerChoices], float]) -> None:
+    """Never over the budget; as good as the best for a budget smaller by one unit a layer."""
+    choices, budget = case
+    bits = solve(choices, budget)
+    assert total_cost(choices, bits) <= budget
+    smaller = budget - (len(choices) + 1) * max(1.0, budget / 65536)
+    assert total_error(choices, bits) <= best_of_all(choices, smaller) + 1e-9
+
+
+@often
+@given(instances())
+def test_too_small_a_budget(case: tuple[list[LayerChoices], float]) -> None:
+    choices, _ = case
+    least = sum(min(c.cost(b) for b in c.error) for c in choices)
+    assert total_cost(choices, solve(choices, least)) == least
+    with pytest.raises(BudgetError, match=f"the least possible are {-(-least // 8)} ") as e:
+        solve(choices, least - 0.5)
+    assert "\n" not in str(e.value)
+
+
+def choice(name: str, n_weights: int, error: dict[int, float], stored: dict[int, int] | None = None) -> LayerChoices:
+    return LayerChoices(name=name, n_weights=n_weights, error=error, stored_bits=stored or {b: b for b in error})
+
+
+def test_cheapest_and_dearest() -> None:
+    c = choice("a", 10, {2: 9.0, 3: 5.0, 4: 1.0, 8: 0.5}, {2: 4, 3: 4, 4: 4, 8: 8})
+    assert (c.cheapest(), c.dearest(), c.cost(3)) == (4, 8, 40)
+
+
+LADDER = [choice(f"l{i}", 100 * (i + 1), {b: 4.0 ** (8 - b) * (i + 1) for b in range(2, 9)}) for i in range(4)]
+
+
+def test_mean_bits() -> None:
+    bits = {"l0": 8, "l1": 2, "l2": 4, "l3": 5}
+    assert mean_bits(LADDER, bits) == (8 * 1 + 2 * 2 + 4 * 3 + 5 * 4) / 10
+    for asked in (2, 2.5, 3.3, 5, 8):
+        found = mean_bits(LADDER, solve_mean_bits(LADDER, asked))
+        assert asked - 0.4 <= found <= asked
+    with pytest.raises(BudgetError, match=r"\(2\.00 bits a weight\)"):
+        solve_mean_bits(LADDER, 1.99)
+
+
+# ---- search_file_size ------------------------------------------------------------------------------------------------
+
+
+@often
+@given(
+    instances(),
+    st.integers(0, 400),
+    st.lists(st.integers(0, 40), min_size=9, max_size=9),
+    st.integers(0, 3000),
+)
+def test_file_size_search(
+    case: tuple[list[LayerChoices], float], fixed: int, by_width: list[int], limit: int
+) -> None:
+    """Whatever a file holds beside the weights, it is within the limit, or the smallest widths are beyond it too."""
+    choices, _ = case
+    written: list[int] = []
+
+    def file_bytes(bits: Mapping[str, int]) -> int:
+        n_bytes = fixed + sum(-(-c.cost(bits[c.name]) // 8) + by_width[bits[c.name]] for c in choices)
+        written.append(n_bytes)
+        return n_bytes
+
+    smallest = {c.name: c.cheapest() for c in choices}
+    least = fixed + sum(-(-c.cost(smallest[c.name]) // 8) + by_width[smallest[c.name]] for c in choices)
+    if least > limit:
+        with pytest.raises(BudgetError, match=f"a file of {limit} bytes .* the smallest possible has {least} bytes"):
+            search_file_size(choices, limit, file_bytes)
+    else:
+        assert file_bytes(search_file_size(choices, limit, file_bytes)) <= limit
+    assert len(written) <= 10
+
+
+def test_file_size_search_uses_the_room() -> None:
+    def file_bytes(bits: Mapping[str, int]) -> int:
+        return 777 + total_cost(LADDER, bits) // 8
+
+    for limit in (1030, 1100, 1300, 1600):
+        bits = search_file_size(LADDER, limit, file_bytes)
+        assert limit - 14 <= file_bytes(bits) <= limit  # a step of the smallest layer is 12.5 bytes
+        assert total_error(LADDER, bits) == best_of_all(LADDER, 8 * (limit - 777))
+    everything = search_file_size(LADDER, 10**6, file_bytes)
+    assert set(everything.values()) == {8}
+
+
+# ---- search_drop -----------------------------------------------------------------------------------------------------
+
+
+def monotone(bits: Mapping[str, int]) -> float:
+    return 12.0 * (1 - (mean_bits(LADDER, bits) - 2) / 6) ** 2
+
+
+def noisy(bits: Mapping[str, int]) -> float:
+    wobble = np.random.default_rng([bits[name] for name in sorted(bits)]).normal()
+    return monotone(bits) + 0.5 * float(wobble)
+
+
+@pytest.mark.parametrize("drop", [monotone, noisy])
+@pytest.mark.parametrize("most", [0.3, 1.0, 4.0, 11.0, 50.0])
+def test_drop_search(drop: Callable[[Mapping[str, int]], float], most: float) -> None:
+    """What comes back was measured and is within what was asked, or is the best there is."""
+    measured: dict[tuple[int, ...], float] = {}
+    steps = []
+
+    def points(bits: Mapping[str, int]) -> float:
+        measured[tuple(bits.values())] = drop(bits)
+        return drop(bits)
+
+    bits, loss = search_drop(LADDER, most, points, progress=steps.append)
+    assert measured[tuple(bits.values())] == loss
+    assert len(steps) <= DROP_STEPS
+    assert set(steps) == {1}
+    if loss > most:
+        assert set(bits.values()) == {8}
+    if drop is monotone:
+        # The true answer by scanning every budget; bisection knows it to 6 / 2^(DROP_STEPS - 1) bits.
+        budgets = np.linspace(2, 8, 200) * 1000
+        within = [mean_bits(LADDER, b) for b in (solve(LADDER, x) for x in budgets) if monotone(b) <= most]
+        assert loss <= most
+        assert mean_bits(LADDER, bits) <= min(within) + 0.1 + 6 / 2 ** (DROP_STEPS - 2)
+
+
+def test_drop_that_cannot_be_had() -> None:
+    bits, loss = search_drop(LADDER, 0.5, lambda bits: 3.0)
+    assert (set(bits.values()), loss) == ({8}, 3.0)
+
+
+def test_drop_search_of_one_choice() -> None:
+    calls = []
+
+    def points(bits: Mapping[str, int]) -> float:
+        calls.append(dict(bits))
+        return -0.2
+
+    bits, loss = search_drop([choice("a", 10, {8: 0.0})], 0.0, points)
+    assert (bits, loss, len(calls)) == ({"a": 8}, -0.2, 1)
+
+
+# ---- channels --------------------------------------------------------------------------------------------------------
+
+
+def relevance_of(graph: Graph, zero: Mapping[str, Sequence[int]], seed: int = 0) -> Relevance:
+    """Random relevance; none for the channels in `zero`."""
+    rng = np.random.default_rng(seed)
+    layers = {}
+    for node in graph.layers():
+        shape = graph.weight(node).shape
+        channel = rng.uniform(0.1, 1, shape[0])
+        channel[list(zero.get(node.name, ()))] = 0
+        weight = rng.standard_normal(shape).astype(np.float32)
+        layers[node.name] = LayerRelevance(
+            weight=weight, weight_abs=np.abs(weight), weight_cost=weight**2, channel=channel, channel_abs=channel
+        )
+    return Relevance(rule="made up", n_samples=1, layers=layers)
+
+
+def dropped(keep: Mapping[str, tuple[bool, ...]]) -> dict[str, list[int]]:
+    return {n: [i for i, k in enumerate(flags) if not k] for n, flags in keep.items() if not all(flags)}
+
+
+@pytest.mark.parametrize(
+    ("name", "zero", "want"),
+    [
+        ("plain", {}, {}),
+        ("plain", {"conv1": [0, 3], "fc1": [19]}, {"conv1": [0, 3], "fc1": [19]}),
+        # The output of the model cannot be cut.
+        ("plain", {"fc2": [0]}, {}),
+        # One channel stays, whichever has the lowest number.
+        ("plain", {"conv2": range(12)}, {"conv2": list(range(1, 12))}),
+        # Coupled channels go when all of them are irrelevant.
+        ("residual", {"block.conv2": [3], "block.shortcut": [3]}, {}),
+        (
+            "residual",
+            {"block.conv2": [3, 4], "block.shortcut": [3], "end.conv": [3]},
+            {"block.conv2": [3], "block.shortcut": [3], "end.conv": [3]},
+        ),
+        ("separable", {"expand": [2], "dw": [2]}, {"expand": [2], "dw": [2]}),
+        ("separable", {"stem": [1], "project": [1], "grouped": [1]}, {}),
+        (
+            "multiplied",
+            {"stem": [1], "dw1": [2, 3], "dw2": [4, 5, 6, 7]},
+            {"stem": [1], "dw1": [2, 3], "dw2": [4, 5, 6, 7]},
+        ),
+        ("multiplied", {"stem": [1], "dw1": [2, 3], "dw2": [4, 5, 6]}, {}),
+    ],
+)
+def test_irrelevant_channels(name: str, zero: dict[str, list[int]], want: dict[str, list[int]]) -> None:
+    graph = ALL[name]()
+    assert dropped(irrelevant_channels(graph, relevance_of(graph, zero))) == want
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_without_any_relevance_a_network_remains(name: str) -> None:
+    graph = ALL[name]()
+    everything = {n.name: range(graph.weight(n).shape[0]) for n in graph.layers()}
+    keep = irrelevant_channels(graph, relevance_of(graph, everything))
+    assert all(any(flags) for flags in keep.values())
+    smaller = cut(graph, keep)
+    assert smaller.tensors[graph.outputs[0]].shape == graph.tensors[graph.outputs[0]].shape
+
+
+# ---- what a width costs ----------------------------------------------------------------------------------------------
+
+
+def test_layer_choices_by_hand() -> None:
+    """Weights that remain on both sides, errors weighted with their cost, bits as the formats store them."""
+    graph = ALL["plain"]()
+    relevance = relevance_of(graph, {})
+    keep = {n.name: (True,) * graph.weight(n).shape[0] for n in graph.layers()}
+    keep["conv1"], keep["conv2"] = (False, True) * 4, (True, True, False) * 4
+    steps: list[int] = []
+    choices = {
+        c.name: c for c in layer_choices(graph, relevance, keep, ["onnx"], progress=steps.append)
+    }
+    assert [c.n_weights for c in choices.values()] == [4 * 3 * 9, 8 * 4 * 9, 20 * 8 * 4, 10 * 20]
+    assert steps == [graph.weight(n).data.size for n in graph.layers()]  # type: ignore[union-attr]
+    conv2 = choices["conv2"]
+    assert dict(conv2.stored_bits) == {b: b for b in range(2, 9)}
+    rows, columns = np.array(keep["conv2"]), np.array(keep["conv1"])
+    weight = np.asarray(graph.tensors["conv2.weight"].data)[rows][:, columns].astype(np.float64)
+    cost = relevance.layers["conv2"].weight_cost[rows][:, columns]
+    for bits in range(2, 9):
+        scale = quantmath.choose_weight_scale(weight, bits)[:, None, None, None]
+        limit = 2 ** (bits - 1) - 1
+        off = np.clip(np.rint(weight / scale), -limit, limit) * scale - weight
+        assert conv2.error[bits] == pytest.approx(float((off**2 * cost).sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("formats", "counted", "dense_bits", "depthwise_bits"),
+    [
+        (["onnx"], min, {b: b for b in range(2, 9)}, {b: b for b in range(2, 9)}),
+        (["tflite"], min, {4: 4, 8: 8}, {8: 8}),
+        (["onnx", "tflite"], min, {b: b for b in range(2, 9)}, {b: b for b in range(2, 9)}),
+        (["onnx", "tflite"], max, {2: 4, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}, {b: 8 for b in range(2, 9)}),
+    ],
+)
+def test_widths_that_formats_can_use(
+    formats: list[str],
+    counted: Callable[[Sequence[int]], int],
+    dense_bits: dict[int, int],
+    depthwise_bits: dict[int, int],
+) -> None:
+    graph = ALL["separable"]()
+    keep = {n.name: (True,) * graph.weight(n).shape[0] for n in graph.layers()}
+    choices = {c.name: c for c in layer_choices(graph, relevance_of(graph, {}), keep, formats, counted=counted)}
+    assert dict(choices["project"].stored_bits) == dense_bits
+    assert dict(choices["dw"].stored_bits) == dict(choices["grouped"].stored_bits) == depthwise_bits
+    assert choices["dw"].n_weights == 16 * 9
+    assert all(c.error.keys() == c.stored_bits.keys() for c in choices.values())
+
+
+def test_choices_of_a_cut_depthwise_layer() -> None:
+    """A depthwise weight has one input column, which stays; a grouped one keeps all of its own."""
+    graph = ALL["separable"]()
+    keep = irrelevant_channels(graph, relevance_of(graph, {"expand": [2, 5], "dw": [2, 5]}))
+    choices = {c.name: c for c in layer_choices(graph, relevance_of(graph, {}), keep, ["onnx"])}
+    small = cut(graph, keep)
+    assert {n: c.n_weights for n, c in choices.items()} == {n.name: small.weight(n).data.size for n in small.layers()}  # type: ignore[union-attr]
+    assert not number_channels(small).locked[number_channels(small).of["expand"]].any()

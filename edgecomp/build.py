@@ -376,7 +376,8 @@ def _measure(
     if agreement < LEAST_AGREEMENT_PERCENT:
         raise ParityError(
             f"model.{exported.format}: {runtime} names another class than the reference, beyond ties, on "
-            f"{100 - agreement:.1f} % of images, expected at most {100 - LEAST_AGREEMENT_PERCENT:.0f} %; the file was not written"
+            f"{100 - agreement:.1f} % of images, at most {100 - LEAST_AGREEMENT_PERCENT:.0f} % are allowed; "
+            "nothing was written"
         )
     version = runner_class(runtime)(exported.data).version
     return {

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from edgecomp.errors import GraphError
 from edgecomp.graph import Array, Graph, Op
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.report import Parity
+
+if TYPE_CHECKING:
+    from edgecomp.benchmarks.runtime import Runner
 
 PARITY_IMAGES = 128
 """Images of the test split whose outputs are compared one by one."""
@@ -48,14 +52,17 @@ def measure_accuracy(
 
     shares = np.array_split(np.arange(len(images)), min(os.cpu_count() or 1, len(images)))
 
-    def right(share: Array) -> int:
-        runner = runner_class(runtime)(data, threads=1)
+    # Loaded one after the other: what native code prints meanwhile is held back, and there is one stderr for all.
+    runners = [runner_class(runtime)(data, threads=1) for _ in shares]
+
+    def right(runner: Runner, share: Array) -> int:
         percent, n = accuracy(runner, images.take(share), preprocessing, progress=progress)
-        return round(percent * n / 100)
+        n_right: int = round(percent * n / 100)
+        return n_right
 
     with ThreadPoolExecutor(len(shares)) as pool:
-        n_right = sum(pool.map(right, shares))
-    return 100 * n_right / len(images), len(images)
+        total = sum(pool.map(right, runners, shares))
+    return 100 * total / len(images), len(images)
 
 
 def output_step(graph: Graph) -> float:

@@ -34,6 +34,10 @@ EXIT_CODES: tuple[tuple[type[errors.EdgecompError], int], ...] = (
 )
 """The first row whose class fits counts."""
 INTERRUPTED = 130
+OPTIONAL = frozenset(
+    {"torch", "torchvision", "safetensors", "PIL", "onnx", "onnxruntime", "ai_edge_litert", "flatbuffers"}
+)
+"""What the base install lacks; the extras bring it."""
 
 
 def entry() -> NoReturn:
@@ -60,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(e), next(code for kind, code in EXIT_CODES if isinstance(e, kind)))
     except KeyboardInterrupt:
         return _complain("interrupted; nothing was written", INTERRUPTED)
+    except ImportError as e:
+        package = (e.name or "").partition(".")[0]
+        if package not in OPTIONAL:
+            raise
+        return _complain(f"{package} cannot be imported ({e}); install it with: pip install 'edgecomp[build]'", 6)
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`); what is left to print is not wanted.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -264,7 +273,6 @@ def _budget(args: argparse.Namespace) -> Budget:
 
 
 def _build(args: argparse.Namespace) -> int:
-    _require("torch", "build")
     from edgecomp.build import build
     from edgecomp.overview import results_table
     from edgecomp.plan import Io
@@ -379,10 +387,3 @@ def _shown(value: object) -> str:
     if value is None:
         return "-"
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _require(package: str, extra: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        raise errors.UsageError(f"{package} is not installed; install it with: pip install 'edgecomp[{extra}]'")

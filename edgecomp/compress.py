@@ -5,7 +5,7 @@ The passes run in the order of `compress`; each takes a graph and gives a new on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -40,7 +40,7 @@ def compress(graph: Graph, plan: CompressionPlan) -> Graph:
     except GraphError as e:
         raise PlanError(f"plan: {e}") from e
     fused = fuse_clips(smaller)
-    activations = activation_params(smaller, fused, plan)
+    activations = activation_params(fused, plan)
     quantized = quantize_layers(fused, activations, {name: layer.weight_bits for name, layer in plan.layers.items()})
     bordered = insert_borders(quantized, plan.io)
     verify_quantized(bordered)
@@ -116,15 +116,14 @@ def fuse_clips(graph: Graph) -> Graph:
     return replace(graph, nodes=nodes, tensors=tensors)
 
 
-def activation_params(original: Graph, fused: Graph, plan: CompressionPlan) -> dict[str, QuantParams]:
+def activation_params(graph: Graph, plan: CompressionPlan) -> dict[str, QuantParams]:
     """Choose scale and zero point of every activation: one for each set of tensors that must share them.
 
     Args:
-        original: the float graph whose clips bound the ranges.
-        fused: the same after `fuse_clips`.
+        graph: after `fuse_clips`.
         plan: holds the ranges.
     """
-    names = [name for name, tensor in fused.tensors.items() if tensor.data is None]
+    names = [name for name, tensor in graph.tensors.items() if tensor.data is None]
     leader = {name: name for name in names}
 
     def find(name: str) -> str:
@@ -133,7 +132,7 @@ def activation_params(original: Graph, fused: Graph, plan: CompressionPlan) -> d
         return name
 
     softmax_outputs = set()
-    for node in fused.nodes:
+    for node in graph.nodes:
         if node.op in SHARES_SCALE:
             for name in node.inputs:
                 leader[find(name)] = find(node.outputs[0])
@@ -146,11 +145,44 @@ def activation_params(original: Graph, fused: Graph, plan: CompressionPlan) -> d
         if top in bounds:
             low, high = min(low, bounds[top][0]), max(high, bounds[top][1])
         bounds[top] = (low, high)
-    params = {name: quantmath.activation_params(*bounds[find(name)]) for name in names}
+    chosen = {top: quantmath.activation_params(*bound) for top, bound in bounds.items()}
+    # Raising one output can ask for another further on; a graph settles after as many rounds as it has loops of shared
+    # scales, in practice one.
+    for _ in graph.nodes:
+        raised = False
+        for node in graph.nodes:
+            top, least = find(node.outputs[0]), _least_scale(graph, node, [chosen[find(i)] for i in _read(graph, node)])
+            low, high = bounds[top]
+            if least > float(chosen[top].scale):
+                span = (quantmath.ACT_MAX - quantmath.ACT_MIN) * least
+                bounds[top] = (min(low, 0.0), max(high, min(low, 0.0) + span))
+                chosen[top], raised = quantmath.activation_params(*bounds[top]), True
+        if not raised:
+            break
+    params = {name: chosen[find(name)] for name in names}
     for name in softmax_outputs:
         # TFLite fixes the output of an int8 softmax: steps of 1/256 from 0.
         params[name] = QuantParams(bits=8, scale=np.array(1 / 256), zero_point=np.array(-128))
     return params
+
+
+def _read(graph: Graph, node: Node) -> list[str]:
+    return [name for name in node.inputs if graph.tensors[name].data is None]
+
+
+def _least_scale(graph: Graph, node: Node, inputs: Sequence[QuantParams]) -> float:
+    """Give the finest output scale that makes sense: runtimes refuse factors of 256 and more from sums to codes.
+
+    Only an output that was (nearly) constant on the calibration data asks for less.
+    """
+    if node.op not in (Op.CONV2D, Op.LINEAR, Op.ADD, Op.GLOBAL_AVG_POOL):
+        return 0.0
+    largest = max(float(params.scale) for params in inputs)
+    if node.op in (Op.CONV2D, Op.LINEAR):
+        weight = graph.weight(node).data
+        assert weight is not None
+        largest *= float(np.abs(weight).max(initial=0.0))
+    return 1.0001 * largest / 128
 
 
 def quantize_layers(graph: Graph, activations: Mapping[str, QuantParams], weight_bits: Mapping[str, int]) -> Graph:

@@ -114,7 +114,15 @@ class Node:
     attrs: Mapping[str, Attribute] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attrs", MappingProxyType(dict(sorted(self.attrs.items()))))
+        plain = {key: _plain(key, value) for key, value in sorted(self.attrs.items())}
+        object.__setattr__(self, "attrs", MappingProxyType(plain))
+
+
+def _plain(key: str, value: Attribute) -> Attribute:
+    """Turn numbers into Python's own, limits into floats: the digest is made from how they are written."""
+    if isinstance(value, (tuple, list)):
+        return tuple(int(v) for v in value)
+    return float(value) if key in ("low", "high") else int(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -248,10 +248,11 @@ def load_strict_json(text: str, where: str) -> Mapping[str, object]:
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise PlanError(f"{where}: key {twice!r:.80} stands twice")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise PlanError(f"{where}: key {key!r:.80} stands twice")
+            seen.add(key)
         return dict(pairs)
 
     def refuse(constant: str) -> object:

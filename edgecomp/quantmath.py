@@ -23,6 +23,7 @@ _CLIP_STEPS = 16
 # The smallest share of max |w| worth trying, by bits: a ternary grid wants to clip much, an 8-bit grid hardly at all.
 _CLIP_FLOOR = {2: 0.30, 3: 0.40, 4: 0.50, 5: 0.60, 6: 0.70, 7: 0.80, 8: 0.90}
 _CHUNK_ELEMENTS = 1 << 16
+_LEAST_RANGE = 1e-6
 # Times the smallest input scale this is still a normal float32, and not zero on a device that knows no others.
 _LEAST_WEIGHT_SCALE = np.float32(2.0**-80)
 _BIAS_LIMIT = 1 << 30
@@ -44,8 +45,9 @@ def activation_params(low: float, high: float) -> QuantParams:
     if not (np.isfinite(low) and np.isfinite(high) and low <= high):
         raise GraphError(f"activation range [{low}, {high}]: expected finite numbers with low <= high")
     low, high = min(low, 0.0), max(high, 0.0)
-    if high - low < 1e-8:
-        high = low + 1e-8
+    if high - low < _LEAST_RANGE:
+        # Constant on the calibration data. A tiny scale would be no gain there, and runtimes refuse it.
+        high = low + 1.0
     scale = np.array((high - low) / (ACT_MAX - ACT_MIN), dtype=np.float32)
     zero_point = int(np.clip(np.rint(ACT_MIN - low / float(scale)), ACT_MIN, ACT_MAX))
     return QuantParams(bits=8, scale=scale, zero_point=np.array(zero_point))

@@ -101,6 +101,21 @@ def _verify_layer(graph: Graph, node: Node) -> None:
             raise GraphError(f"layer {node.name!r}: bias scale differs from input scale x weight scale")
 
 
+_LEAST = {"kernel": 1, "stride": 1, "dilation": 1, "groups": 1, "pads": 0, "include_pad": 0}
+
+
+def _verify_attributes(node: Node) -> None:
+    for key, value in node.attrs.items():
+        if key in ("low", "high"):
+            if not isinstance(value, float) or np.isnan(value):
+                raise GraphError(f"node {node.name!r}: {key} is {value!r:.40}, expected a float")
+            continue
+        numbers = value if isinstance(value, tuple) else (value,)
+        least = _LEAST.get(key, -128)
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in numbers):
+            raise GraphError(f"node {node.name!r}: {key} is {value!r:.60}, expected whole numbers from {least} up")
+
+
 def _verify_structure(graph: Graph) -> None:
     known = set(graph.inputs) | {name for name, tensor in graph.tensors.items() if tensor.data is not None}
     names: set[str] = set()
@@ -122,6 +137,7 @@ def _verify_structure(graph: Graph) -> None:
         allowed = {*row.attributes, *row.optional}
         if set(row.attributes) - node.attrs.keys() or node.attrs.keys() - allowed:
             raise GraphError(f"node {node.name!r}: attributes {sorted(node.attrs)}, expected {sorted(row.attributes)}")
+        _verify_attributes(node)
         for name in node.inputs:
             if name not in known:
                 raise GraphError(f"node {node.name!r}: reads {name!r}, which nothing before it writes")

@@ -166,7 +166,7 @@ def _same_bytes(folder: BuiltFolder, format_name: str, data: bytes) -> bool | No
     from edgecomp.build import rewritten
     from edgecomp.manifest import tool_versions
 
-    writers = {"onnx": ("edgecomp", "onnx"), "tflite": ("edgecomp", "ai-edge-litert", "flatbuffers")}[format_name]
+    writers = {"onnx": ("edgecomp", "onnx")}.get(format_name, ("edgecomp", "ai-edge-litert", "flatbuffers"))
     now, then = tool_versions(), folder.record["tools"]
     if any(now.get(name) != then.get(name) for name in writers):
         return None

@@ -85,10 +85,8 @@ def soak(
                     try:
                         done[check[kind](rng_of(seed, kind, number[kind]))] += 1
                     except Exception as e:
-                        raise Failed(
-                            f"{kind}, case {number[kind]} of seed {seed}; again with: python -m tests.soak --only {kind}"
-                            f" --seed {seed} --case {number[kind]}\n{''.join(traceback.format_exception(e))}"
-                        ) from e
+                        again = f"python -m tests.soak --only {kind} --seed {seed} --case {number[kind]}"
+                        raise Failed(f"again with: {again}\n{''.join(traceback.format_exception(e))}") from e
                     number[kind] += 1
                     now = time.monotonic()
                     step(now - last)

@@ -188,7 +188,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "not JSON": (with_header(GOLDEN, b"{" + GOLDEN_HEADER), "not JSON"),
     "a list": (with_header(GOLDEN, b"[1,2]"), "expected an object"),
     "deep": (with_header(GOLDEN, b"[" * 100_000), "not JSON"),
-    "duplicate key": (with_header(GOLDEN, b'{"schema":"edgecomp-graph/1",' + GOLDEN_HEADER[1:]), "'schema' stands twice"),
+    "duplicate key": (with_header(GOLDEN, b'{"name":"tiny",' + GOLDEN_HEADER[1:]), "'name' stands twice"),
     "duplicate weight": (
         with_header(GOLDEN, GOLDEN_HEADER.replace(b'"fc.bias":[1],', b'"fc.bias":[1],"fc.bias":[1],')),
         "'fc.bias' stands twice",

@@ -33,6 +33,13 @@ def earlier_build(folder: Path) -> Path:
     return folder
 
 
+def rebuild(out: Path, then: Callable[[Path], object], *, force: bool = True) -> None:
+    """Write a folder, with something that happens before its end."""
+    with new_folder(out, force=force) as work:
+        (work / "model.onnx").write_text("new")
+        then(work)
+
+
 def dead_process() -> int:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
@@ -88,9 +95,8 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
         pytest.skip("a small tmpfs cannot be mounted here; the same is simulated above")
     try:
         earlier_build(disk / "out")
-        with pytest.raises(OSError, match="No space left"), new_folder(disk / "out", force=True) as work:
-            write_file(work / "small", b"x")
-            write_file(work / "model.onnx", bytes(1 << 20))
+        with pytest.raises(OSError, match="No space left"):
+            rebuild(disk / "out", lambda work: write_file(work / "model.onnx", bytes(1 << 20)))
         assert listing(disk) == ["out", f"out/{MANIFEST}", "out/model.onnx"]
         assert (disk / "out" / "model.onnx").read_text() == "old"
     finally:
@@ -154,7 +160,7 @@ def a_manifest_that_is_no_object(place: Path) -> Path:
 def test_refused_with_and_without_force(make: Callable[[Path], Path], force: bool, tmp_path: Path) -> None:
     place = make(tmp_path / "out")
     before = listing(tmp_path)
-    with pytest.raises(UsageError, match="out: .*(another|earlier build)"):
+    with pytest.raises(UsageError, match=r"out: .*(another|earlier build)"):
         check_output_folder(place, force=force)
     with pytest.raises(UsageError), new_folder(place, force=force):
         pytest.fail("nothing may be written here")
@@ -184,7 +190,7 @@ def test_the_current_folder_cannot_be_replaced(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for place in (Path(), Path(".."), tmp_path / "here"):
-        with pytest.raises(UsageError, match="current folder|did not make|--force"):
+        with pytest.raises(UsageError, match=r"current folder|did not make|--force"):
             check_output_folder(place, force=False)
     with pytest.raises(UsageError, match="current folder"):
         check_output_folder(Path(), force=True)
@@ -204,13 +210,16 @@ def test_a_mount_point_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError, ValueError])
 def test_an_exception_leaves_what_was_there(error: type[BaseException], tmp_path: Path) -> None:
     out = earlier_build(tmp_path / "out")
-    with pytest.raises(error), new_folder(out, force=True) as work:
-        (work / "model.onnx").write_text("new")
+
+    def interrupted(work: Path) -> None:
         raise error
+
+    with pytest.raises(error):
+        rebuild(out, interrupted)
     assert listing(tmp_path) == ["out", f"out/{MANIFEST}", "out/model.onnx"]
     assert (out / "model.onnx").read_text() == "old"
-    with pytest.raises(error), new_folder(tmp_path / "fresh", force=False):
-        raise error
+    with pytest.raises(error):
+        rebuild(tmp_path / "fresh", interrupted)
     assert not (tmp_path / "fresh").exists()
 
 
@@ -233,9 +242,15 @@ def test_a_failing_rename_puts_the_old_folder_back(
 
 def test_somebody_else_was_faster(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="--force"), new_folder(out, force=False) as work:
-        (work / "x").write_text("mine")
-        earlier_build(out)
+    with pytest.raises(UsageError, match="holds files that edgecomp did not make"):
+        rebuild(out, lambda work: a_foreign_folder(out))
+    assert listing(tmp_path) == ["out", "out/thesis.tex"]
+
+
+def test_somebody_else_built_there_meanwhile(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="--force"):
+        rebuild(out, lambda work: earlier_build(out), force=False)
     assert listing(tmp_path) == ["out", f"out/{MANIFEST}", "out/model.onnx"]
 
 

@@ -57,14 +57,14 @@ def test_a_missing_file_is_named(name: str, folder: Path) -> None:
 def test_a_missing_artifact_is_named(folder: Path) -> None:
     (folder / "model.onnx").unlink()
     built = open_folder(folder)
-    with pytest.raises(BundleError, match="model.onnx: cannot be read"):
+    with pytest.raises(BundleError, match=r"model\.onnx: cannot be read"):
         built.artifact(built.record["artifacts"][0])
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
 def test_text_that_is_none(name: str, folder: Path) -> None:
     (folder / name).write_bytes(b"\xff\xfe{}")
-    with pytest.raises(BundleError, match=f"{name}: is not UTF-8"):
+    with pytest.raises(BundleError, match=rf"{name}: is not UTF-8"):
         open_folder(folder)
 
 
@@ -77,7 +77,7 @@ def test_no_folder(folder: Path) -> None:
 def test_an_edited_plan_is_not_the_one_that_was_built(folder: Path) -> None:
     text = (folder / "plan.json").read_text()
     (folder / "plan.json").write_text(text.replace('"weight_bits": 4', '"weight_bits": 8', 1))
-    with pytest.raises(BundleError, match="changed after the build; .*edgecomp export"):
+    with pytest.raises(BundleError, match=r"changed after the build; .*edgecomp export"):
         open_folder(folder)
 
 

@@ -18,7 +18,7 @@ from tests.graphs import GRAPHS, plan_for
 GRAPH = GRAPHS["plain"]()
 PLAN = replace(
     plan_for(GRAPH, {"conv1": 8, "conv2": 3, "fc1": 2, "fc2": 8}, drop={"conv2": (0, 7)}),
-    classes=("coat", "bag", "Stiefel – groß"),
+    classes=("coat", "bag", "Stiefel, groß"),
     made_by={"rule": "epsilon 1e-06", "seed": "0"},
 )
 names = st.text(max_size=20).filter(lambda text: text.isprintable())
@@ -79,9 +79,10 @@ def test_text() -> None:
     assert lines[1] == ' "schema": "edgecomp-plan/1",'
     assert '  "conv1": {"out_channels": 8, "dropped": [], "weight_bits": 8},' in lines
     assert '  "conv2": {"out_channels": 12, "dropped": [0, 7], "weight_bits": 3},' in lines
-    assert ' "classes": ["coat", "bag", "Stiefel – groß"],' in lines
+    assert ' "classes": ["coat", "bag", "Stiefel, groß"],' in lines
     assert sum(line.lstrip().startswith('"fc1":') for line in lines) == 2  # layer and range
-    assert len(lines) == 2 + 8 + (len(PLAN.layers) + 1) + (len(PLAN.ranges) + 1) + (len(PLAN.made_by) + 1)
+    blocks = (PLAN.preprocessing.to_json(), PLAN.layers, PLAN.ranges, PLAN.made_by)
+    assert len(lines) == 2 + 8 + sum(len(block) + 1 for block in blocks)
     assert PLAN.to_json().endswith("}\n")
     assert list(json.loads(PLAN.to_json())) == [
         "schema", "graph_digest", "io", "preprocessing", "classes", "layers", "ranges", "made_by"
@@ -157,7 +158,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, object]], object], str]] = {
     "range an object": (put("ranges", "fc1", value={"low": 0}), r"range of 'fc1': expected \[low, high\]"),
     "range of strings": (put("ranges", "fc1", value=["0", "1"]), r"range of 'fc1': expected \[low, high\]"),
     "range of truths": (put("ranges", "fc1", value=[False, True]), r"range of 'fc1': expected \[low, high\]"),
-    "range reversed": (put("ranges", "fc1", value=[1, 0]), "range of 'fc1': .*expected finite numbers with low <= high"),
+    "range reversed": (put("ranges", "fc1", value=[1, 0]), "range of 'fc1': .*with low <= high"),
     "range beyond floats": (put("ranges", "fc1", value=[0, 10**400]), "range of 'fc1': a number is too large"),
     "range huge": (put("ranges", "fc1", value=[0, 1e31]), "range of 'fc1': .*expected finite numbers"),
     "ranges a list": (put("ranges", value=[]), "ranges: expected an object, found list"),
@@ -199,7 +200,7 @@ def test_strict(case: str) -> None:
         ("[" * 100_000, "not JSON"),
         ('{"schema": ' + "9" * 5000 + "}", "not JSON"),
         (PLAN.to_json().replace('"io": "float"', '"io": "float", "io": "int8"'), "key 'io' stands twice"),
-        (PLAN.to_json().replace('"weight_bits": 3', '"weight_bits": 3, "weight_bits": 2'), "'weight_bits' stands twice"),
+        (PLAN.to_json().replace('"dropped": [0, 7]', '"dropped": [0], "dropped": [7]'), "key 'dropped' stands twice"),
         (PLAN.to_json().replace('"conv1": {', '"conv2": {', 1), "key 'conv2' stands twice"),
         *(
             (PLAN.to_json().replace('"pad": 0', f'"pad": {number}'), f"{number} is not a number JSON knows")

@@ -56,6 +56,10 @@ def instances(draw: st.DrawFn, most_weights: int = 200) -> tuple[list[LayerChoic
     return choices, least + draw(st.floats(0, 1)) * (most - least + 10)
 
 
+def choice(name: str, n_weights: int, error: dict[int, float], stored: dict[int, int] | None = None) -> LayerChoices:
+    return LayerChoices(name=name, n_weights=n_weights, error=error, stored_bits=stored or {b: b for b in error})
+
+
 def total_error(choices: Sequence[LayerChoices], bits: Mapping[str, int]) -> float:
     return sum(c.error[bits[c.name]] for c in choices)
 
@@ -97,6 +101,19 @@ def test_solve_rounds_by_a_65536th(case: tuple[list[LayerChoices], float]) -> No
     assert total_error(choices, bits) <= best_of_all(choices, smaller) + 1e-9
 
 
+@pytest.mark.parametrize("mean", [2.3, 4.1, 6.7])
+def test_many_layers_fill_the_budget_and_stay_within(mean: float) -> None:
+    """With 40 layers, costs rounded down would add up to some units too many."""
+    rng = np.random.default_rng(0)
+    layers = [
+        choice(f"l{i}", int(n), {b: float(rng.uniform(0.5, 2) * n * 4.0**-b) for b in range(2, 9)})
+        for i, n in enumerate(rng.integers(20_000, 60_000, 40))
+    ]
+    budget = mean * sum(c.n_weights for c in layers)
+    cost = total_cost(layers, solve(layers, budget))
+    assert budget * (1 - 2 * 40 / 65536) <= cost <= budget
+
+
 @often
 @given(instances())
 def test_too_small_a_budget(case: tuple[list[LayerChoices], float]) -> None:
@@ -106,10 +123,6 @@ def test_too_small_a_budget(case: tuple[list[LayerChoices], float]) -> None:
     with pytest.raises(BudgetError, match=f"the least possible are {-(-least // 8)} ") as e:
         solve(choices, least - 0.5)
     assert "\n" not in str(e.value)
-
-
-def choice(name: str, n_weights: int, error: dict[int, float], stored: dict[int, int] | None = None) -> LayerChoices:
-    return LayerChoices(name=name, n_weights=n_weights, error=error, stored_bits=stored or {b: b for b in error})
 
 
 def test_cheapest_and_dearest() -> None:

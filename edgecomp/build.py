@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,16 @@ from edgecomp.graph import Array, Graph
 from edgecomp.overview import overview
 from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, write_json
 from edgecomp.preprocessing import Preprocessing
+from edgecomp.spending import (
+    Budget,
+    BudgetKind,
+    Candidate,
+    Make,
+    Spent,
+    spend_drop,
+    spend_file_size,
+    spend_mean_bits,
+)
 
 if TYPE_CHECKING:
     from edgecomp.data import DataSet
@@ -31,41 +40,8 @@ Stage = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Opens a stage of known length: a name and a number of units; what it gives is told of each step."""
 
 SAMPLE = "sample"
-_SCORE_BATCH = 64
+_BATCH = 64
 _HELD_OUT = 2000
-
-
-class BudgetKind(StrEnum):
-    """What a budget limits."""
-
-    AVG_BITS = "avg_bits"
-    MAX_SIZE = "max_size"
-    MAX_DROP = "max_drop"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """What may be spent.
-
-    Attributes:
-        kind: mean bits a remaining weight, bytes of the largest exported file, or percentage points of accuracy.
-        asked: the limit.
-
-    Raises:
-        UsageError: the limit is out of range.
-    """
-
-    kind: BudgetKind
-    asked: float
-
-    def __post_init__(self) -> None:
-        match self.kind:
-            case BudgetKind.AVG_BITS if not 2 <= self.asked <= 8:
-                raise UsageError(f"--avg-bits {self.asked:g}: expected 2 to 8")
-            case BudgetKind.MAX_SIZE if not 1 <= self.asked < 2**40:
-                raise UsageError(f"--max-size {self.asked:g}: expected bytes, above 0")
-            case BudgetKind.MAX_DROP if not 0 <= self.asked <= 100:
-                raise UsageError(f"--max-drop {self.asked:g}: expected percentage points from 0 to 100")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -99,6 +75,7 @@ def build(
     budget: Budget,
     formats: Sequence[str],
     io: Io,
+    reconstruction: bool,
     seed: int,
     folder: Path,
     force: bool,
@@ -116,6 +93,7 @@ def build(
         budget: what may be spent.
         formats: "onnx", "tflite".
         io: what the files take and give.
+        reconstruction: adjust weights to their widths on the calibration images.
         seed: of every random choice.
         folder: where to write.
         force: replace an earlier build there.
@@ -139,11 +117,14 @@ def build(
     images = _load_images(data, seed, preprocessing, stage)
     shape = _input_shape(images.test, preprocessing, input_shape)
     graph, float_accuracy = _capture(model, weights, shape, images, preprocessing, stage)
-    train = draw(images.train, n_calibration, seed=seed)
-    held_out = None
+    drop_points = None
     if budget.kind is BudgetKind.MAX_DROP:
         train, held_out = _split(images.train, n_calibration, seed=seed)
-    relevance, ranges = _explain(graph, train, preprocessing, stage)
+        drop_points = _drop_measure(graph, held_out, preprocessing, formats[0])
+    else:
+        train = draw(images.train, n_calibration, seed=seed)
+    batches = [train.inputs(preprocessing, i, i + _BATCH) for i in range(0, len(train), _BATCH)]
+    relevance, ranges = _explain(graph, batches, train.labels, stage)
     keep = planner.irrelevant_channels(graph, relevance)
     with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
         choices = planner.layer_choices(
@@ -155,8 +136,8 @@ def build(
             progress=advance,
         )
 
-    def plan_of(bits: Mapping[str, int]) -> CompressionPlan:
-        return CompressionPlan(
+    def draft(bits: Mapping[str, int]) -> Candidate:
+        plan = CompressionPlan(
             graph_digest=graph.digest(),
             io=io,
             layers={name: LayerPlan(keep=keep[name], weight_bits=bits[name]) for name in keep},
@@ -167,15 +148,18 @@ def build(
                 "relevance": relevance.rule,
                 "samples": str(relevance.n_samples),
                 "pruning": "channels without any relevance",
+                "reconstruction": "weights and biases, by layers" if reconstruction else "none",
                 "budget": f"{budget.kind} {budget.asked:g}",
                 "formats": ",".join(formats),
                 "seed": str(seed),
             },
         )
+        return Candidate(graph=graph, plan=plan)
 
-    bits, got, met = _spend(budget, choices, graph, plan_of, formats, held_out, preprocessing, stage)
-    plan = plan_of(bits)
-    quantized = compress(graph, plan)
+    make = draft if not reconstruction else _reconstructing(draft, batches, stage)
+    spent = _spend(budget, choices, draft, make, formats, drop_points, stage)
+    plan = spent.candidate.plan
+    quantized = compress(spent.candidate.graph, plan)
     exported = _export(quantized, formats, stage)
     measured = [_measure(e, quantized, images.test, preprocessing, stage) for e in exported]
     plan_text = plan.to_json()
@@ -186,11 +170,11 @@ def build(
         "preprocessing": preprocessing.to_json(),
         "classes": list(images.classes),
         "io": io.value,
-        "budget": {"kind": budget.kind.value, "asked": budget.asked, "got": got, "met": met},
+        "budget": {"kind": budget.kind.value, "asked": budget.asked, "got": spent.got, "met": spent.met},
         "float": manifest.float_entry(graph, float_accuracy, len(images.test)),
         "artifacts": [manifest.artifact_entry(e, quantized, m) for e, m in zip(exported, measured, strict=True)],
         "layers": manifest.layer_entries(graph, quantized, plan, relevance, exported),
-        "graph_digest": graph.digest(),
+        "graph_digest": plan.graph_digest,
         "plan_sha256": hashlib.sha256(plan_text.encode()).hexdigest(),
         "seed": seed,
         "tools": manifest.tool_versions(),
@@ -198,11 +182,11 @@ def build(
     with new_folder(folder, force=force) as work:
         for e in exported:
             write_file(work / f"model.{e.format}", e.data)
-        bundle.save(graph, work / bundle.GRAPH_FILE)
+        bundle.save(spent.candidate.graph, work / bundle.GRAPH_FILE)
         write_file(work / PLAN_FILE, plan_text.encode())
         write_file(work / "README.md", overview(record).encode())
         write_file(work / MANIFEST, write_json(record).encode())
-    return Built(folder=folder, manifest=record, budget_met=met)
+    return Built(folder=folder, manifest=record, budget_met=spent.met)
 
 
 def _sample(preprocessing: Preprocessing | None) -> tuple[str, Path, Preprocessing]:
@@ -277,79 +261,67 @@ def _split(train: LabelledImages, n_calibration: int, *, seed: int) -> tuple[Lab
 
 
 def _explain(
-    graph: Graph, images: LabelledImages, preprocessing: Preprocessing, stage: Stage
+    graph: Graph, batches: Sequence[Array], labels: Array, stage: Stage
 ) -> tuple[Relevance, Mapping[str, ActRange]]:
     from edgecomp.pytorch.calibrate import calibrate
     from edgecomp.pytorch.relevance import score
 
-    def batches() -> Iterator[tuple[Array, Array]]:
-        for start in range(0, len(images), _SCORE_BATCH):
-            stop = start + _SCORE_BATCH
-            yield images.inputs(preprocessing, start, stop), images.labels[start:stop]
+    starts = np.cumsum([0, *(len(x) for x in batches)])
+    labelled = [(x, labels[start : start + len(x)]) for x, start in zip(batches, starts, strict=False)]
+    with stage("relevance", len(labels)) as advance:
+        relevance = score(graph, labelled, progress=advance)
+    with stage("activation ranges", 2 * len(labels)) as advance:
+        return relevance, calibrate(graph, batches, progress=advance)
 
-    def inputs() -> Iterator[Array]:
-        return (x for x, _ in batches())
 
-    with stage("relevance", len(images)) as advance:
-        relevance = score(graph, batches, progress=advance)
-    with stage("activation ranges", 2 * len(images)) as advance:
-        ranges = calibrate(graph, inputs, progress=advance)
-    return relevance, ranges
+def _reconstructing(draft: Make, batches: Sequence[Array], stage: Stage) -> Make:
+    """Make candidates whose weights are adjusted to their widths."""
+    from edgecomp.pytorch.recover import reconstruct
+
+    def make(bits: Mapping[str, int]) -> Candidate:
+        first = draft(bits)
+        with stage("reconstruction", sum(manifest.weight_counts(first.graph).values())) as advance:
+            adjusted = reconstruct(first.graph, first.plan, batches, progress=advance)
+        return Candidate(graph=adjusted, plan=replace(first.plan, graph_digest=adjusted.digest()))
+
+    return make
 
 
 def _spend(
     budget: Budget,
     choices: Sequence[planner.LayerChoices],
-    graph: Graph,
-    plan_of: Callable[[Mapping[str, int]], CompressionPlan],
+    draft: Make,
+    make: Make,
     formats: Sequence[str],
-    held_out: LabelledImages | None,
-    preprocessing: Preprocessing,
+    drop_points: Callable[[Candidate], float] | None,
     stage: Stage,
-) -> tuple[dict[str, int], float, bool]:
-    """Choose bits under the budget: (bits by layer, what the budget's own measure came to, whether it is met)."""
-    from edgecomp.exporters import export
-
-    if budget.kind is BudgetKind.AVG_BITS:
-        bits = planner.solve_mean_bits(choices, budget.asked)
-        return bits, round(planner.mean_bits(choices, bits), 4), True
-    if budget.kind is BudgetKind.MAX_SIZE:
-        sizes: dict[str, int] = {}
-
-        def file_bytes(bits: Mapping[str, int]) -> int:
-            quantized = compress(graph, plan_of(bits))
-            sizes.update({name: len(export(quantized, name).data) for name in formats})
-            return max(sizes.values())
-
-        bits = planner.search_file_size(choices, int(budget.asked), file_bytes)
-        return bits, max(sizes.values()), True
-    assert held_out is not None
-    return _spend_drop(budget, choices, graph, plan_of, formats[0], held_out, preprocessing, stage)
+) -> Spent:
+    match budget.kind:
+        case BudgetKind.AVG_BITS:
+            return spend_mean_bits(choices, budget.asked, make)
+        case BudgetKind.MAX_SIZE:
+            return spend_file_size(choices, int(budget.asked), formats, draft, make)
+        case BudgetKind.MAX_DROP:
+            assert drop_points is not None
+            with stage("searching the smallest file", planner.DROP_STEPS) as advance:
+                return spend_drop(choices, budget.asked, make, drop_points, progress=advance)
 
 
-def _spend_drop(
-    budget: Budget,
-    choices: Sequence[planner.LayerChoices],
-    graph: Graph,
-    plan_of: Callable[[Mapping[str, int]], CompressionPlan],
-    format_name: str,
-    held_out: LabelledImages,
-    preprocessing: Preprocessing,
-    stage: Stage,
-) -> tuple[dict[str, int], float, bool]:
+def _drop_measure(
+    graph: Graph, held_out: LabelledImages, preprocessing: Preprocessing, format_name: str
+) -> Callable[[Candidate], float]:
+    """Make what measures how many points a candidate's file loses on held-out training images."""
     from edgecomp.benchmarks.runners import default_runtime
     from edgecomp.exporters import export
     from edgecomp.pytorch.network import accuracy
 
     before = accuracy(graph, held_out, preprocessing)
 
-    def drop_points(bits: Mapping[str, int]) -> float:
-        data = export(compress(graph, plan_of(bits)), format_name).data
+    def drop_points(candidate: Candidate) -> float:
+        data = export(compress(candidate.graph, candidate.plan), format_name).data
         return before - measure_accuracy(data, default_runtime(format_name), held_out, preprocessing)[0]
 
-    with stage("searching the smallest file", planner.DROP_STEPS) as advance:
-        bits, loss = planner.search_drop(choices, budget.asked, drop_points, progress=advance)
-    return bits, round(loss, 4), loss <= budget.asked
+    return drop_points
 
 
 def _export(quantized: Graph, formats: Sequence[str], stage: Stage) -> list[Exported]:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from edgecomp import __version__, errors
 
 if TYPE_CHECKING:
-    from edgecomp.build import Budget
     from edgecomp.preprocessing import Preprocessing
+    from edgecomp.spending import Budget
 
 EXIT_CODES: tuple[tuple[type[errors.EdgecompError], int], ...] = (
     (errors.UnsupportedOp, 5),
@@ -137,6 +137,7 @@ def _add_build(verbs: Any) -> None:
     limits.add_argument("--max-drop", type=_number, metavar="P", help="points of accuracy, on held-out training images")
     p.add_argument("--format", type=_formats, default=("onnx", "tflite"), metavar="onnx,tflite")
     p.add_argument("--io", choices=("float", "int8"), default="float", help="what the files take and give")
+    p.add_argument("--no-reconstruct", action="store_true", help="round to nearest: faster, worse below 6 bits")
     p.add_argument("--seed", type=int, default=0, metavar="N")
     p.add_argument("--force", action="store_true", help="replace an earlier build in DIR")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
@@ -263,7 +264,7 @@ def _preprocessing(args: argparse.Namespace) -> Preprocessing | None:
 
 
 def _budget(args: argparse.Namespace) -> Budget:
-    from edgecomp.build import Budget, BudgetKind
+    from edgecomp.spending import Budget, BudgetKind
 
     if args.max_size is not None:
         return Budget(kind=BudgetKind.MAX_SIZE, asked=args.max_size)
@@ -288,6 +289,7 @@ def _build(args: argparse.Namespace) -> int:
         budget=_budget(args),
         formats=args.format,
         io=Io(args.io),
+        reconstruction=not args.no_reconstruct,
         seed=args.seed,
         folder=args.output,
         force=args.force,

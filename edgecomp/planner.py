@@ -287,5 +287,5 @@ def search_drop(
     return best, best_loss
 
 
-DROP_STEPS = 9
-"""Measurements of `search_drop`: the mean width is then known to 6 / 2^8 bits."""
+DROP_STEPS = 8
+"""Measurements of `search_drop`: the mean width is then known to 6 / 2^7 bits."""

@@ -20,10 +20,12 @@ ACT_MIN, ACT_MAX = -128, 127
 """Range of an activation code."""
 _MULTIPLIER_BITS = 31
 _CLIP_STEPS = 16
-# The smallest share of max |w| worth trying, by bits: a ternary grid wants to clip much, an 8-bit grid hardly at all.
-_CLIP_FLOOR = {2: 0.30, 3: 0.40, 4: 0.50, 5: 0.60, 6: 0.70, 7: 0.80, 8: 0.90}
+CLIP_FLOOR = {2: 0.30, 3: 0.40, 4: 0.50, 5: 0.60, 6: 0.70, 7: 0.80, 8: 0.90}
+"""The smallest share of max |w| worth trying, by bits: a ternary grid wants to clip much, 8 bits hardly at all."""
 _CHUNK_ELEMENTS = 1 << 16
 _LEAST_RANGE = 1e-6
+_GRID_LIMIT = 31
+_GRID_TOLERANCE = 1e-4
 # Times the smallest input scale this is still a normal float32, and not zero on a device that knows no others.
 _LEAST_WEIGHT_SCALE = np.float32(2.0**-80)
 _BIAS_LIMIT = 1 << 30
@@ -56,8 +58,9 @@ def activation_params(low: float, high: float) -> QuantParams:
 def choose_weight_scale(weight: Array, bits: int) -> Array:
     """Choose the scale of each output channel that minimises the squared rounding error, by a fixed grid of clips.
 
-    Deterministic and data-free. A channel of zeros gets the largest scale of the others, which suits its bias; 1 when
-    all are zero.
+    A channel that lies on a grid of at most 6 bits already, because a reconstruction put it there, keeps that grid, so
+    rounding it again changes nothing. A channel of zeros gets the largest scale of the others, which suits its bias; 1
+    when all are zero. Deterministic and data-free.
 
     Args:
         weight: float32 (O, ...).
@@ -69,7 +72,7 @@ def choose_weight_scale(weight: Array, bits: int) -> Array:
     rows = np.ascontiguousarray(weight, dtype=np.float32).reshape(weight.shape[0], -1)
     limit = weight_limit(bits)
     scales = np.zeros(rows.shape[0], dtype=np.float32)
-    shares = np.linspace(1.0, _CLIP_FLOOR[bits], _CLIP_STEPS, dtype=np.float32)
+    shares = np.linspace(1.0, CLIP_FLOOR[bits], _CLIP_STEPS, dtype=np.float32)
     step = max(1, _CHUNK_ELEMENTS // max(1, rows.shape[1]))
     for start in range(0, rows.shape[0], step):
         block = rows[start : start + step]
@@ -88,10 +91,28 @@ def choose_weight_scale(weight: Array, bits: int) -> Array:
             better = error < best_error
             best_error[better] = error[better]
             best_scale[better] = scale[better]
+        best_scale = np.where(best_error > 0, _scale_on_grid(block, peak, limit, best_scale), best_scale)
         scales[start : start + step] = np.where(alive, np.maximum(best_scale, _LEAST_WEIGHT_SCALE), np.float32(0))
     dead = scales == 0
     scales[dead] = 1 if dead.all() else scales.max()
     return scales
+
+
+def _scale_on_grid(block: Array, peak: Array, limit: int, otherwise: Array) -> Array:
+    """Give each row's scale peak / k of which the whole row is multiples, k <= limit; else `otherwise` (O,)."""
+    found = otherwise.copy()
+    open_rows = np.flatnonzero(peak > 0)
+    for k in range(1, limit + 1 if limit <= _GRID_LIMIT else 0):
+        scale = (peak[open_rows] / np.float32(k)).astype(np.float32)
+        few = block[open_rows, :64] / scale[:, None]
+        likely = np.abs(few - np.rint(few)).max(axis=1) < _GRID_TOLERANCE
+        whole = block[open_rows[likely]] / scale[likely, None]
+        fits = np.abs(whole - np.rint(whole)).max(axis=1, initial=0) < _GRID_TOLERANCE
+        on_grid = np.zeros(len(open_rows), dtype=bool)
+        on_grid[np.flatnonzero(likely)[fits]] = True
+        found[open_rows[on_grid]] = scale[on_grid]
+        open_rows = open_rows[~on_grid]
+    return found
 
 
 def widen_for_bias(weight_scale: Array, bias: Array, input_scale: Array) -> Array:

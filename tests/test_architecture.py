@@ -26,12 +26,13 @@ LEVELS = (
     ("ops", "verify", "reference", "groups", "plan"),
     ("artifact", "files", "compress", "planner", "bundle", "report", "manifest", "folder", "overview", "samples"),
     ("pytorch", "pytorch.torchvision_ops", "pytorch.pt2", "pytorch.networks", "pytorch.load", "pytorch.aten",
-     "pytorch.capture", "pytorch.network", "pytorch.relevance", "pytorch.calibrate", "samples.train"),
+     "pytorch.capture", "pytorch.network", "pytorch.relevance", "pytorch.calibrate", "pytorch.recover",
+     "samples.train"),
     ("targets", "exporters.layout", "exporters.tflite_schema", "exporters.to_onnx", "exporters.to_tflite", "exporters",
      "exporters.modelfacts", "exporters.read_onnx", "exporters.read_tflite", "exporters.describe"),
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench"),
-    ("check", "build", "verifying", "benching", "cli", "__main__"),
+    ("check", "spending", "build", "verifying", "benching", "cli", "__main__"),
 )  # fmt: skip
 RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}
 

@@ -1,0 +1,150 @@
+"""Spend a budget: from what each layer could have to one candidate that was really compressed and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from edgecomp import planner
+from edgecomp.compress import compress
+from edgecomp.errors import BudgetError, UsageError
+from edgecomp.graph import Graph
+from edgecomp.plan import CompressionPlan
+
+
+class BudgetKind(StrEnum):
+    """What a budget limits."""
+
+    AVG_BITS = "avg_bits"
+    MAX_SIZE = "max_size"
+    MAX_DROP = "max_drop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What may be spent.
+
+    Attributes:
+        kind: mean bits a remaining weight, bytes of the largest exported file, or percentage points of accuracy.
+        asked: the limit.
+
+    Raises:
+        UsageError: the limit is out of range.
+    """
+
+    kind: BudgetKind
+    asked: float
+
+    def __post_init__(self) -> None:
+        match self.kind:
+            case BudgetKind.AVG_BITS if not 2 <= self.asked <= 8:
+                raise UsageError(f"--avg-bits {self.asked:g}: expected 2 to 8")
+            case BudgetKind.MAX_SIZE if not 1 <= self.asked < 2**40:
+                raise UsageError(f"--max-size {self.asked:g}: expected bytes, above 0")
+            case BudgetKind.MAX_DROP if not 0 <= self.asked <= 100:
+                raise UsageError(f"--max-drop {self.asked:g}: expected percentage points from 0 to 100")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Candidate:
+    """A plan with the float graph it is for: the captured one, or one with weights adjusted to the plan's widths."""
+
+    graph: Graph
+    plan: CompressionPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Spent:
+    """What a budget bought.
+
+    Attributes:
+        candidate: what to export.
+        got: in the budget's own measure.
+        met: False where even the most precise candidate loses more accuracy than allowed.
+    """
+
+    candidate: Candidate
+    got: float
+    met: bool
+
+
+Make = Callable[[Mapping[str, int]], Candidate]
+"""Layer name -> bits to a candidate."""
+
+
+def spend_mean_bits(choices: Sequence[planner.LayerChoices], asked: float, make: Make) -> Spent:
+    """Spend a mean width.
+
+    Raises:
+        BudgetError: the formats cannot store so few bits.
+    """
+    bits = planner.solve_mean_bits(choices, asked)
+    return Spent(candidate=make(bits), got=round(planner.mean_bits(choices, bits), 4), met=True)
+
+
+def spend_file_size(
+    choices: Sequence[planner.LayerChoices], limit_bytes: int, formats: Sequence[str], draft: Make, make: Make
+) -> Spent:
+    """Spend bytes of the largest file.
+
+    Args:
+        choices: of every layer, counted in the most expensive format.
+        limit_bytes: of the largest file.
+        formats: what is to be exported.
+        draft: makes a candidate fast: its files have the right size but for a few bytes.
+        make: makes the candidate to keep.
+
+    Raises:
+        BudgetError: the smallest widths give a larger file.
+    """
+    room = limit_bytes
+    for _ in range(4):
+        bits = planner.search_file_size(choices, room, lambda bits: largest_file(draft(bits), formats))
+        candidate = make(bits)
+        got = largest_file(candidate, formats)
+        if got <= limit_bytes:
+            return Spent(candidate=candidate, got=got, met=True)
+        # Constants that happened to be equal in the draft, and stood in the file once, are not any more.
+        room -= got - limit_bytes
+    raise BudgetError(f"budget: a file of {limit_bytes} bytes asked for, the smallest found has {got}; allow more")
+
+
+def spend_drop(
+    choices: Sequence[planner.LayerChoices],
+    most_points: float,
+    make: Make,
+    drop_points: Callable[[Candidate], float],
+    *,
+    progress: Callable[[int], object] | None = None,
+) -> Spent:
+    """Spend percentage points of accuracy.
+
+    Args:
+        choices: of every layer.
+        most_points: that may be lost.
+        make: makes a candidate.
+        drop_points: measures how many points a candidate loses.
+        progress: called after each measurement with 1.
+    """
+    # Candidates can be large: only the last that was good enough is kept.
+    kept: dict[str, tuple[Mapping[str, int], Candidate]] = {}
+
+    def measure(bits: Mapping[str, int]) -> float:
+        candidate = make(bits)
+        loss = drop_points(candidate)
+        if loss <= most_points or not kept:
+            kept["best"] = (dict(bits), candidate)
+        return loss
+
+    bits, loss = planner.search_drop(choices, most_points, measure, progress=progress)
+    assert kept["best"][0] == bits
+    return Spent(candidate=kept["best"][1], got=round(loss, 4), met=loss <= most_points)
+
+
+def largest_file(candidate: Candidate, formats: Sequence[str]) -> int:
+    """Export a candidate and count the bytes of the largest file."""
+    from edgecomp.exporters import export
+
+    quantized = compress(candidate.graph, candidate.plan)
+    return max(len(export(quantized, name).data) for name in formats)

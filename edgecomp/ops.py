@@ -230,8 +230,8 @@ def _avg_pool(values: Sequence[Array], attrs: Attrs) -> Array:
 
 
 def _avg_pool_integer(node: Node, tensors: Mapping[str, Tensor], values: Mapping[str, Array]) -> Array:
-    # Input and output share scale and zero point. Ties are common here (a quarter of all 2x2 means), so they go to the
-    # even neighbour, as in onnxruntime and XNNPACK.
+    # Input and output share scale and zero point. Ties are common here (a quarter of all 2x2 means): they go to the
+    # even neighbour. onnxruntime does so after adding the zero point: with an odd one its ties differ by a step.
     x = _centred(node.inputs[0], tensors, values)
     total = _windows(x, ints(node.attrs, "kernel"), node.attrs, 0).sum(axis=(4, 5)).astype(np.int64)
     count = window_counts(x.shape, node.attrs).astype(np.int64)

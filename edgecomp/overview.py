@@ -10,7 +10,7 @@ from edgecomp.report import table
 _FILES = {
     "model.onnx": "the compressed network for onnxruntime 1.17 or newer; packed weights are unpacked once, at load",
     "model.tflite": "the compressed network for LiteRT / TensorFlow Lite",
-    "graph.edgecomp": "the float network, BatchNorm folded: with plan.json it gives every exported file again",
+    "graph.edgecomp": "the float network, BatchNorm folded, adjusted to the plan; the two give every file again",
     "plan.json": "what was decided: channels kept, bits of each layer, activation ranges, preprocessing",
     "manifest.json": "what was measured, byte counts, digests and tool versions, for programs",
 }

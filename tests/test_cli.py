@@ -147,8 +147,8 @@ def run(*argv: str, folder: Path, **options: object) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_in_the_middle_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    process = run("build", "-o", "out", folder=tmp_path)
-    time.sleep(4)  # long enough to be at work, too short to be done: the sample takes tens of seconds
+    process = run("build", "--max-drop", "0.1", "-o", "out", folder=tmp_path)
+    time.sleep(4)  # long enough to be at work, too short to be done
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130

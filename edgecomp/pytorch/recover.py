@@ -189,15 +189,24 @@ def _round_columns(weight: Tensor, h: Tensor, bits: int) -> Tensor:
     done = torch.empty_like(rows)
     for start in range(0, rows.shape[1], _BLOCK):
         stop = min(start + _BLOCK, rows.shape[1])
-        block, inverse = rows[:, start:stop].clone(), upper[start:stop, start:stop]
-        errors = torch.empty_like(block)
-        for j in range(stop - start):
-            column = block[:, j]
-            grid = _round(column[:, None], scale, bits)[:, 0]
-            done[:, start + j] = grid
-            errors[:, j] = (column - grid) / inverse[j, j]
-            block[:, j:] -= errors[:, j, None] * inverse[j, None, j:]
-        rows[:, stop:] -= errors @ upper[start:stop, stop:]
+        grid, errors = _round_block(rows[:, start:stop].T, upper[start:stop, start:stop], scale, bits)
+        done[:, start:stop] = torch.from_numpy(grid.T)
+        rows[:, stop:] -= torch.from_numpy(errors).T @ upper[start:stop, stop:]
     result = torch.empty_like(done)
     result[:, order] = done
     return result
+
+
+def _round_block(columns: Tensor, upper: Tensor, scale: Tensor, bits: int) -> tuple[Array, Array]:
+    """Round columns (n, O) one after the other: (grid values, errors divided by the pivot), float32 (n, O) each.
+
+    In numpy: the pieces are too small for torch's threads, which would wait for each other longer than they work.
+    """
+    left, factors, step = columns.numpy().copy(), upper.numpy(), scale.numpy()
+    limit = np.float32(quantmath.weight_limit(bits))
+    grid, errors = np.empty_like(left), np.empty_like(left)
+    for j in range(len(left)):
+        grid[j] = np.clip(np.rint(left[j] / step), -limit, limit) * step
+        errors[j] = (left[j] - grid[j]) / factors[j, j]
+        left[j + 1 :] -= np.outer(factors[j, j + 1 :], errors[j])
+    return grid, errors

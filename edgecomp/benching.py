@@ -91,7 +91,9 @@ def bench_artifact(
         UsageError: threads or min_s are out of range.
     """
     if not 0 < min_s <= 3600:
-        raise UsageError(f"--min-secs {min_s:g}: expected seconds, above 0")
+        raise UsageError(f"--min-secs {min_s:g}: expected seconds, above 0 and up to 3600")
+    if seed < 0:
+        raise UsageError(f"--seed {seed}: expected 0 or more")
     if path.is_dir():
         return _bench_folder(path, None, runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
     if not path.is_file():
@@ -117,7 +119,8 @@ def _bench_folder(
     if runtime is not None:
         artifacts = [a for a in artifacts if a["format"] in runner_class(runtime).formats]
     if not artifacts:
-        raise UsageError(f"{path}: holds no file that {only or runtime} fits")
+        found = only or "its files"
+        raise UsageError(f"{path}: {found} cannot run in {runtime}; leave --runtime out for each format's own")
     benched = []
     for entry in artifacts:
         others = yardsticks(folder.plan, folder.graph, entry["format"])

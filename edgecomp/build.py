@@ -120,21 +120,14 @@ def build(
     drop_points = None
     if budget.kind is BudgetKind.MAX_DROP:
         train, held_out = _split(images.train, n_calibration, seed=seed)
-        drop_points = _drop_measure(graph, held_out, preprocessing, formats[0])
+        drop_points = _drop_measure(graph, held_out, preprocessing, formats)
     else:
         train = draw(images.train, n_calibration, seed=seed)
     batches = [train.inputs(preprocessing, i, i + _BATCH) for i in range(0, len(train), _BATCH)]
     relevance, ranges = _explain(graph, batches, train.labels, stage)
     keep = planner.irrelevant_channels(graph, relevance)
     with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
-        choices = planner.layer_choices(
-            graph,
-            relevance,
-            keep,
-            formats,
-            counted=max if budget.kind is BudgetKind.MAX_SIZE else min,
-            progress=advance,
-        )
+        choices = planner.layer_choices(graph, relevance, keep, formats, progress=advance)
 
     def draft(bits: Mapping[str, int]) -> Candidate:
         plan = CompressionPlan(
@@ -308,9 +301,9 @@ def _spend(
 
 
 def _drop_measure(
-    graph: Graph, held_out: LabelledImages, preprocessing: Preprocessing, format_name: str
+    graph: Graph, held_out: LabelledImages, preprocessing: Preprocessing, formats: Sequence[str]
 ) -> Callable[[Candidate], float]:
-    """Make what measures how many points a candidate's file loses on held-out training images."""
+    """Make what measures how many points the worst of a candidate's files loses on held-out training images."""
     from edgecomp.benchmarks.runners import default_runtime
     from edgecomp.exporters import export
     from edgecomp.pytorch.network import accuracy
@@ -318,8 +311,11 @@ def _drop_measure(
     before = accuracy(graph, held_out, preprocessing)
 
     def drop_points(candidate: Candidate) -> float:
-        data = export(compress(candidate.graph, candidate.plan), format_name).data
-        return before - measure_accuracy(data, default_runtime(format_name), held_out, preprocessing)[0]
+        quantized = compress(candidate.graph, candidate.plan)
+        return before - min(
+            measure_accuracy(export(quantized, name).data, default_runtime(name), held_out, preprocessing)[0]
+            for name in formats
+        )
 
     return drop_points
 

@@ -54,19 +54,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code.
     """
-    args = _parser().parse_args(argv)
+    _open_standard_streams()
+    interrupted: list[int] = []
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    before = {}
     with contextlib.suppress(ValueError):  # only the main thread may set handlers
-        signal.signal(signal.SIGTERM, _terminate)
+        before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return _run(_parser().parse_args(argv))
+    except BaseException:
+        # Native code in the middle of an import turns the interruption into an error of its own.
+        if interrupted:
+            return _complain("interrupted; nothing was left half-written", INTERRUPTED)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         code: int = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except errors.EdgecompError as e:
         return _complain(str(e), next(code for kind, code in EXIT_CODES if isinstance(e, kind)))
-    except KeyboardInterrupt:
-        return _complain("interrupted; nothing was written", INTERRUPTED)
     except ImportError as e:
         package = (e.name or "").partition(".")[0]
-        if package not in OPTIONAL:
+        if package not in OPTIONAL or "initialization" in str(e):
             raise
         return _complain(f"{package} cannot be imported ({e}); install it with: pip install 'edgecomp[build]'", 6)
     except BrokenPipeError:
@@ -76,13 +95,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _complain("out of memory; try fewer --calib images, or a machine with more", 2)
     except OSError as e:
-        place = f"{e.filename}: " if e.filename else ""
-        return _complain(f"{place}{e.strerror or e}; nothing was left half-written", 2)
+        place = e.filename or getattr(args, "output", None) or "standard output"
+        return _complain(f"{place}: {e.strerror or e}; nothing was left half-written", 2)
     return code
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+def _open_standard_streams() -> None:
+    """Give a process that was started without stdin, stdout or stderr something there.
+
+    Otherwise the next file that is opened gets that number, and what is printed lands in it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _complain(message: str, code: int) -> int:
@@ -93,12 +120,22 @@ def _complain(message: str, code: int) -> int:
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, as every other error is said."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        _complain(f"{message}; see {self.prog} --help", 2)
+        raise SystemExit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="edgecomp",
         description="Compress a trained CNN by explanations: prune what does not matter, give each layer the bits it "
         "deserves, write small files that run on stock runtimes.",
-        epilog="exit codes: 0 done, 1 defect, 2 usage or input, 3 budget, 4 parity, 5 unsupported, 6 runtime or device",
+        epilog="exit codes: 0 done, 1 defect, 2 usage or input, 3 budget, 4 parity, 5 unsupported, "
+        "6 runtime or device, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"edgecomp {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -124,7 +161,7 @@ def _add_build(verbs: Any) -> None:
     p.add_argument(
         "--data",
         metavar="D",
-        help="fashion-mnist:ROOT, cifar10:ROOT, folder:PATH (directory or .zip), npz:PATH, module:function",
+        help="sample, fashion-mnist:ROOT, cifar10:ROOT, folder:PATH (directory or .zip), npz:PATH, module:function",
     )
     p.add_argument("--mean", type=_numbers, metavar="M", help="per channel, of pixels / 255; default 0")
     p.add_argument("--std", type=_numbers, metavar="S", help="per channel, of pixels / 255; default 1")
@@ -133,12 +170,12 @@ def _add_build(verbs: Any) -> None:
     p.add_argument("--calib", type=int, default=512, metavar="N", help="training images to look at (default 512)")
     limits = p.add_mutually_exclusive_group()
     limits.add_argument("--avg-bits", type=_number, metavar="X", help="mean bits a weight, 2 to 8 (default 4)")
-    limits.add_argument("--max-size", type=_size, metavar="BYTES", help="of every exported file; 64K, 1.5M are fine")
+    limits.add_argument("--max-size", type=_size, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
     limits.add_argument("--max-drop", type=_number, metavar="P", help="points of accuracy, on held-out training images")
-    p.add_argument("--format", type=_formats, default=("onnx", "tflite"), metavar="onnx,tflite")
+    p.add_argument("--format", type=_formats, default=("onnx", "tflite"), metavar="onnx,tflite", help="default both")
     p.add_argument("--io", choices=("float", "int8"), default="float", help="what the files take and give")
     p.add_argument("--no-reconstruct", action="store_true", help="round to nearest: faster, worse below 6 bits")
-    p.add_argument("--seed", type=int, default=0, metavar="N")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (default 0)")
     p.add_argument("--force", action="store_true", help="replace an earlier build in DIR")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     p.set_defaults(run=_build)
@@ -193,8 +230,8 @@ def _number(text: str) -> float:
         value = float(text)
     except ValueError:
         value = float("nan")
-    if value != value or value in (float("inf"), float("-inf")):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    if not -1e300 < value < 1e300:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number")
     return value
 
 
@@ -204,7 +241,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _shape(text: str) -> tuple[int, int, int]:
     parts = text.lower().replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}: expected channels, height and width, e.g. 3,224,224")
     return int(parts[0]), int(parts[1]), int(parts[2])
 
@@ -213,7 +250,7 @@ def _size(text: str) -> float:
     units = {"kb": 1000, "mb": 1000**2, "k": 1024, "kib": 1024, "m": 1024**2, "mib": 1024**2, "b": 1}
     digits = text.strip().lower()
     for unit in sorted(units, key=len, reverse=True):
-        if digits.endswith(unit):
+        if digits.endswith(unit) and digits != unit:
             return _number(digits.removesuffix(unit)) * units[unit]
     return _number(digits)
 
@@ -307,7 +344,7 @@ def _export(args: argparse.Namespace) -> int:
     from edgecomp import bundle
     from edgecomp.build import rewritten
     from edgecomp.errors import PlanError, UsageError
-    from edgecomp.files import write_file
+    from edgecomp.files import write_files
     from edgecomp.plan import CompressionPlan
     from edgecomp.report import table
 
@@ -321,12 +358,11 @@ def _export(args: argparse.Namespace) -> int:
         if path.exists() and not args.force:
             raise UsageError(f"{path}: is there already; give --force to replace it, or another -o")
     exported = [rewritten(plan, graph, name) for name in args.format]
-    args.output.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for file in exported:
-        write_file(files[file.format], file.data)
-        weight_bytes = sum(w.stored_bytes for w in file.weights)
-        rows.append((str(files[file.format]), len(file.data), weight_bytes, file.sha256()))
+    write_files(args.output, {f"model.{file.format}": file.data for file in exported})
+    rows = [
+        (str(files[file.format]), len(file.data), sum(w.stored_bytes for w in file.weights), file.sha256())
+        for file in exported
+    ]
     print(table(rows, ("file", "bytes", "weight bytes", "sha256")))
     return 0
 

@@ -7,7 +7,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from edgecomp.errors import UsageError
@@ -33,6 +33,32 @@ def write_file(path: Path, data: bytes) -> None:
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
+        raise
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write several files into a folder, all or none: what was there is replaced only when all the new are on disk.
+
+    Args:
+        folder: made when missing.
+        files: name -> content.
+
+    Raises:
+        OSError: as the system reports it; nothing is left behind.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = {name: folder / f"{name}{_UNFINISHED}{os.getpid()}" for name in files}
+    try:
+        for name, data in files.items():
+            write_file(beside[name], data)
+        for name, path in beside.items():
+            path.replace(folder / name)
+    except BaseException:
+        for path in beside.values():
+            path.unlink(missing_ok=True)
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

@@ -47,7 +47,7 @@ class BuiltFolder:
         if digest != entry["sha256"]:
             raise BundleError(
                 f"{path}: sha256 is {digest[:12]}…, the manifest says {entry['sha256'][:12]}…; "
-                "the file was changed after the build, build it again"
+                "file or manifest was changed after the build, build it again"
             )
         return data
 
@@ -65,7 +65,8 @@ def open_folder(path: Path) -> BuiltFolder:
     text = _text(path / PLAN_FILE)
     if hashlib.sha256(text.encode()).hexdigest() != record["plan_sha256"]:
         raise BundleError(
-            f"{path / PLAN_FILE}: was changed after the build; write files from it with: edgecomp export {PLAN_FILE}"
+            f"{path / PLAN_FILE}: was changed after the build; write files from it with: "
+            f"edgecomp export {PLAN_FILE} --graph {bundle.GRAPH_FILE} --format onnx -o NEW"
         )
     plan = CompressionPlan.from_json(text, str(path / PLAN_FILE))
     graph = bundle.load(path / bundle.GRAPH_FILE)

@@ -7,6 +7,11 @@ from typing import Any
 
 from edgecomp.report import table
 
+_BUDGETS = {
+    "avg_bits": "mean bits a weight, at most",
+    "max_size": "bytes of the largest file, at most",
+    "max_drop": "points of accuracy lost by the worst file on held-out training images, at most",
+}
 _FILES = {
     "model.onnx": "the compressed network for onnxruntime 1.17 or newer; packed weights are unpacked once, at load",
     "model.tflite": "the compressed network for LiteRT / TensorFlow Lite",
@@ -24,7 +29,7 @@ def results_table(record: Mapping[str, Any]) -> str:
     """
     base = record["float"]
     rows: list[tuple[object, ...]] = [
-        ("float", base["weight_bytes"], "1.0x", "32.00", f"{base['accuracy']:.2f} %", "-", "-", "torch")
+        ("float weights", base["weight_bytes"], "1.0x", "32.00", f"{base['accuracy']:.2f} %", "-", "-", "torch")
     ]
     for a in record["artifacts"]:
         parity = a["parity"]
@@ -86,7 +91,8 @@ def overview(record: Mapping[str, Any]) -> str:
 
 The float row counts the weights alone, as float32. Accuracies are measured on {n} test images, those of a file through
 the runtime named; "equal to reference" compares the file's outputs with edgecomp's integer reference, in steps of the
-last place. Budget: {budget["kind"]} {budget["asked"]:g}, came to {budget["got"]:g}{unmet}.
+last place. A file is accepted when on 99 % of them it names the reference's class, or one within 4 steps of it.
+Budget: {_BUDGETS[budget["kind"]]} {budget["asked"]:g}, came to {budget["got"]:g}{unmet}.
 
 ## Files
 
@@ -96,9 +102,10 @@ last place. Budget: {budget["kind"]} {budget["asked"]:g}, came to {budget["got"]
 
 {layers_table(record)}
 
-"relevance" is the layer's share of all absolute relevance at layer outputs; "stored bytes" are those in {first}.
+"relevance" is the layer's share of all absolute relevance at layer outputs; "bits" are those of the plan, "stored
+bytes" those in {first}. TFLite stores 4 or 8 bits, whichever holds the codes.
 
-## What next
+## What next, with this folder for DIR
 
     edgecomp verify DIR           # digests, accuracy and parity again
     edgecomp bench DIR            # latency and memory beside the float and the plain int8 model

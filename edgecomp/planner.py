@@ -8,7 +8,7 @@ add up, so the best bits under a budget are a multiple-choice knapsack, solved b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -31,20 +31,26 @@ class LayerChoices:
         n_weights: weights that remain after cutting.
         error: bits -> relevance-weighted squared rounding error.
         stored_bits: bits -> bits a weight takes on disk, as the budget counts them.
+        per_format: bits -> bits a weight takes in each of the formats asked for.
     """
 
     name: str
     n_weights: int
     error: Mapping[int, float]
     stored_bits: Mapping[int, int]
+    per_format: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def counted(self, count: Callable[[Sequence[int]], int]) -> LayerChoices:
+        """Give the same choices with the budget counting another of the formats: `min` or `max` of their bits."""
+        return replace(self, stored_bits={bits: count(stored) for bits, stored in self.per_format.items()})
 
     def cost(self, bits: int) -> int:
         """Count the bits that the layer's weights take on disk."""
         return self.n_weights * self.stored_bits[bits]
 
     def cheapest(self) -> int:
-        """Give the width that takes the least room; of several, the one with the least error."""
-        return min(self.error, key=lambda bits: (self.stored_bits[bits], self.error[bits]))
+        """Give the width that takes the least room, in every format."""
+        return min(self.error, key=lambda bits: (self.stored_bits[bits], bits))
 
     def dearest(self) -> int:
         """Give the width with the least error."""
@@ -82,20 +88,18 @@ def layer_choices(
     keep: Mapping[str, tuple[bool, ...]],
     formats: Sequence[str],
     *,
-    counted: Callable[[Sequence[int]], int] = min,
     progress: Callable[[int], object] | None = None,
 ) -> list[LayerChoices]:
     """Work out error and cost of every width of every layer.
 
-    A width is left out when a larger one takes no more room in any of the formats: it could only lose.
+    A width is left out when a larger one takes no more room in any of the formats: it could only lose. The budget
+    counts the format that stores least, so that one that stores 3 bits as 4 does not stop another from having 3.
 
     Args:
         graph: float.
         relevance: of the same graph.
         keep: layer name -> keep flags.
         formats: "onnx", "tflite".
-        counted: which of the formats' stored bits the budget counts: `min` for a mean width, so that a format that
-            stores 3 bits as 4 does not stop another from having 3; `max` where every file must stay within a size.
         progress: called after each layer with the number of its weights.
     """
     channels = number_channels(graph)
@@ -117,7 +121,8 @@ def layer_choices(
                 name=node.name,
                 n_weights=data.size,
                 error={bits: _rounding_error(data, cost, bits) for bits in useful},
-                stored_bits={bits: counted(per_format[bits]) for bits in useful},
+                stored_bits={bits: min(per_format[bits]) for bits in useful},
+                per_format={bits: per_format[bits] for bits in useful},
             )
         )
         if progress is not None:
@@ -180,14 +185,33 @@ def solve(choices: Sequence[LayerChoices], budget_bits: float) -> dict[str, int]
         picks.append((widths, pick))
     if not np.isfinite(best[room]):
         # Only rounding of the costs stands in the way: the smallest widths fit exactly.
-        return smallest
+        return _filled(choices, smallest, budget_bits)
     chosen: dict[str, int] = {}
     left = room
     for c, (widths, pick) in zip(reversed(choices), reversed(picks), strict=True):
         bits = widths[int(pick[left])]
         chosen[c.name] = bits
         left -= int(np.ceil(c.cost(bits) / unit))
-    return {c.name: chosen[c.name] for c in choices}
+    return _filled(choices, {c.name: chosen[c.name] for c in choices}, budget_bits)
+
+
+def _filled(choices: Sequence[LayerChoices], bits: dict[str, int], budget_bits: float) -> dict[str, int]:
+    """Spend what rounding of the costs has left over: the step with the most gain for a bit, as long as one fits."""
+    left = budget_bits - sum(c.cost(bits[c.name]) for c in choices)
+    while True:
+        steps = [
+            ((c.error[bits[c.name]] - c.error[wider]) / max(1, c.cost(wider) - c.cost(bits[c.name])), c, wider)
+            for c in choices
+            for wider in c.error
+            if wider > bits[c.name]
+            and c.error[wider] < c.error[bits[c.name]]
+            and c.cost(wider) - c.cost(bits[c.name]) <= left
+        ]
+        if not steps:
+            return bits
+        _, c, wider = max(steps, key=lambda step: step[0])
+        left -= c.cost(wider) - c.cost(bits[c.name])
+        bits = {**bits, c.name: wider}
 
 
 def mean_bits(choices: Sequence[LayerChoices], bits: Mapping[str, int]) -> float:
@@ -234,8 +258,7 @@ def search_file_size(
     if least <= limit_bytes:
         return smallest
     raise BudgetError(
-        f"budget: a file of {limit_bytes} bytes asked for, the smallest possible has {least} bytes; allow more, "
-        "or fewer formats"
+        f"budget: a file of {limit_bytes} bytes asked for, the smallest possible has {least} bytes; allow more"
     )
 
 

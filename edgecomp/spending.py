@@ -41,7 +41,7 @@ class Budget:
             case BudgetKind.AVG_BITS if not 2 <= self.asked <= 8:
                 raise UsageError(f"--avg-bits {self.asked:g}: expected 2 to 8")
             case BudgetKind.MAX_SIZE if not 1 <= self.asked < 2**40:
-                raise UsageError(f"--max-size {self.asked:g}: expected bytes, above 0")
+                raise UsageError(f"--max-size {self.asked:g}: expected bytes, from 1 to 2^40")
             case BudgetKind.MAX_DROP if not 0 <= self.asked <= 100:
                 raise UsageError(f"--max-drop {self.asked:g}: expected percentage points from 0 to 100")
 
@@ -89,7 +89,7 @@ def spend_file_size(
     """Spend bytes of the largest file.
 
     Args:
-        choices: of every layer, counted in the most expensive format.
+        choices: of every layer.
         limit_bytes: of the largest file.
         formats: what is to be exported.
         draft: makes a candidate fast: its files have the right size but for a few bytes.
@@ -100,7 +100,7 @@ def spend_file_size(
     """
     room = limit_bytes
     for _ in range(4):
-        bits = planner.search_file_size(choices, room, lambda bits: largest_file(draft(bits), formats))
+        bits = _search(choices, room, lambda bits: largest_file(draft(bits), formats))
         candidate = make(bits)
         got = largest_file(candidate, formats)
         if got <= limit_bytes:
@@ -108,6 +108,25 @@ def spend_file_size(
         # Constants that happened to be equal in the draft, and stood in the file once, are not any more.
         room -= got - limit_bytes
     raise BudgetError(f"budget: a file of {limit_bytes} bytes asked for, the smallest found has {got}; allow more")
+
+
+def _search(
+    choices: Sequence[planner.LayerChoices], room: int, file_bytes: Callable[[Mapping[str, int]], int]
+) -> dict[str, int]:
+    """Search with the budget counting the format that stores most, and the one that stores least; take the better.
+
+    Usually the first makes the largest file. Near the smallest size the other can: its weights are narrower, but what
+    lies beside them may be more.
+    """
+    found, refusals = [], []
+    for count in (max, min):
+        try:
+            found.append(planner.search_file_size([c.counted(count) for c in choices], room, file_bytes))
+        except BudgetError as e:
+            refusals.append(e)
+    if not found:
+        raise refusals[0]
+    return min(found, key=lambda bits: sum(c.error[bits[c.name]] for c in choices))
 
 
 def spend_drop(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from edgecomp.check import LEAST_AGREEMENT_PERCENT, measure_accuracy, measure_parity, parity_by_layer
 from edgecomp.compress import compress
-from edgecomp.data import load
-from edgecomp.errors import ExportError
+from edgecomp.data import DataSet, load
+from edgecomp.errors import DataError, ExportError
 from edgecomp.folder import BuiltFolder, open_folder
 from edgecomp.report import Parity, table
 
@@ -93,7 +94,11 @@ class Verification:
         parts = [table(rows, header)]
         for f in self.files:
             if f.by_layer:
-                layers = [(n, f"{p.equal_percent:.3f} %", p.max_steps, p.n) for n, p in f.by_layer.items()]
+                # Rounded down: 100 % means all.
+                layers = [
+                    (name, f"{math.floor(1000 * p.equal_percent) / 1000:.3f} %", p.max_steps, p.n)
+                    for name, p in f.by_layer.items()
+                ]
                 parts.append(f"{f.path}\n\n" + table(layers, ("tensor", "equal", "max steps", "values")))
         return "\n\n".join(parts)
 
@@ -135,7 +140,7 @@ def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Ve
     """
     folder = open_folder(path)
     files = {entry["path"]: folder.artifact(entry) for entry in folder.record["artifacts"]}
-    images = load(data or folder.record["data"], seed=folder.record["seed"], resize=folder.plan.preprocessing.resize)
+    images = _images(folder, data)
     quantized = compress(folder.graph, folder.plan)
     verified = []
     for entry in folder.record["artifacts"]:
@@ -160,6 +165,16 @@ def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Ve
             )
         )
     return Verification(files=tuple(verified))
+
+
+def _images(folder: BuiltFolder, data: str | None) -> DataSet:
+    seed, resize = folder.record["seed"], folder.plan.preprocessing.resize
+    if data is not None:
+        return load(data, seed=seed, resize=resize)
+    try:
+        return load(folder.record["data"], seed=seed, resize=resize)
+    except DataError as e:
+        raise DataError(f"{e}; when the images have moved, or you have, say where they are with --data") from e
 
 
 def _same_bytes(folder: BuiltFolder, format_name: str, data: bytes) -> bool | None:

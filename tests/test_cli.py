@@ -93,7 +93,7 @@ def test_bad_input_is_one_line(
     ("argv", "found"),
     [
         (["build"], "-o/--output"),
-        (["build", "--avg-bits", "four", "-o", "x"], "not a number"),
+        (["build", "--avg-bits", "four", "-o", "x"], "expected a number"),
         (["build", "--avg-bits", "4", "--max-size", "9", "-o", "x"], "not allowed with"),
         (["build", "--format", "pb", "-o", "x"], "onnx, tflite"),
         (["build", "--input-shape", "3", "-o", "x"], "e.g. 3,224,224"),
@@ -104,7 +104,10 @@ def test_wrong_usage_exits_with_2(argv: list[str], found: str, capsys: pytest.Ca
     with pytest.raises(SystemExit) as exit_:
         main(argv)
     assert exit_.value.code == 2
-    assert found in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("edgecomp: ")
+    assert error.count("\n") == 1
+    assert found in error
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,7 @@ def test_wrong_usage_exits_with_2(argv: list[str], found: str, capsys: pytest.Ca
         (["export", "tiny.pt", "--graph", "tiny.pt", "--format", "onnx", "-o", "x"], 2, "tiny.pt"),
         (["targets", "rpi9"], 6, "rpi"),
         (["build", "tinymodels:tiny", "-o", "x"], 2, "--data"),
+        (["bench", "full", "--seed", "-1"], 2, "--seed"),
         (["build", "--weights", "tiny.pt", "-o", "x"], 2, "MODEL"),
     ],
 )
@@ -153,7 +157,7 @@ def test_interrupted_in_the_middle_leaves_nothing(tmp_path: Path, number: signal
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""
-    assert err == "edgecomp: interrupted; nothing was written\n"
+    assert err == "edgecomp: interrupted; nothing was left half-written\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,6 +188,35 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     assert process.stderr is not None
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+def test_without_standard_streams(tmp_path: Path) -> None:
+    """Started with all three closed, a program must not print into its own files."""
+    command = f"{sys.executable} -m edgecomp targets --json <&- >&- 2>&-"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, env=env, check=False).returncode == 0
+
+
+def test_export_to_a_full_disk_leaves_nothing(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edgecomp import files
+    from tests.built import write_folder
+
+    folder = tmp_path / "built"
+    write_folder(folder)
+    written = files.write_file
+
+    def full(path: Path, data: bytes) -> None:
+        if "tflite" in path.name:
+            raise OSError(28, "No space left on device", str(path))
+        written(path, data)
+
+    monkeypatch.setattr(files, "write_file", full)
+    argv = ["export", str(folder / "plan.json"), "--graph", str(folder / "graph.edgecomp"), "--format", "onnx,tflite"]
+    assert main([*argv, "-o", str(tmp_path / "new")]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_help_needs_nothing_heavy() -> None:

@@ -179,6 +179,6 @@ def test_the_page_for_people_says_what_the_manifest_says(record: dict[str, Any])
         assert cells[2] == f"{record['float']['weight_bytes'] / entry['bytes']:.1f}x"
         assert cells[4:6] == ["87.50 %", "-2.50"]
         assert cells[6] == "99.50 % (max 1)"
-    assert "avg_bits 4, came to 4." in page
+    assert "mean bits a weight, at most 4, came to 4." in page
     assert "(not met)" in overview({**record, "budget": {**record["budget"], "met": False}})
     assert "model.tflite" not in overview({**record, "artifacts": [onnx]})

@@ -127,7 +127,8 @@ def test_too_small_a_budget(case: tuple[list[LayerChoices], float]) -> None:
 
 def test_cheapest_and_dearest() -> None:
     c = choice("a", 10, {2: 9.0, 3: 5.0, 4: 1.0, 8: 0.5}, {2: 4, 3: 4, 4: 4, 8: 8})
-    assert (c.cheapest(), c.dearest(), c.cost(3)) == (4, 8, 40)
+    # Of equal costs the narrowest counts: in another format it is smaller.
+    assert (c.cheapest(), c.dearest(), c.cost(3)) == (2, 8, 40)
 
 
 LADDER = [choice(f"l{i}", 100 * (i + 1), {b: 4.0 ** (8 - b) * (i + 1) for b in range(2, 9)}) for i in range(4)]
@@ -347,7 +348,7 @@ def test_widths_that_formats_can_use(
 ) -> None:
     graph = ALL["separable"]()
     keep = {n.name: (True,) * graph.weight(n).shape[0] for n in graph.layers()}
-    choices = {c.name: c for c in layer_choices(graph, relevance_of(graph, {}), keep, formats, counted=counted)}
+    choices = {c.name: c.counted(counted) for c in layer_choices(graph, relevance_of(graph, {}), keep, formats)}
     assert dict(choices["project"].stored_bits) == dense_bits
     assert dict(choices["dw"].stored_bits) == dict(choices["grouped"].stored_bits) == depthwise_bits
     assert choices["dw"].n_weights == 16 * 9
@@ -362,3 +363,9 @@ def test_choices_of_a_cut_depthwise_layer() -> None:
     small = cut(graph, keep)
     assert {n: c.n_weights for n, c in choices.items()} == {n.name: small.weight(n).data.size for n in small.layers()}  # type: ignore[union-attr]
     assert not number_channels(small).locked[number_channels(small).of["expand"]].any()
+
+
+def test_a_budget_for_everything_buys_everything() -> None:
+    rng = np.random.default_rng(4)
+    choices = [choice(f"l{i}", int(rng.integers(10, 9999)), {b: 2.0**-b for b in range(2, 9)}) for i in range(9)]
+    assert solve(choices, 8 * sum(c.n_weights for c in choices)) == {c.name: 8 for c in choices}

@@ -55,6 +55,7 @@ def load_module(model: str, weights: Path | None) -> nn.Module | ExportedProgram
     if source != "torchvision":
         module = _from_factory(model, source, name)
     elif state is None:
+        _torchvision_names(name)
         raise CaptureError(f"{model}: the trained weights are missing, and nothing is downloaded; give --weights FILE")
     else:
         module, state = _from_torchvision(name, state)
@@ -69,14 +70,7 @@ def load_module(model: str, weights: Path | None) -> nn.Module | ExportedProgram
 
 def _from_torchvision(name: str, state: dict[str, torch.Tensor]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """Build a classifier of torchvision to fit a state_dict; give what of the state_dict it uses."""
-    define_missing_operators()
-    try:
-        import torchvision.models as zoo
-    except ImportError as error:
-        raise CaptureError(f"torchvision:{name}: no torchvision here; pip install 'edgecomp[build]'") from error
-    known = zoo.list_models(module=zoo)
-    if name not in known:
-        raise CaptureError(f"torchvision has no classifier {name!r}; {_close(name, known)}")
+    zoo = _torchvision_names(name)
     options: dict[str, Any] = {"weights": None}
     if name in _AUXILIARY:
         options |= {"aux_logits": False, "init_weights": False}
@@ -86,6 +80,19 @@ def _from_torchvision(name: str, state: dict[str, torch.Tensor]) -> tuple[nn.Mod
     if head in state and state[head].ndim >= 2:
         options["num_classes"] = state[head].shape[0]
     return _without_values(lambda: zoo.get_model(name, **options)), state
+
+
+def _torchvision_names(name: str) -> Any:
+    """Import torchvision's classifiers and refuse a name that none of them has."""
+    define_missing_operators()
+    try:
+        import torchvision.models as zoo
+    except ImportError as error:
+        raise CaptureError(f"torchvision:{name}: no torchvision here; pip install 'edgecomp[build]'") from error
+    known = zoo.list_models(module=zoo)
+    if name not in known:
+        raise CaptureError(f"torchvision has no classifier {name!r}; {_close(name, known)}")
+    return zoo
 
 
 def _without_values(build: Callable[[], nn.Module]) -> nn.Module:
@@ -100,6 +107,7 @@ def _without_values(build: Callable[[], nn.Module]) -> nn.Module:
 def _from_factory(model: str, source: str, name: str) -> nn.Module:
     """Import a function or class and call it; the current folder is importable meanwhile."""
     sys.path.insert(0, os.getcwd())
+    define_missing_operators()  # a factory may well import torchvision
     try:
         library = importlib.import_module(source)
         factory = getattr(library, name, None)
@@ -111,9 +119,10 @@ def _from_factory(model: str, source: str, name: str) -> nn.Module:
         raise
     except (Exception, SystemExit) as error:  # whatever a stranger's code raises
         message = " ".join(str(error).split())
-        raise CaptureError(
-            f"{model}: raised {type(error).__name__}: {message}; expected a factory that needs no argument"
-        ) from error
+        advice = "expected a factory that needs no argument"
+        if isinstance(error, ModuleNotFoundError):
+            advice = f"expected a module in {os.getcwd()} or installed"
+        raise CaptureError(f"{model}: raised {type(error).__name__}: {message}; {advice}") from error
     finally:
         sys.path.remove(os.getcwd())
     if not isinstance(module, nn.Module):

@@ -44,6 +44,17 @@ class LayerChoices:
         """Give the same choices with the budget counting another of the formats: `min` or `max` of their bits."""
         return replace(self, stored_bits={bits: count(stored) for bits, stored in self.per_format.items()})
 
+    def cheapest_only(self) -> LayerChoices:
+        """Give only those widths that take the least room, as the budget counts it."""
+        least = min(self.stored_bits.values())
+        kept = [bits for bits, stored in self.stored_bits.items() if stored == least]
+        return replace(
+            self,
+            error={bits: self.error[bits] for bits in kept},
+            stored_bits={bits: least for bits in kept},
+            per_format={bits: self.per_format[bits] for bits in kept},
+        )
+
     def cost(self, bits: int) -> int:
         """Count the bits that the layer's weights take on disk."""
         return self.n_weights * self.stored_bits[bits]

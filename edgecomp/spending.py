@@ -116,12 +116,12 @@ def _search(
     """Search with the budget counting the format that stores most, and the one that stores least; take the better.
 
     Usually the first makes the largest file. Near the smallest size the other can: its weights are narrower, but what
-    lies beside them may be more.
+    lies beside them may be more. Then the first is held at its smallest, and the other has what fits.
     """
     found, refusals = [], []
-    for count in (max, min):
+    for variant in ([c.counted(max) for c in choices], [c.counted(max).cheapest_only().counted(min) for c in choices]):
         try:
-            found.append(planner.search_file_size([c.counted(count) for c in choices], room, file_bytes))
+            found.append(planner.search_file_size(variant, room, file_bytes))
         except BudgetError as e:
             refusals.append(e)
     if not found:

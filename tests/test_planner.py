@@ -27,7 +27,7 @@ from edgecomp.planner import (
     solve,
     solve_mean_bits,
 )
-from tests.graphs import GRAPHS, dense, multiplied
+from tests.graphs import GRAPHS, dense, multiplied, plan_for
 
 often = settings(derandomize=True, deadline=None, max_examples=150)
 ALL = {**GRAPHS, "multiplied": multiplied, "dense": dense}
@@ -369,3 +369,24 @@ def test_a_budget_for_everything_buys_everything() -> None:
     rng = np.random.default_rng(4)
     choices = [choice(f"l{i}", int(rng.integers(10, 9999)), {b: 2.0**-b for b in range(2, 9)}) for i in range(9)]
     assert solve(choices, 8 * sum(c.n_weights for c in choices)) == {c.name: 8 for c in choices}
+
+
+def test_a_size_for_both_formats_is_used_up() -> None:
+    """Where the ONNX file is the larger one, TFLite stays at 4 bits a code and ONNX has the widths that fit."""
+    from edgecomp.plan import CompressionPlan
+    from edgecomp.spending import Candidate, largest_file, spend_file_size
+
+    graph = ALL["plain"]()
+    keep = {n.name: (True,) * graph.weight(n).shape[0] for n in graph.layers()}
+    choices = layer_choices(graph, relevance_of(graph, {}), keep, ["onnx", "tflite"])
+
+    def make(bits: Mapping[str, int]) -> Candidate:
+        plan: CompressionPlan = plan_for(graph, bits)
+        return Candidate(graph=graph, plan=plan)
+
+    sizes = {b: largest_file(make({n.name: b for n in graph.layers()}), ["onnx", "tflite"]) for b in (2, 3, 4)}
+    for limit in sizes.values():
+        spent = spend_file_size(choices, limit, ["onnx", "tflite"], make, make)
+        assert spent.got == largest_file(spent.candidate, ["onnx", "tflite"]) <= limit
+    roomy = spend_file_size(choices, sizes[4], ["onnx", "tflite"], make, make)
+    assert max(layer.weight_bits for layer in roomy.candidate.plan.layers.values()) >= 4

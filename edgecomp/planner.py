@@ -123,7 +123,7 @@ def layer_choices(
         data = weight[rows][:, columns]
         cost = relevance.layers[node.name].weight_cost[rows][:, columns]
         per_format = {
-            bits: tuple(stored_bits(name, node, weight.shape, bits) for name in formats)
+            bits: tuple(stored_bits(name, node, bits) for name in formats)
             for bits in quantmath.WEIGHT_BITS
         }
         useful = [b for b in per_format if not any(per_format[w] == per_format[b] for w in per_format if w > b)]

@@ -23,7 +23,7 @@ from edgecomp.artifact import Exported, StoredWeight
 from edgecomp.errors import ExportError
 from edgecomp.graph import Array, Graph, Node, Op, Tensor
 from edgecomp.ops import clamp_codes, ints
-from edgecomp.packing import FIELDS, pack
+from edgecomp.packing import FIELDS, pack, packed_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -179,7 +179,7 @@ def _stored_weight(graph: Graph, node: Node) -> StoredWeight:
     if weight.quant is None:
         return StoredWeight(layer=node.name, bits=32, stored_bits=32, stored_bytes=weight.data.nbytes)
     bits = weight.quant.bits
-    n_bytes = weight.data.size if bits == 8 else sum(field.nbytes for field in pack(weight.data, bits))
+    n_bytes = packed_bytes(weight.data.size, bits)
     return StoredWeight(layer=node.name, bits=bits, stored_bits=bits, stored_bytes=n_bytes)
 
 

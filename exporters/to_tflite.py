@@ -175,7 +175,7 @@ class _Writer:
     def stored_bits(self, node: Node) -> int:
         """Give the bits that a code of the layer's weight takes in the file: 32 for float."""
         weight = self.graph.weight(node)
-        return 32 if weight.quant is None else stored_bits("tflite", node, weight.shape, weight.quant.bits)
+        return 32 if weight.quant is None else stored_bits("tflite", node, weight.quant.bits)
 
     def layer(self, node: Node, values: Array, *, axis: int) -> list[int]:
         """Add weight and bias of a layer.

@@ -153,5 +153,4 @@ LINEAR = Node(name="l", op=Op.LINEAR, inputs=("x", "w"), outputs=("y",))
     ],
 )
 def test_stored_bits(format_name: str, node: Node, want: list[int]) -> None:
-    shape = (10, 8) if node.op is Op.LINEAR else (8, 8 // int(node.attrs["groups"]), 3, 3)  # type: ignore[arg-type]
-    assert [stored_bits(format_name, node, shape, bits) for bits in WEIGHT_BITS] == want
+    assert [stored_bits(format_name, node, bits) for bits in WEIGHT_BITS] == want

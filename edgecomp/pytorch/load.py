@@ -55,7 +55,7 @@ def load_module(model: str, weights: Path | None) -> nn.Module | ExportedProgram
     if source != "torchvision":
         module = _from_factory(model, source, name)
     elif state is None:
-        _torchvision_names(name)
+        _torchvision_classifiers(name)
         raise CaptureError(f"{model}: the trained weights are missing, and nothing is downloaded; give --weights FILE")
     else:
         module, state = _from_torchvision(name, state)
@@ -70,7 +70,7 @@ def load_module(model: str, weights: Path | None) -> nn.Module | ExportedProgram
 
 def _from_torchvision(name: str, state: dict[str, torch.Tensor]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """Build a classifier of torchvision to fit a state_dict; give what of the state_dict it uses."""
-    zoo = _torchvision_names(name)
+    zoo = _torchvision_classifiers(name)
     options: dict[str, Any] = {"weights": None}
     if name in _AUXILIARY:
         options |= {"aux_logits": False, "init_weights": False}
@@ -82,7 +82,7 @@ def _from_torchvision(name: str, state: dict[str, torch.Tensor]) -> tuple[nn.Mod
     return _without_values(lambda: zoo.get_model(name, **options)), state
 
 
-def _torchvision_names(name: str) -> Any:
+def _torchvision_classifiers(name: str) -> Any:
     """Import torchvision's classifiers and refuse a name that none of them has."""
     define_missing_operators()
     try:

@@ -36,6 +36,8 @@ class LayerRelevance:
         weight_cost: float32, the same shape: mean c_w^2, the second-order cost of changing the weight by one.
         channel: float64 (O,): mean relevance of each output channel, summed over positions, signed.
         channel_abs: float64 (O,): mean of |relevance of the channel in one sample|.
+        output_cost: float64 (O,): mean of s^2 over samples and output positions, the second-order cost of changing the
+            channel by one at one position.
     """
 
     weight: Array
@@ -43,9 +45,10 @@ class LayerRelevance:
     weight_cost: Array
     channel: Array
     channel_abs: Array
+    output_cost: Array
 
     def __post_init__(self) -> None:
-        for name in ("weight", "weight_abs", "weight_cost", "channel", "channel_abs"):
+        for name in ("weight", "weight_abs", "weight_cost", "channel", "channel_abs", "output_cost"):
             object.__setattr__(self, name, frozen(getattr(self, name)))
 
 
@@ -54,8 +57,8 @@ class Relevance:
     """Relevance of every layer, with how it was made.
 
     Attributes:
-        rule: e.g. "epsilon 1e-06".
-        n_samples: images that were explained.
+        rule: how it was made, for people, e.g. "epsilon 1e-06"; what differs from the default follows after semicolons.
+        n_samples: images that were explained; those of classes without weight are not counted.
         layers: by layer name.
     """
 

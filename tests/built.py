@@ -30,7 +30,12 @@ def flat_relevance(graph: Graph) -> Relevance:
         ones = np.ones(shape, dtype=np.float32)
         channels = np.ones(shape[0])
         layers[node.name] = LayerRelevance(
-            weight=ones, weight_abs=ones, weight_cost=ones, channel=channels, channel_abs=channels
+            weight=ones,
+            weight_abs=ones,
+            weight_cost=ones,
+            channel=channels,
+            channel_abs=channels,
+            output_cost=channels,
         )
     return Relevance(rule="none", n_samples=1, layers=layers)
 

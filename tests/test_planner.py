@@ -254,7 +254,12 @@ def relevance_of(graph: Graph, zero: Mapping[str, Sequence[int]], seed: int = 0)
         channel[list(zero.get(node.name, ()))] = 0
         weight = rng.standard_normal(shape).astype(np.float32)
         layers[node.name] = LayerRelevance(
-            weight=weight, weight_abs=np.abs(weight), weight_cost=weight**2, channel=channel, channel_abs=channel
+            weight=weight,
+            weight_abs=np.abs(weight),
+            weight_cost=weight**2,
+            channel=channel,
+            channel_abs=channel,
+            output_cost=channel,
         )
     return Relevance(rule="made up", n_samples=1, layers=layers)
 

@@ -20,7 +20,7 @@ from edgecomp.pytorch.relevance import conservation, explain, score
 from edgecomp.pytorch.torchvision_ops import define_missing_operators
 from tests.graphs import GRAPHS, Build, images
 
-FIELDS = ("weight", "weight_abs", "weight_cost", "channel", "channel_abs")
+FIELDS = ("weight", "weight_abs", "weight_cost", "channel", "channel_abs", "output_cost")
 
 
 def labels_for(n: int, classes: int = 10) -> Array:
@@ -138,6 +138,7 @@ def test_means_over_samples_are_those_of_the_matrix_form(groups: int) -> None:
     of_one_weight = [matrix(unit.reshape(kernel.shape)) for unit in np.eye(kernel.size)]
     c: dict[str, list[Array]] = {"conv": [], "fc": []}
     r: dict[str, list[Array]] = {"conv": [], "fc": []}
+    s: dict[str, list[Array]] = {"conv": [], "fc": []}
     for image, label in zip(x.astype(np.float64), labels, strict=True):
         a0 = image.ravel()
         a1 = m @ a0 + bias
@@ -148,6 +149,8 @@ def test_means_over_samples_are_those_of_the_matrix_form(groups: int) -> None:
         s1 = r1 / stabilised(a1, epsilon)
         r["fc"].append(r2)
         c["fc"].append(np.outer(s2, a1))
+        s["fc"].append(s2**2)
+        s["conv"].append((s1**2).reshape(len(kernel), -1).mean(axis=1))
         r["conv"].append(r1.reshape(shape).sum(axis=(1, 2)))
         c["conv"].append(np.array([s1 @ part @ a0 for part in of_one_weight]).reshape(kernel.shape))
     found = score(graph, [(x[:2], labels[:2]), (x[2:], labels[2:])], epsilon=epsilon, dtype=torch.float64)
@@ -160,6 +163,7 @@ def test_means_over_samples_are_those_of_the_matrix_form(groups: int) -> None:
             "weight_cost": np.mean([part**2 for part in c[name]], axis=0),
             "channel": np.mean(r[name], axis=0),
             "channel_abs": np.mean(np.abs(r[name]), axis=0),
+            "output_cost": np.mean(s[name], axis=0),
         }
         assert_close(found.layers[name], expected, 1e-6, name)
 
@@ -210,6 +214,7 @@ def test_without_epsilon_relevance_is_weight_times_gradient(name: str) -> None:
     layers = {node.name: node for node in graph.layers() if node.name != "aside"}
     gradients: dict[str, list[Array]] = {name: [] for name in layers}
     channels: dict[str, list[Array]] = {name: [] for name in layers}
+    output: dict[str, list[Array]] = {name: [] for name in layers}
     for image, label in zip(x, labels, strict=True):
         values = network.run(torch.from_numpy(image[None]).double())
         assert all(float(value.detach().max()) < 6 for value in values.values())
@@ -220,6 +225,7 @@ def test_without_epsilon_relevance_is_weight_times_gradient(name: str) -> None:
             gradients[layer].append(taken[i].numpy())
             contribution = (taken[len(layers) + i] * outputs[i]).detach()[0]
             channels[layer].append(contribution.reshape(len(contribution), -1).sum(1).numpy())
+            output[layer].append((taken[len(layers) + i][0] ** 2).reshape(len(contribution), -1).mean(1).numpy())
     found = score(graph, [(x, labels)], epsilon=1e-13, dtype=torch.float64)
     assert found.layers.keys() == {node.name for node in graph.layers()}
     for layer, node in layers.items():
@@ -230,6 +236,7 @@ def test_without_epsilon_relevance_is_weight_times_gradient(name: str) -> None:
             "weight_cost": np.mean([part**2 for part in gradients[layer]], axis=0),
             "channel": np.mean(channels[layer], axis=0),
             "channel_abs": np.mean(np.abs(channels[layer]), axis=0),
+            "output_cost": np.mean(output[layer], axis=0),
         }
         assert_close(found.layers[layer], expected, 1e-6, layer)
     if "aside" in found.layers:
@@ -303,7 +310,7 @@ def test_the_same_twice_is_the_same_to_the_bit() -> None:
     for name, layer in first.layers.items():
         for field in FIELDS:
             assert getattr(layer, field).tobytes() == getattr(second.layers[name], field).tobytes()
-            dtype = np.float64 if field.startswith("channel") else np.float32
+            dtype = np.float32 if field.startswith("weight") else np.float64
             assert getattr(layer, field).dtype == dtype
 
 
@@ -313,6 +320,63 @@ def test_float32_is_close_to_float64() -> None:
     single, double = (score(graph, [(x, labels)], dtype=dtype) for dtype in (torch.float32, torch.float64))
     for name, layer in double.layers.items():
         assert_close(single.layers[name], {field: getattr(layer, field) for field in FIELDS}, 1e-3, name)
+
+
+def test_class_weights_make_weighted_means() -> None:
+    graph = GRAPHS["residual"]()
+    x, labels = images(graph, 9), np.arange(9) % 5
+    weights = np.array([0.5, 0, 3, 1, 1, 0, 0, 0, 0, 0])
+    found = score(graph, [(x[:5], labels[:5]), (x[5:], labels[5:])], class_weights=weights, dtype=torch.float64)
+    assert found.n_samples == 7
+    assert found.rule == "epsilon 1e-06; classes 0*0.5,2*3,3*1,4*1"
+    alone = [
+        score(graph, [(x[i : i + 1], labels[i : i + 1])], dtype=torch.float64).layers for i in range(len(labels))
+    ]
+    for name, layer in found.layers.items():
+        expected = {
+            field: np.average([getattr(one[name], field) for one in alone], axis=0, weights=weights[labels])
+            for field in FIELDS
+        }
+        assert_close(layer, expected, 1e-6, name)
+
+
+def test_classes_without_weight_are_as_if_not_there() -> None:
+    graph = GRAPHS["plain"]()
+    x, labels = images(graph, 8), np.array([1, 2, 1, 5, 5, 2, 2, 1])
+    seen: list[int] = []
+    chosen = np.isin(np.arange(10), [1, 5])
+    found = score(
+        graph,
+        [(x[i : i + 2], labels[i : i + 2]) for i in (0, 2, 4, 6)] + [(x[1:2], labels[1:2])],
+        class_weights=chosen,
+        progress=seen.append,
+    )
+    assert (found.rule, found.n_samples, seen) == ("epsilon 1e-06; classes 1,5", 5, [2, 2, 2, 2, 1])
+    expected = score(graph, [(x[chosen[labels]], labels[chosen[labels]])])
+    for name, layer in expected.layers.items():
+        assert_close(found.layers[name], {field: getattr(layer, field) for field in FIELDS}, 1e-5, name)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones(9), r"class weights are float64 \(9,\), expected numbers \(10,\)"),
+        (np.array(["1"] * 10), "expected numbers"),
+        (np.zeros(10), "none below 0 and one above 0"),
+        (np.full(10, -1.0), "none below 0"),
+        (np.full(10, np.nan), "must be finite"),
+    ],
+)
+def test_class_weights_that_do_not_fit_are_refused(weights: Array, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        score(GRAPHS["plain"](), [(X, Y)], class_weights=weights)
+
+
+def test_no_image_of_a_class_with_weight_is_refused() -> None:
+    with pytest.raises(DataError, match="no images to explain; expected at least one of a class with weight"):
+        score(GRAPHS["plain"](), [(X, Y)], class_weights=np.arange(10) == 3)
+    with pytest.raises(DataError, match="label 10 is out of range"):
+        score(GRAPHS["plain"](), [(X, Y + 1)], class_weights=np.arange(10) == 3)
 
 
 X = images(GRAPHS["plain"](), 3)

@@ -64,6 +64,7 @@ def score(
     batches: Batches | Callable[[], Batches],
     *,
     epsilon: float = 1e-6,
+    class_weights: Array | None = None,
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int], object] | None = None,
 ) -> Relevance:
@@ -71,37 +72,51 @@ def score(
 
     Deterministic; the result does not depend on how the images are cut into batches, but for rounding.
 
+    With `class_weights` every mean is a weighted one, sum(v_y * x) / sum(v_y) with v_y the weight of the image's class.
+    Each image is still explained from the logit of its own class alone, so relevance starts only at outputs of classes
+    that have weight: logits of several classes in one start would cancel each other.
+
     Args:
         graph: float, one input, one output of one value a class; a softmax at its end is left out.
         batches: pairs of images float32 (N, C, H, W), preprocessed, and labels int64 (N,); or what gives them.
         epsilon: of the stabiliser, above 0.
+        class_weights: (n_classes,), not negative; images of a class of weight 0 are left out. None: all count 1.
         dtype: of the arithmetic.
         progress: called after each batch with the number of images in it.
 
     Raises:
-        DataError: no image, images or labels that do not fit the network, or logits that are not finite.
+        DataError: no image (of a class with weight), images or labels that do not fit the network, or logits that are
+            not finite.
         UnsupportedOp: a softmax in the middle of the network.
         GraphError: the graph is not a legal float graph, or has several inputs.
-        UsageError: epsilon is out of range, or the graph has several outputs.
+        UsageError: epsilon or class_weights out of range, or the graph has several outputs.
     """
     network = Network(graph, dtype=dtype)
+    if class_weights is not None:
+        class_weights = _checked_weights(class_weights, _n_classes(graph))
     sums = {node.name: _Sums(graph.weight(node).shape, dtype) for node in graph.layers()}
     scratch = _scratch(network)
-    n_samples = 0
+    n_samples, total = 0, 0.0
     for images, labels in batches() if callable(batches) else batches:
-        for step in explain(network, images, labels, epsilon=epsilon):
-            if step.node.op in WEIGHTED:
-                sums[step.node.name].add(step, scratch)
+        n_images, factors = len(labels), None
+        if class_weights is not None:
+            images, labels, factors = _of_weight(images, labels, class_weights)
+        if factors is None or len(factors):
+            for step in explain(network, images, labels, epsilon=epsilon):
+                if step.node.op in WEIGHTED:
+                    sums[step.node.name].add(step, scratch, factors)
         n_samples += len(labels)
+        total += len(labels) if factors is None else float(factors.sum())
         if progress is not None:
-            progress(len(labels))
+            progress(n_images)
     if n_samples == 0:
-        raise DataError("no images to explain; expected at least one")
+        of_weight = "" if class_weights is None else " of a class with weight"
+        raise DataError(f"no images to explain; expected at least one{of_weight}")
     weights = network.weights()
     layers = {
-        node.name: sums.pop(node.name).means(weights[node.inputs[1]].to(dtype), n_samples) for node in graph.layers()
+        node.name: sums.pop(node.name).means(weights[node.inputs[1]].to(dtype), total) for node in graph.layers()
     }
-    return Relevance(rule=f"epsilon {epsilon:g}", n_samples=n_samples, layers=layers)
+    return Relevance(rule=f"epsilon {epsilon:g}{_weights_text(class_weights)}", n_samples=n_samples, layers=layers)
 
 
 def conservation(graph: Graph, images: Array, labels: Array, *, epsilon: float = 1e-6) -> dict[str, float]:
@@ -202,15 +217,22 @@ def _leading_to(graph: Graph, name: str) -> list[Node]:
     return nodes[::-1]
 
 
-def _true_logit(logits: Tensor, labels: Array) -> Tensor:
-    """Keep each image's logit of its true class and make the others 0: (N, ...) like `logits`."""
-    flat = logits.flatten(1)
-    n, n_classes = flat.shape
+def _n_classes(graph: Graph) -> int:
+    return int(np.prod(graph.tensors[_logits_name(graph)].shape))
+
+
+def _check_labels(labels: Array, n: int, n_classes: int) -> None:
     if labels.shape != (n,) or labels.dtype.kind not in "iu":
         raise DataError(f"labels are {labels.dtype} {labels.shape}, expected whole numbers ({n},): one an image")
     if n and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
         odd = labels[(labels < 0) | (labels >= n_classes)][0]
         raise DataError(f"label {odd} is out of range, the model's are 0 to {n_classes - 1}")
+
+
+def _true_logit(logits: Tensor, labels: Array) -> Tensor:
+    """Keep each image's logit of its true class and make the others 0: (N, ...) like `logits`."""
+    flat = logits.flatten(1)
+    _check_labels(labels, *flat.shape)
     if not torch.isfinite(flat).all():
         raise DataError("the model's output is not finite; check its weights, and the images for NaN")
     index = as_input(labels, torch.int64).to(flat.device).unsqueeze(1)
@@ -222,6 +244,38 @@ def _stabilised(z: Tensor, epsilon: float) -> Tensor:
     return z + torch.where(z < 0, -epsilon, epsilon).to(z.dtype)
 
 
+# ---- weights of classes ----------------------------------------------------------------------------------------------
+
+
+def _checked_weights(weights: Array, n_classes: int) -> Array:
+    """Give float64 (n_classes,) of finite weights, at least one of them above 0."""
+    if weights.shape != (n_classes,) or weights.dtype.kind not in "fiub":
+        raise UsageError(f"class weights are {weights.dtype} {weights.shape}, expected numbers ({n_classes},)")
+    weights = weights.astype(np.float64)
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise UsageError("class weights must be finite, none below 0 and one above 0")
+    return weights
+
+
+def _of_weight(images: Array, labels: Array, class_weights: Array) -> tuple[Array, Array, Array]:
+    """Keep the images of classes with weight; give them, their labels, and each one's weight (N,)."""
+    _check_labels(labels, len(images), len(class_weights))
+    factors = class_weights[labels]
+    chosen = factors > 0
+    return images[chosen], labels[chosen], factors[chosen]
+
+
+def _weights_text(weights: Array | None) -> str:
+    """Name the classes that count, and their weights where these differ."""
+    if weights is None:
+        return ""
+    chosen = np.flatnonzero(weights)
+    equal = len(set(weights[chosen].tolist())) == 1
+    names = [str(i) if equal else f"{i}*{weights[i]:g}" for i in chosen[:20]]
+    more = f" and {len(chosen) - 20} more" if len(chosen) > 20 else ""
+    return f"; classes {','.join(names)}{more}"
+
+
 # ---- sums over samples -----------------------------------------------------------------------------------------------
 
 
@@ -231,39 +285,53 @@ class _Sums:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         wide = dtype if np.prod(shape) > _WIDE_ELEMENTS else torch.float64
         self.gradient, self.gradient_abs, self.gradient_square = (torch.zeros(shape, dtype=wide) for _ in range(3))
-        self.channel, self.channel_abs = (torch.zeros(shape[0], dtype=torch.float64) for _ in range(2))
+        self.channel, self.channel_abs, self.output = (torch.zeros(shape[0], dtype=torch.float64) for _ in range(3))
 
-    def add(self, step: Step, scratch: Tensor) -> None:
-        """Take in a batch at this layer; `scratch` is from `_scratch`."""
+    def add(self, step: Step, scratch: Tensor, factors: Array | None = None) -> None:
+        """Take in a batch at this layer; `scratch` is from `_scratch`, `factors` (N,) are the weights of its images."""
         assert step.s is not None
-        channels = step.r_out.flatten(2).sum(2, dtype=torch.float64) if step.r_out.ndim > 2 else step.r_out.double()
-        self.channel += channels.sum(0)
-        self.channel_abs += channels.abs().sum(0)
         a, s = step.inputs[0], step.s
+        v = torch.ones(len(s), dtype=torch.float64) if factors is None else torch.from_numpy(factors)
+        channels = step.r_out.flatten(2).sum(2, dtype=torch.float64) if step.r_out.ndim > 2 else step.r_out.double()
+        self.channel += v @ channels
+        self.channel_abs += v @ channels.abs()
+        self.output += v @ s.square().reshape(*s.shape[:2], -1).mean(2, dtype=torch.float64)
         if step.node.op is Op.LINEAR:
             # c_w of one sample is the outer product s a^T, so its sums over samples are matrix products.
-            _add_product(self.gradient, s, a)
-            _add_product(self.gradient_abs, s.abs(), a.abs())
-            _add_product(self.gradient_square, s.square(), a.square())
+            of_sample = None if factors is None else v.to(s.dtype).unsqueeze(1)
+            for total, left, right in (
+                (self.gradient, s, a),
+                (self.gradient_abs, s.abs(), a.abs()),
+                (self.gradient_square, s.square(), a.square()),
+            ):
+                _add_product(total, left if of_sample is None else left * of_sample, right)
             return
-        shape = self.gradient.shape
+        shape, start = self.gradient.shape, 0
         for c in _conv_gradients(step.node, a, s, shape, scratch):
-            self.gradient += c.sum(0).view(shape)
-            self.gradient_abs += c.abs_().sum(0).view(shape)
-            self.gradient_square += c.square_().sum(0).view(shape)
+            part = None if factors is None else v[start : start + len(c)].to(c.dtype)
+            start += len(c)
+            self.gradient += _sum_samples(c, part).view(shape)
+            self.gradient_abs += _sum_samples(c.abs_(), part).view(shape)
+            self.gradient_square += _sum_samples(c.square_(), part).view(shape)
 
-    def means(self, weight: Tensor, n_samples: int) -> LayerRelevance:
-        """Divide by the number of samples, in place: this ends the sums."""
-        self.gradient.mul_(weight).div_(n_samples)
-        self.gradient_abs.mul_(weight.abs()).div_(n_samples)
-        self.gradient_square.div_(n_samples)
+    def means(self, weight: Tensor, total: float) -> LayerRelevance:
+        """Divide by the number of samples, or the sum of their weights, in place: this ends the sums."""
+        self.gradient.mul_(weight).div_(total)
+        self.gradient_abs.mul_(weight.abs()).div_(total)
+        self.gradient_square.div_(total)
         return LayerRelevance(
             weight=self.gradient.float().numpy(),
             weight_abs=self.gradient_abs.float().numpy(),
             weight_cost=self.gradient_square.float().numpy(),
-            channel=(self.channel / n_samples).numpy(),
-            channel_abs=(self.channel_abs / n_samples).numpy(),
+            channel=(self.channel / total).numpy(),
+            channel_abs=(self.channel_abs / total).numpy(),
+            output_cost=(self.output / total).numpy(),
         )
+
+
+def _sum_samples(c: Tensor, factors: Tensor | None) -> Tensor:
+    """Sum (n, ...) over its samples, weighted where there are factors."""
+    return c.sum(0) if factors is None else factors @ c.flatten(1)
 
 
 def _add_product(total: Tensor, s: Tensor, a: Tensor) -> None:

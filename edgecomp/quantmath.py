@@ -31,6 +31,30 @@ _LEAST_WEIGHT_SCALE = np.float32(2.0**-80)
 _BIAS_LIMIT = 1 << 30
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """The values that the weights of a layer may take: whole multiples of a step, 2^(bits-1) - 1 of them each way.
+
+    A coarse step makes most codes 0 or 1 and the tensor small wherever storage follows the frequency of codes, while
+    the few large weights keep theirs: at the same size that loses less than a narrow grid without zeros.
+
+    Attributes:
+        bits: 2-8.
+        step: in units of the root mean square of the layer's weights; None: each channel's own, for the least error.
+    """
+
+    bits: int
+    step: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits" if self.step is None else f"{self.bits} bits, step {self.step:g}"
+
+
+def root_mean_square(weight: Array) -> np.float32:
+    """Take the root of the mean square of float32 weights; the smallest scale there is where all are 0."""
+    return max(np.float32(np.sqrt(np.mean(np.square(weight, dtype=np.float64)))), _LEAST_WEIGHT_SCALE)
+
+
 def weight_limit(bits: int) -> int:
     """Give the largest code of a symmetric weight: 2^(bits-1) - 1, e.g. 1 for 2 bits, 127 for 8."""
     return (1 << (bits - 1)) - 1
@@ -53,6 +77,13 @@ def activation_params(low: float, high: float) -> QuantParams:
     scale = np.array((high - low) / (ACT_MAX - ACT_MIN), dtype=np.float32)
     zero_point = int(np.clip(np.rint(ACT_MIN - low / float(scale)), ACT_MIN, ACT_MAX))
     return QuantParams(bits=8, scale=scale, zero_point=np.array(zero_point))
+
+
+def grid_scale(weight: Array, grid: Grid) -> Array:
+    """Choose the scale of each output channel float32 (O,) for weights float32 (O, ...) on a grid."""
+    if grid.step is None:
+        return choose_weight_scale(weight, grid.bits)
+    return np.full(len(weight), root_mean_square(weight) * np.float32(grid.step), dtype=np.float32)
 
 
 def choose_weight_scale(weight: Array, bits: int) -> Array:

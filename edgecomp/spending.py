@@ -11,6 +11,7 @@ from edgecomp.compress import compress
 from edgecomp.errors import BudgetError, UsageError
 from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan
+from edgecomp.quantmath import Grid
 
 
 class BudgetKind(StrEnum):
@@ -69,8 +70,8 @@ class Spent:
     met: bool
 
 
-Make = Callable[[Mapping[str, int]], Candidate]
-"""Layer name -> bits to a candidate."""
+Make = Callable[[Mapping[str, Grid]], Candidate]
+"""Layer name -> grid to a candidate."""
 
 
 def spend_mean_bits(choices: Sequence[planner.LayerChoices], asked: float, make: Make) -> Spent:
@@ -79,8 +80,8 @@ def spend_mean_bits(choices: Sequence[planner.LayerChoices], asked: float, make:
     Raises:
         BudgetError: the formats cannot store so few bits.
     """
-    bits = planner.solve_mean_bits(choices, asked)
-    return Spent(candidate=make(bits), got=round(planner.mean_bits(choices, bits), 4), met=True)
+    grids = planner.solve_mean_bits(choices, asked)
+    return Spent(candidate=make(grids), got=round(planner.mean_bits(choices, grids), 4), met=True)
 
 
 def spend_file_size(
@@ -100,8 +101,8 @@ def spend_file_size(
     """
     room = limit_bytes
     for _ in range(4):
-        bits = _search(choices, room, lambda bits: largest_file(draft(bits), formats))
-        candidate = make(bits)
+        grids = _search(choices, room, lambda grids: largest_file(draft(grids), formats))
+        candidate = make(grids)
         got = largest_file(candidate, formats)
         if got <= limit_bytes:
             return Spent(candidate=candidate, got=got, met=True)
@@ -111,8 +112,8 @@ def spend_file_size(
 
 
 def _search(
-    choices: Sequence[planner.LayerChoices], room: int, file_bytes: Callable[[Mapping[str, int]], int]
-) -> dict[str, int]:
+    choices: Sequence[planner.LayerChoices], room: int, file_bytes: Callable[[Mapping[str, Grid]], int]
+) -> dict[str, Grid]:
     """Search with the budget counting the format that stores most, and the one that stores least; take the better.
 
     Usually the first makes the largest file. Near the smallest size the other can: its weights are narrower, but what
@@ -126,7 +127,7 @@ def _search(
             refusals.append(e)
     if not found:
         raise refusals[0]
-    return min(found, key=lambda bits: sum(c.error[bits[c.name]] for c in choices))
+    return min(found, key=lambda grids: sum(c.error[grids[c.name]] for c in choices))
 
 
 def spend_drop(
@@ -147,13 +148,13 @@ def spend_drop(
         progress: called after each measurement with 1.
     """
     # Candidates can be large: only the last that was good enough is kept.
-    kept: dict[str, tuple[Mapping[str, int], Candidate]] = {}
+    kept: dict[str, tuple[Mapping[str, Grid], Candidate]] = {}
 
-    def measure(bits: Mapping[str, int]) -> float:
-        candidate = make(bits)
+    def measure(grids: Mapping[str, Grid]) -> float:
+        candidate = make(grids)
         loss = drop_points(candidate)
         if loss <= most_points or not kept:
-            kept["best"] = (dict(bits), candidate)
+            kept["best"] = (dict(grids), candidate)
         return loss
 
     bits, loss = planner.search_drop(choices, most_points, measure, progress=progress)

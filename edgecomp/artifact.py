@@ -13,14 +13,16 @@ class StoredWeight:
     Attributes:
         layer: the layer's name.
         bits: logical width of a code; 32 for float.
-        stored_bits: width the format spends on a code.
-        stored_bytes: bytes of the packed codes, without scales, biases and graph structure.
+        stored_bits: width the format spends on a code that is stored by itself.
+        stored_bytes: bytes of the codes as they are stored, tables included, without scales, biases and graph structure.
+        encoding: "dense": every code by itself; "words": numbers of words, see `coding`.
     """
 
     layer: str
     bits: int
     stored_bits: int
     stored_bytes: int
+    encoding: str = "dense"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,6 +85,20 @@ def unpack(fields: tuple[Array, ...], bits: int, n_codes: int) -> Array:
     return np.where(unsigned & sign, unsigned | np.uint8(256 - (1 << bits)), unsigned).astype(np.uint8).view(np.int8)
 
 
+def unsigned_fields(bits: int) -> tuple[int, ...]:
+    """Split a width of 1-15 bits into widths of fields, lowest bits first: 8, 4, 2 and 1 as needed."""
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+def pack_unsigned(values: Array, bits: int) -> tuple[Array, ...]:
+    """Pack numbers below 2^bits, any integer dtype (n,), as `pack` does: uint8 arrays in the order of unsigned_fields."""
+    fields, low = [], 0
+    for width in unsigned_fields(bits):
+        fields.append(_pack_field(((values >> low) & ((1 << width) - 1)).astype(np.uint8), width))
+        low += width
+    return tuple(fields)
+
+
 def _pack_field(values: Array, width: int) -> Array:
     planes = 8 // width
     n_bytes = -(-values.size // planes)

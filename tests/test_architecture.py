@@ -22,13 +22,14 @@ FOLDERS = {
 # A module may import any lower row, and what stands before it in its own. The package itself holds only a version.
 LEVELS = (
     ("edgecomp", "errors"),
-    ("graph", "quantmath", "packing", "target", "preprocessing", "imagefolder", "data"),
+    ("graph", "quantmath", "packing", "coding", "target", "preprocessing", "imagefolder", "data"),
     ("ops", "verify", "reference", "groups", "plan"),
     ("artifact", "files", "compress", "planner", "bundle", "report", "manifest", "folder", "overview", "samples"),
     ("pytorch", "pytorch.torchvision_ops", "pytorch.pt2", "pytorch.networks", "pytorch.load", "pytorch.aten",
      "pytorch.capture", "pytorch.network", "pytorch.relevance", "pytorch.calibrate", "pytorch.recover",
      "samples.train"),
-    ("targets", "exporters.layout", "exporters.tflite_schema", "exporters.to_onnx", "exporters.to_tflite", "exporters",
+    ("targets", "exporters.layout", "exporters.tflite_schema", "exporters.onnx_model",
+     "exporters.onnx_weights", "exporters.to_onnx", "exporters.to_tflite", "exporters",
      "exporters.modelfacts", "exporters.read_onnx", "exporters.read_tflite", "exporters.describe"),
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench"),

@@ -1,0 +1,112 @@
+"""An ONNX model while it is written: nodes, initializers, functions, and names that do not collide."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgecomp.artifact import StoredWeight
+from edgecomp.graph import Array
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from edgecomp.coding import Encoded
+
+DOMAIN = "edgecomp"
+"""Of the model's own functions: each is a list of standard operators that stands in the file once."""
+
+
+class Model:
+    """The nodes and initializers written so far; equal small constants are stored once.
+
+    Names that the exporter makes up give way to those of the graph.
+    """
+
+    def __init__(self, names: Iterable[str], *, codes: Mapping[str, Encoded], levels: Mapping[int, int]) -> None:
+        """Reserve the names of a graph's tensors; keep its encoded weights by name, and what `word_levels` says."""
+        self._names = set(names)
+        self.codes = codes
+        self.levels = levels
+        self.nodes: list[Any] = []
+        self.initializers: list[Any] = []
+        self.stored: list[StoredWeight] = []
+        self.functions: dict[str, Any] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+
+    def fresh(self, wanted: str) -> str:
+        """Give a tensor name that nothing else has: the one wanted, or as near as possible."""
+        while wanted in self._names:
+            wanted += "'"
+        self._names.add(wanted)
+        return wanted
+
+    def node(self, op_type: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
+        """Append a node of one output, and name that."""
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
+        return output
+
+    def temporary(self, op_type: str, inputs: Sequence[str], **attributes: object) -> str:
+        """Append a node whose output needs no name that says something: bytes on disk count."""
+        return self.node(op_type, inputs, self.fresh(f"%{len(self.nodes)}"), **attributes)
+
+    def call(self, text: str, inputs: Sequence[str]) -> list[str]:
+        """Append a call of a function and name its outputs.
+
+        Args:
+            text: the function in ONNX's textual form, of DOMAIN; one that is there already is used again.
+            inputs: names.
+        """
+        from onnx import helper, parser
+
+        if text not in self.functions:
+            self.functions[text] = _shortened(parser.parse_function(text))
+        function = self.functions[text]
+        outputs = [self.fresh(f"%{len(self.nodes)}{letter}") for letter, _ in zip("abcdef", function.output)]
+        self.nodes.append(helper.make_node(function.name, list(inputs), outputs, domain=DOMAIN))
+        return outputs
+
+    def weight(self, name: str, values: Array) -> str:
+        """Store an initializer under its own name."""
+        from onnx import numpy_helper
+
+        self.initializers.append(numpy_helper.from_array(np.asarray(values, order="C"), name))
+        return name
+
+    def constant(self, values: Array) -> str:
+        """Store a constant once for equal values, under a short name: bytes on disk count."""
+        values = np.asarray(values, order="C")
+        key = (values.dtype.name, values.shape, values.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self.weight(self.fresh(f"#{len(self._constants)}"), values)
+        return self._constants[key]
+
+
+def _shortened(function: Any) -> Any:
+    """Rename what is inside a function to as few letters as possible: bytes on disk count."""
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    uses: dict[str, int] = {}
+    for names in (function.input, function.output, *(part for n in function.node for part in (n.input, n.output))):
+        for name in names:
+            uses[name] = uses.get(name, 0) + 1
+    words = [*letters, *(a + b for a in letters for b in letters)]
+    short = dict(zip(sorted(uses, key=lambda name: -uses[name]), words, strict=False))
+    for holder, fields in ((function, ("input", "output")), *((node, ("input", "output")) for node in function.node)):
+        for field in fields:
+            names = [short[name] for name in getattr(holder, field)]
+            holder.ClearField(field)
+            getattr(holder, field).extend(names)
+    for node in function.node:
+        for field in ("name", "domain"):
+            node.ClearField(field)
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                attribute.t.ClearField("name")
+            if attribute.HasField("t") and min(attribute.t.int32_data, default=0) < 0:
+                # Negative numbers take ten bytes each otherwise.
+                attribute.t.raw_data = np.array(attribute.t.int32_data, dtype="<i4").tobytes()
+                attribute.t.ClearField("int32_data")
+    return function

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import numpy as np
 from edgecomp import bundle, manifest, planner
 from edgecomp.artifact import Exported
 from edgecomp.check import LEAST_AGREEMENT_PERCENT, measure_accuracy, measure_parity
-from edgecomp.compress import compress
+from edgecomp.compress import compress, narrowest_bits, on_grids
 from edgecomp.data import LabelledImages, draw, load
 from edgecomp.errors import DataError, ParityError, UsageError
 from edgecomp.files import MANIFEST, MANIFEST_SCHEMA, PLAN_FILE, check_output_folder, new_folder, write_file
@@ -22,6 +22,7 @@ from edgecomp.graph import Array, Graph
 from edgecomp.overview import overview
 from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, write_json
 from edgecomp.preprocessing import Preprocessing
+from edgecomp.quantmath import Grid
 from edgecomp.spending import (
     Budget,
     BudgetKind,
@@ -127,13 +128,18 @@ def build(
     relevance, ranges = _explain(graph, batches, train.labels, stage)
     keep = planner.irrelevant_channels(graph, relevance)
     with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
-        choices = planner.layer_choices(graph, relevance, keep, formats, progress=advance)
+        if reconstruction:
+            from edgecomp.pytorch.trial import trial_choices
 
-    def draft(bits: Mapping[str, int]) -> Candidate:
+            choices = trial_choices(graph, relevance, batches, formats, progress=advance)
+        else:
+            choices = planner.layer_choices(graph, relevance, keep, formats, progress=advance)
+
+    def planned(rounded: Graph, grids: Mapping[str, Grid]) -> Candidate:
         plan = CompressionPlan(
-            graph_digest=graph.digest(),
+            graph_digest=rounded.digest(),
             io=io,
-            layers={name: LayerPlan(keep=keep[name], weight_bits=bits[name]) for name in keep},
+            layers={n: LayerPlan(keep=keep[n], weight_bits=narrowest_bits(rounded, n, grids[n])) for n in keep},
             ranges=ranges,
             preprocessing=preprocessing,
             classes=images.classes,
@@ -147,9 +153,18 @@ def build(
                 "seed": str(seed),
             },
         )
-        return Candidate(graph=graph, plan=plan)
+        return Candidate(graph=rounded, plan=plan)
 
-    make = draft if not reconstruction else _reconstructing(draft, batches, stage)
+    def draft(grids: Mapping[str, Grid]) -> Candidate:
+        return planned(on_grids(graph, grids), grids)
+
+    def reconstructed(grids: Mapping[str, Grid]) -> Candidate:
+        from edgecomp.pytorch.recover import reconstruct
+
+        with stage("reconstruction", sum(manifest.weight_counts(graph).values())) as advance:
+            return planned(reconstruct(graph, ranges, grids, batches, progress=advance), grids)
+
+    make = reconstructed if reconstruction else draft
     spent = _spend(budget, choices, draft, make, formats, drop_points, stage)
     plan = spent.candidate.plan
     quantized = compress(spent.candidate.graph, plan)
@@ -265,19 +280,6 @@ def _explain(
         relevance = score(graph, labelled, progress=advance)
     with stage("activation ranges", 2 * len(labels)) as advance:
         return relevance, calibrate(graph, batches, progress=advance)
-
-
-def _reconstructing(draft: Make, batches: Sequence[Array], stage: Stage) -> Make:
-    """Make candidates whose weights are adjusted to their widths."""
-    from edgecomp.pytorch.recover import reconstruct
-
-    def make(bits: Mapping[str, int]) -> Candidate:
-        first = draft(bits)
-        with stage("reconstruction", sum(manifest.weight_counts(first.graph).values())) as advance:
-            adjusted = reconstruct(first.graph, first.plan, batches, progress=advance)
-        return Candidate(graph=adjusted, plan=replace(first.plan, graph_digest=adjusted.digest()))
-
-    return make
 
 
 def _spend(

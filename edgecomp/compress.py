@@ -15,7 +15,8 @@ from edgecomp.errors import GraphError, PlanError
 from edgecomp.graph import Array, Attribute, Graph, Node, Op, QuantParams
 from edgecomp.groups import is_depthwise, kept_numbers, number_channels
 from edgecomp.ops import OPS, SHARES_SCALE
-from edgecomp.plan import CompressionPlan, Io, validate
+from edgecomp.plan import ActRange, CompressionPlan, Io, validate
+from edgecomp.quantmath import Grid
 from edgecomp.verify import verify_float, verify_quantized
 
 _CLAMPING = frozenset({Op.CONV2D, Op.LINEAR, Op.ADD})
@@ -40,7 +41,7 @@ def compress(graph: Graph, plan: CompressionPlan) -> Graph:
     except GraphError as e:
         raise PlanError(f"plan: {e}") from e
     fused = fuse_clips(smaller)
-    activations = activation_params(fused, plan)
+    activations = activation_params(fused, plan.ranges)
     quantized = quantize_layers(fused, activations, {name: layer.weight_bits for name, layer in plan.layers.items()})
     bordered = insert_borders(quantized, plan.io)
     verify_quantized(bordered)
@@ -116,12 +117,12 @@ def fuse_clips(graph: Graph) -> Graph:
     return replace(graph, nodes=nodes, tensors=tensors)
 
 
-def activation_params(graph: Graph, plan: CompressionPlan) -> dict[str, QuantParams]:
+def activation_params(graph: Graph, ranges: Mapping[str, ActRange]) -> dict[str, QuantParams]:
     """Choose scale and zero point of every activation: one for each set of tensors that must share them.
 
     Args:
         graph: after `fuse_clips`.
-        plan: holds the ranges.
+        ranges: by activation tensor.
     """
     names = [name for name, tensor in graph.tensors.items() if tensor.data is None]
     leader = {name: name for name in names}
@@ -140,7 +141,7 @@ def activation_params(graph: Graph, plan: CompressionPlan) -> dict[str, QuantPar
             softmax_outputs.add(node.outputs[0])
     bounds: dict[str, tuple[float, float]] = {}
     for name in names:
-        low, high = plan.ranges[name].low, plan.ranges[name].high
+        low, high = ranges[name].low, ranges[name].high
         top = find(name)
         if top in bounds:
             low, high = min(low, bounds[top][0]), max(high, bounds[top][1])
@@ -242,6 +243,42 @@ def _limit_code(limit: float, params: QuantParams) -> int:
 
 def _symmetric(bits: int, scale: Array) -> QuantParams:
     return QuantParams(bits=bits, scale=scale, zero_point=np.zeros(scale.shape, dtype=np.int32), axis=0)
+
+
+def on_grids(graph: Graph, grids: Mapping[str, Grid]) -> Graph:
+    """Round weights to the nearest point of their grid where it has a step; `compress` finds the same codes again.
+
+    Args:
+        graph: float.
+        grids: of every layer; one without a step leaves the weights as they are.
+    """
+    tensors = dict(graph.tensors)
+    for node in graph.layers():
+        weight, grid = graph.weight(node), grids[node.name]
+        if grid.step is not None:
+            assert weight.data is not None
+            scale = quantmath.grid_scale(weight.data, grid)
+            codes = quantmath.quantize_weight(weight.data, scale, grid.bits)
+            data = codes * scale.reshape(-1, *[1] * (codes.ndim - 1))
+            tensors[weight.name] = replace(weight, data=data.astype(np.float32))
+    return replace(graph, tensors=tensors)
+
+
+def narrowest_bits(graph: Graph, name: str, grid: Grid) -> int:
+    """Give the width that the codes of a layer on a grid need, which may be less than the grid's.
+
+    Args:
+        graph: float, its weights on their grids.
+        name: the layer.
+        grid: of the layer.
+    """
+    if grid.step is None:
+        return grid.bits
+    weight = next(graph.weight(node).data for node in graph.layers() if node.name == name)
+    assert weight is not None
+    codes = quantmath.quantize_weight(weight, quantmath.choose_weight_scale(weight, grid.bits), grid.bits)
+    largest = int(np.abs(codes).max(initial=0))
+    return next(bits for bits in quantmath.WEIGHT_BITS if quantmath.weight_limit(bits) >= largest)
 
 
 def insert_borders(graph: Graph, io: Io) -> Graph:

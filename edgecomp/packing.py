@@ -1,4 +1,4 @@
-"""Codes of 2-8 bits as bytes, and back; and how many bits each file format spends on a code.
+"""Codes of 2-8 bits as bytes, and back.
 
 A width is stored as fields of 4, 2 and 1 bits (7 = 4 + 2 + 1), each field packed by itself: a runtime then needs only
 shifts and masks on whole arrays to unpack, whatever the width, and no bit is wasted. Codes of b bits are stored in
@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgecomp.errors import GraphError
-from edgecomp.graph import Array, Node, Op
+from edgecomp.graph import Array
 from edgecomp.quantmath import WEIGHT_BITS
 
 FIELDS: dict[int, tuple[int, ...]] = {
@@ -108,20 +108,3 @@ def _pack_field(values: Array, width: int) -> Array:
     for plane in range(planes):
         out |= padded[plane * n_bytes : (plane + 1) * n_bytes] << np.uint8(plane * width)
     return out
-
-
-def stored_bits(format_name: str, node: Node, bits: int) -> int:
-    """Give the bits a format spends on each code of a layer: what a planner must count with.
-
-    ONNX reaches every width. LiteRT's kernels read 4 bits in convolutions and linear layers; in depthwise and grouped
-    convolutions they do too, but 10 to 50 times slower than 8.
-
-    Args:
-        format_name: "onnx" or "tflite".
-        node: the layer.
-        bits: logical width.
-    """
-    if format_name == "onnx":
-        return bits
-    dense = node.op is Op.LINEAR or node.attrs["groups"] == 1
-    return 4 if bits <= 4 and dense else 8

@@ -16,7 +16,7 @@ import numpy as np
 from edgecomp import quantmath
 from edgecomp.coding import stored_bits
 from edgecomp.errors import BudgetError
-from edgecomp.graph import Array, Graph, Node, Op
+from edgecomp.graph import Array, Graph, Node
 from edgecomp.groups import Channels, number_channels
 from edgecomp.plan import Relevance
 from edgecomp.quantmath import Grid
@@ -76,7 +76,7 @@ class LayerChoices:
 
     def cheapest(self) -> Grid:
         """Give the grid that takes the least room in every format."""
-        return min(self.error, key=lambda grid: (self.stored_bits[grid], self.per_format.get(grid, ()), self.error[grid]))
+        return min(self.error, key=lambda g: (self.stored_bits[g], self.per_format.get(g, ()), self.error[g]))
 
     def best(self) -> Grid:
         """Give the grid with the least error."""

@@ -39,8 +39,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         match self.kind:
-            case BudgetKind.AVG_BITS if not 2 <= self.asked <= 8:
-                raise UsageError(f"--avg-bits {self.asked:g}: expected 2 to 8")
+            case BudgetKind.AVG_BITS if not 0.1 <= self.asked <= 8:
+                raise UsageError(f"--avg-bits {self.asked:g}: expected 0.1 to 8")
             case BudgetKind.MAX_SIZE if not 1 <= self.asked < 2**40:
                 raise UsageError(f"--max-size {self.asked:g}: expected bytes, from 1 to 2^40")
             case BudgetKind.MAX_DROP if not 0 <= self.asked <= 100:

@@ -22,7 +22,7 @@ from edgecomp import __version__
 from edgecomp.artifact import Exported, StoredWeight
 from edgecomp.coding import Encoded, dense, encode
 from edgecomp.errors import ExportError
-from edgecomp.graph import Array, Graph, Node, Op, Tensor
+from edgecomp.graph import Graph, Node, Op, Tensor
 from edgecomp.ops import clamp_codes, ints
 
 from .onnx_model import DOMAIN, Model

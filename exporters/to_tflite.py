@@ -13,11 +13,11 @@ from dataclasses import replace
 import numpy as np
 
 from edgecomp.artifact import Exported, StoredWeight
+from edgecomp.coding import field_bits
 from edgecomp.compress import fuse_clips
 from edgecomp.errors import ExportError
 from edgecomp.graph import Array, Graph, Node, Op, QuantParams, Tensor
 from edgecomp.ops import clamp_codes, ints
-from edgecomp.packing import stored_bits
 from edgecomp.quantmath import ACT_MAX, ACT_MIN, bias_scale
 
 from .layout import (
@@ -175,7 +175,7 @@ class _Writer:
     def stored_bits(self, node: Node) -> int:
         """Give the bits that a code of the layer's weight takes in the file: 32 for float."""
         weight = self.graph.weight(node)
-        return 32 if weight.quant is None else stored_bits("tflite", node, weight.quant.bits)
+        return 32 if weight.quant is None else field_bits("tflite", node, weight.quant.bits)
 
     def layer(self, node: Node, values: Array, *, axis: int) -> list[int]:
         """Add weight and bias of a layer.

@@ -18,7 +18,7 @@ from edgecomp import compress as compression
 from edgecomp import quantmath
 from edgecomp.errors import DataError
 from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op, QuantParams
-from edgecomp.plan import CompressionPlan
+from edgecomp.plan import ActRange
 from edgecomp.pytorch.network import as_input, compute
 from edgecomp.pytorch.rounding import basis, choose_scale, enough, input_energy, round_columns, round_nearest
 from edgecomp.quantmath import Grid
@@ -29,7 +29,7 @@ MOST_BITS = 6
 
 def reconstruct(
     graph: Graph,
-    plan: CompressionPlan,
+    ranges: Mapping[str, ActRange],
     grids: Mapping[str, Grid],
     batches: Sequence[Array],
     *,
@@ -41,8 +41,8 @@ def reconstruct(
     on: about twice the largest tensor times the number of images.
 
     Args:
-        graph: float, the one the plan was made for.
-        plan: holds the activation ranges; nothing else of it is looked at.
+        graph: float.
+        ranges: of every activation.
         grids: of every layer.
         batches: preprocessed images float32 (N, C, H, W); a few hundred in all.
         progress: called after each layer with the number of its weights.
@@ -53,7 +53,7 @@ def reconstruct(
     if not batches:
         raise DataError("no images to reconstruct with; expected at least one")
     fused = compression.fuse_clips(graph)
-    activations = compression.activation_params(fused, plan)
+    activations = compression.activation_params(fused, ranges)
     last_reader = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
     tensors = dict(graph.tensors)
     weights = {name: as_input(t.data, torch.float32) for name, t in graph.tensors.items() if t.data is not None}

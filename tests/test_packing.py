@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edgecomp.errors import GraphError
 from edgecomp.graph import Node, Op
-from edgecomp.packing import FIELDS, pack, packed_bytes, stored_bits, unpack
+from edgecomp.packing import FIELDS, pack, packed_bytes, unpack
 from edgecomp.quantmath import WEIGHT_BITS
 
 CODES = [0, 1, -1, 1, -2]
@@ -134,23 +134,3 @@ def test_wrong_fields() -> None:
         unpack((low[:-1], high), 3, 9)
     with pytest.raises(GraphError, match="field of 1 bits has shape"):
         unpack((low, high.astype(np.int8)), 3, 9)
-
-
-CONV = Node(name="c", op=Op.CONV2D, inputs=("x", "w"), outputs=("y",), attrs={"groups": 1})
-DEPTHWISE = Node(name="d", op=Op.CONV2D, inputs=("x", "w"), outputs=("y",), attrs={"groups": 8})
-LINEAR = Node(name="l", op=Op.LINEAR, inputs=("x", "w"), outputs=("y",))
-
-
-@pytest.mark.parametrize(
-    ("format_name", "node", "want"),
-    [
-        ("onnx", CONV, [2, 3, 4, 5, 6, 7, 8]),
-        ("onnx", DEPTHWISE, [2, 3, 4, 5, 6, 7, 8]),
-        ("onnx", LINEAR, [2, 3, 4, 5, 6, 7, 8]),
-        ("tflite", CONV, [4, 4, 4, 8, 8, 8, 8]),
-        ("tflite", DEPTHWISE, [8, 8, 8, 8, 8, 8, 8]),
-        ("tflite", LINEAR, [4, 4, 4, 8, 8, 8, 8]),
-    ],
-)
-def test_stored_bits(format_name: str, node: Node, want: list[int]) -> None:
-    assert [stored_bits(format_name, node, bits) for bits in WEIGHT_BITS] == want

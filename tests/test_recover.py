@@ -15,15 +15,20 @@ from edgecomp.compress import compress
 from edgecomp.errors import DataError
 from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan
-from edgecomp.pytorch import recover
 from edgecomp.pytorch.recover import reconstruct
+from edgecomp.pytorch.rounding import basis, choose_scale, round_columns
+from edgecomp.quantmath import Grid
 from tests.graphs import GRAPHS, images, plan_for
 
 
 def adjusted(graph: Graph, plan: CompressionPlan, n: int = 96) -> tuple[Graph, CompressionPlan]:
     x = images(graph, n, seed=3)
-    found = reconstruct(graph, plan, [x[:40], x[40:]])
+    found = reconstruct(graph, plan.ranges, grids_of(plan), [x[:40], x[40:]])
     return found, replace(plan, graph_digest=found.digest())
+
+
+def grids_of(plan: CompressionPlan) -> dict[str, Grid]:
+    return {name: Grid(bits=layer.weight_bits) for name, layer in plan.layers.items()}
 
 
 def plain_brain_surgeon(weight: np.ndarray, h: np.ndarray, scale: np.ndarray, limit: int) -> np.ndarray:
@@ -47,15 +52,20 @@ def test_rounding_is_optimal_brain_surgeon(d: int, bits: int) -> None:
     x = rng.standard_normal((4 * d, d)) @ rng.standard_normal((d, d)) / np.sqrt(d)
     h = (x.T @ x).astype(np.float32)
     weight = rng.standard_normal((7, d)).astype(np.float32)
-    found = recover._round_columns(torch.from_numpy(weight.copy()), torch.from_numpy(h.copy()), bits).numpy()
-    energy = torch.from_numpy(np.diag(h).copy())
-    scale = recover._choose_scale(torch.from_numpy(weight), energy, bits).numpy()
+    inputs = basis(torch.from_numpy(h.copy()))
+    steps = choose_scale(torch.from_numpy(weight), inputs.energy, bits)
+    rounded = round_columns(torch.from_numpy(weight.copy()), inputs, steps, bits)
+    scale, found = steps.numpy(), rounded.codes * rounded.scale[:, None]
     wanted = plain_brain_surgeon(weight, h.astype(np.float64), scale, quantmath.weight_limit(bits))
     # A column within rounding of a tie may go the other way, and what follows with it: in at most one row here.
     assert (np.abs(found - wanted).max(axis=1) < 1e-4).sum() >= 6
     nearest = np.clip(np.rint(weight / scale[:, None]), -quantmath.weight_limit(bits), quantmath.weight_limit(bits))
     error = [float(np.square(x @ (w - weight).T).sum()) for w in (found, nearest * scale[:, None])]
     assert error[0] < 0.8 * error[1]
+    # What it says of the error is that of the damped H, by the same elimination.
+    damped = h + 0.01 * np.diag(h).mean() * np.eye(d)
+    off = (found - weight).astype(np.float64)
+    np.testing.assert_allclose(rounded.error, np.einsum("oi,ij,oj->o", off, damped, off), rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -93,7 +103,7 @@ def test_the_mean_of_each_channel_is_kept() -> None:
     graph = GRAPHS["plain"]()
     plan = plan_for(graph, 3)
     x = images(graph, 96, seed=3)
-    found = reconstruct(graph, plan, [x])
+    found = reconstruct(graph, plan.ranges, grids_of(plan), [x])
     # The first layer sees the same input in both, but for its rounding to int8.
     means = [reference.run(g, {"input": x})["conv1"].mean(axis=(0, 2, 3)) for g in (graph, found)]
     untouched = {**graph.tensors, "conv1.weight": found.tensors["conv1.weight"]}
@@ -121,7 +131,7 @@ def test_the_same_twice() -> None:
 def test_channels_that_never_fire_are_harmless() -> None:
     graph = GRAPHS["plain"]()
     plan = plan_for(graph, 3)
-    found = reconstruct(graph, plan, [np.zeros((4, 3, 8, 8), dtype=np.float32)])
+    found = reconstruct(graph, plan.ranges, grids_of(plan), [np.zeros((4, 3, 8, 8), dtype=np.float32)])
     for tensor in found.tensors.values():
         assert tensor.data is None or np.isfinite(tensor.data).all()
 
@@ -129,7 +139,7 @@ def test_channels_that_never_fire_are_harmless() -> None:
 def test_no_images() -> None:
     graph = GRAPHS["plain"]()
     with pytest.raises(DataError, match="no images"):
-        reconstruct(graph, plan_for(graph, 3), [])
+        reconstruct(graph, plan_for(graph, 3).ranges, {}, [])
 
 
 @settings(max_examples=60, deadline=None)

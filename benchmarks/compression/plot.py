@@ -1,0 +1,75 @@
+"""Accuracy against bytes, one line for each method, as SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from edgecomp.errors import TargetError, UsageError
+
+from .results import Source
+from .table import FLOAT, Row
+
+MARKERS = "osD^vP*X<>hp"
+FRAME_POINTS = 12
+"""The plot shows this many points of accuracy below the float network; one collapsed network would flatten the rest."""
+
+
+def svg(rows: Sequence[Row], title: str) -> bytes:
+    """Draw rows: bytes on a logarithmic axis, mean accuracy with its spread as a bar, the float network as a line.
+
+    Simulated methods are drawn hollow with dashes. What lies far below the best is left out of the frame and counted in
+    the legend. The same rows give the same bytes.
+
+    Raises:
+        TargetError: matplotlib is not installed.
+        UsageError: no rows.
+    """
+    if not rows:
+        raise UsageError("plot: no results to draw; run some first")
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TargetError("plot: matplotlib is not installed: pip install 'edgecomp[compare]'") from error
+    # Text stays text; without a salt the identifiers inside would differ from run to run.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "edgecomp"}):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        floor = max(row.mean_accuracy() for row in rows) - FRAME_POINTS
+        for place, name in enumerate(dict.fromkeys(row.method for row in rows)):
+            own = [row for row in rows if row.method == name]
+            if name == FLOAT:
+                axes.axhline(own[0].mean_accuracy(), color="0.4", linewidth=1, linestyle=":", label=FLOAT)
+                continue
+            simulated = own[0].results[0].source is Source.SIMULATED
+            label = name + (", simulated" if simulated else "")
+            below = sum(row.mean_accuracy() < floor for row in own)
+            axes.errorbar(
+                [row.mean_bytes() for row in own],
+                [row.mean_accuracy() for row in own],
+                xerr=[row.spread_bytes() or 0.0 for row in own],
+                yerr=[row.spread_accuracy() or 0.0 for row in own],
+                marker=MARKERS[place % len(MARKERS)],
+                markerfacecolor="none" if simulated else None,
+                linestyle="--" if simulated else "-",
+                linewidth=1,
+                capsize=2,
+                label=f"{label} ({below} below the frame)" if below else label,
+            )
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=max(floor, axes.get_ylim()[0]))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} MB")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value / 1e6:g}" if _first_digit(value) in (2, 3, 5) else "")
+        axes.set_xlabel("bytes")
+        axes.set_ylabel("accuracy, %")
+        axes.set_title(title)
+        axes.grid(visible=True, which="both", linewidth=0.3)
+        axes.legend(fontsize="small")
+        out = io.BytesIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()
+
+
+def _first_digit(value: float) -> int:
+    return int(f"{value:e}"[0])

@@ -11,6 +11,7 @@ from .results import Source
 from .table import FLOAT, Row
 
 MARKERS = "osD^vP*X<>hp"
+TICKS = (1, 1.5, 2, 3, 4, 5, 7)
 FRAME_POINTS = 12
 """The plot shows this many points of accuracy below the float network; one collapsed network would flatten the rest."""
 
@@ -30,6 +31,7 @@ def svg(rows: Sequence[Row], title: str) -> bytes:
     try:
         import matplotlib
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator
     except ImportError as error:
         raise TargetError("plot: matplotlib is not installed: pip install 'edgecomp[compare]'") from error
     # Text stays text; without a salt the identifiers inside would differ from run to run.
@@ -59,17 +61,19 @@ def svg(rows: Sequence[Row], title: str) -> bytes:
             )
         axes.set_xscale("log")
         axes.set_ylim(bottom=max(floor, axes.get_ylim()[0]))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} MB")
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value / 1e6:g}" if _first_digit(value) in (2, 3, 5) else "")
+        axes.xaxis.set_major_locator(LogLocator(subs=TICKS))
+        axes.xaxis.set_major_formatter(lambda value, _: _size(value))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("bytes")
         axes.set_ylabel("accuracy, %")
         axes.set_title(title)
-        axes.grid(visible=True, which="both", linewidth=0.3)
+        axes.tick_params(labelsize="small")
+        axes.grid(visible=True, linewidth=0.3)
         axes.legend(fontsize="small")
         out = io.BytesIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()
 
 
-def _first_digit(value: float) -> int:
-    return int(f"{value:e}"[0])
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e6:g} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:g} kB"

@@ -33,7 +33,7 @@ class Job:
 
     Attributes:
         bits: mean bits for each weight of the float network that are asked for.
-        seed: of every random choice; those of random, numpy and torch are set already.
+        seed: of every random choice; random and numpy have it already, torch once `module` was called.
         options: that tell this method from others of the same peer.
         folder: where its files go.
         onnx: the float network as a file, BatchNorm folded; for a second step, the file that the first wrote.
@@ -61,6 +61,7 @@ class Job:
     def module(self) -> Any:
         """Give the float network as a torch.nn.Module in eval mode."""
         torch = torch_beside_torchvision()
+        torch.manual_seed(self.seed)
         network = self._record["network"]
         if network["torchvision"] is not None:
             import torchvision
@@ -123,10 +124,6 @@ def main(path: Path) -> None:
     job = Job(record)
     random.seed(job.seed)
     np.random.seed(job.seed)  # noqa: NPY002 - what the peers draw from
-    if importlib.util.find_spec("torch") is not None:
-        import torch
-
-        torch.manual_seed(job.seed)
     result = _module_at(Path(record["script"])).compress(job)
     result["versions"] = _versions(record["packages"])
     unfinished = job.folder / f"{RESULT}.unfinished"

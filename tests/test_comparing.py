@@ -205,6 +205,7 @@ SCRIPT = '''
 def compress(job):
     images, labels = job.calibration()
     details = {"seen": [len(images), len(labels)], "batches": [len(b) for b in job.batches(40)], "bits": job.bits}
+    details["took"] = job.onnx.name
     if job.options["simulate"]:
         module = job.module()
         return {"logits": job.save_logits(module), "n_bytes": 1234, "details": details}
@@ -242,8 +243,9 @@ def test_peers_are_measured_as_we_are(place: Place, scripted: None) -> None:
     assert copied.accuracy_percent == simulated.accuracy_percent == expected_accuracy()
     assert (simulated.source, simulated.n_bytes, simulated.sha256) == (Source.SIMULATED, 1234, None)
     assert simulated.measured_in == f"numpy {np.__version__}"
-    assert simulated.details == {"seen": [64, 64], "batches": [40, 24], "bits": 4.0}
+    assert simulated.details == {"seen": [64, 64], "batches": [40, 24], "bits": 4.0, "took": "float.onnx"}
     assert copied.details["bits"] == 8
+    assert copied.details["took"] == "model.onnx", "the second step takes what the first wrote"
     assert "*simulated*" in compared.table
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -326,3 +330,29 @@ def test_a_failure_is_said_below_the_table(
     printed = capsys.readouterr()
     assert "| float" in printed.out
     assert printed.err == "python -m edgecomp.benchmarks.compression: uniform-4-0: too little really\n"
+
+
+def test_sigterm_ends_the_peer_too(place: Place) -> None:
+    """A process of the command, sent SIGTERM while a peer works, leaves no peer behind and says how to go on."""
+    code = f"""
+import sys
+from edgecomp.benchmarks.compression import __main__ as command, methods
+def wait(context, task, place):
+    import subprocess
+    subprocess.run([sys.executable, "-c", "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"])
+methods.METHODS["uniform"] = methods.Method(name="uniform", asks=methods.Asks.BITS, run=wait)
+raise SystemExit(command.main({[*ARGUMENTS, "--methods", "uniform", "-o", "results"]!r}))
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(modules()["edgecomp"].parents[1]), os.getcwd()])}
+    pid = Path("pid")
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED
+    assert said == "python -m edgecomp.benchmarks.compression: interrupted; the same command goes on where it was\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert [path.name for path in Path("results/results").iterdir()] == ["float-own-0.json"]

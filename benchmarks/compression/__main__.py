@@ -6,10 +6,12 @@ Exit codes are those of `edgecomp`; 6 also where some method failed and the othe
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from edgecomp import cli
 from edgecomp.errors import EdgecompError, UsageError
@@ -29,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        return _make(args) if args.make_peers is not None else _compare(args)
+        with _terminated_as_interrupted():
+            return _make(args) if args.make_peers is not None else _compare(args)
     except EdgecompError as error:
         print(f"{COMMAND}: {' '.join(str(error).split())}", file=sys.stderr)
         return next(code for kind, code in cli.EXIT_CODES if isinstance(error, kind))
@@ -39,6 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"{COMMAND}: {error.filename or args.output}: {error.strerror or error}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C: a peer that is running is ended too, and temporary files are removed."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # only the main thread may set handlers
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

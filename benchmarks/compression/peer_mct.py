@@ -36,7 +36,9 @@ def compress(job: Job) -> dict[str, Any]:
             images,
             target_resource_utilization=limit,
             core_config=config,
-            gptq_config=mct.gptq.get_pytorch_gptq_config(n_epochs=epochs),
+            # Its per-sample attention takes 100 backward passes for every 32 images, hours on a CPU. Without it the
+            # layers are weighted by the Hessian of 32 images.
+            gptq_config=mct.gptq.get_pytorch_gptq_config(n_epochs=epochs, use_hessian_sample_attention=False),
         )
     else:
         quantized, _ = mct.ptq.pytorch_post_training_quantization(

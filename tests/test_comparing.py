@@ -20,6 +20,7 @@ from edgecomp.benchmarks.compression import driver, methods, ours, peers
 from edgecomp.benchmarks.compression.context import Context, Subject
 from edgecomp.benchmarks.compression.results import Compressed, Simulated, Source, Task
 from edgecomp.build import yardsticks
+from edgecomp.data import draw, load
 from edgecomp.errors import BudgetError, TargetError, UsageError
 from edgecomp.preprocessing import Preprocessing
 from tests.test_architecture import modules
@@ -87,6 +88,19 @@ def test_uniform_at_eight_bits_is_the_yardstick(place: Place) -> None:
     reconstructed = ours.OURS["uniform"](context, 3, 0)
     assert set(reconstructed.details["bits"].values()) == {3}
     assert reconstructed.file != ours.OURS["uniform-nearest"](context, 3, 0).file
+
+
+def test_what_belongs_to_a_seed_is_made_once(place: Place) -> None:
+    context = Context(SUBJECT)
+    assert context.ranges(0) is context.ranges(0)
+    relevance, labels = context.relevance(1), context.calibration(1).labels
+    assert context.relevance(1) is relevance
+    images = load(SUBJECT.data).train
+    expected = draw(images, 64, seed=1)
+    assert np.array_equal(np.concatenate(context.batches(1)), expected.inputs(SUBJECT.preprocessing))
+    assert np.array_equal(labels, expected.labels)
+    assert relevance.n_samples == 64
+    assert not np.array_equal(context.batches(2)[0], context.batches(1)[0])
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------

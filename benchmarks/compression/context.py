@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,21 +67,6 @@ class Subject:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Explained:
-    """What the calibration images of one seed tell about the network.
-
-    Attributes:
-        batches: preprocessed, float32 (n, C, H, W).
-        relevance: of every weight and channel.
-        ranges: of every activation.
-    """
-
-    batches: Sequence[Array]
-    relevance: Relevance
-    ranges: Mapping[str, ActRange]
-
-
 class Context:
     """Reads, captures and explains when first asked, and keeps it: a table of finished results needs none of it.
 
@@ -91,7 +76,8 @@ class Context:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self._explained: tuple[int, Explained] | None = None
+        self._seed: int | None = None
+        self._of_seed: dict[str, Any] = {}
 
     @cached_property
     def images(self) -> DataSet:
@@ -129,21 +115,46 @@ class Context:
         """Draw the training images of a seed: the same ones that `edgecomp build --seed` draws."""
         return draw(self.images.train, self.subject.n_calibration, seed=seed)
 
-    def explained(self, seed: int) -> Explained:
-        """Score and calibrate with the images of a seed; the last seed's is kept."""
-        from edgecomp.pytorch.calibrate import calibrate
-        from edgecomp.pytorch.relevance import score
+    def batches(self, seed: int) -> list[Array]:
+        """Give the images of a seed, preprocessed: float32 (n, C, H, W)."""
 
-        if self._explained is None or self._explained[0] != seed:
+        def make() -> list[Array]:
             train = self.calibration(seed)
-            starts = range(0, len(train), BATCH)
-            batches = [train.inputs(self.subject.preprocessing, i, i + BATCH) for i in starts]
-            labelled = [(x, train.labels[i : i + BATCH]) for i, x in zip(starts, batches, strict=True)]
-            explained = Explained(
-                batches=batches, relevance=score(self.graph, labelled), ranges=calibrate(self.graph, batches)
-            )
-            self._explained = seed, explained
-        return self._explained[1]
+            return [train.inputs(self.subject.preprocessing, i, i + BATCH) for i in range(0, len(train), BATCH)]
+
+        batches: list[Array] = self._kept(seed, "batches", make)
+        return batches
+
+    def relevance(self, seed: int) -> Relevance:
+        """Explain the images of a seed."""
+
+        def make() -> Relevance:
+            from edgecomp.pytorch.relevance import score
+
+            labels, batches = self.calibration(seed).labels, self.batches(seed)
+            return score(self.graph, [(x, labels[i * BATCH : i * BATCH + len(x)]) for i, x in enumerate(batches)])
+
+        relevance: Relevance = self._kept(seed, "relevance", make)
+        return relevance
+
+    def ranges(self, seed: int) -> Mapping[str, ActRange]:
+        """Give the range of every activation on the images of a seed."""
+
+        def make() -> Mapping[str, ActRange]:
+            from edgecomp.pytorch.calibrate import calibrate
+
+            return calibrate(self.graph, self.batches(seed))
+
+        ranges: Mapping[str, ActRange] = self._kept(seed, "ranges", make)
+        return ranges
+
+    def _kept(self, seed: int, what: str, make: Callable[[], Any]) -> Any:
+        """Make something once for a seed; what belongs to the seed before is let go."""
+        if self._seed != seed:
+            self._seed, self._of_seed = seed, {}
+        if what not in self._of_seed:
+            self._of_seed[what] = make()
+        return self._of_seed[what]
 
     def hand_over(self, folder: Path, seed: int, *, takes_module: bool) -> dict[str, Any]:
         """Write what a peer needs into a folder, unless it is there: the part of a job that is equal for all peers.

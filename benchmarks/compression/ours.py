@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
-from edgecomp import planner
+from edgecomp.build import build
 from edgecomp.compress import compress
 from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan, Io, LayerPlan
+from edgecomp.spending import Budget, BudgetKind
 
 from .context import Context
 from .results import Compressed
@@ -18,11 +21,26 @@ Ours = Callable[[Context, float, int], Compressed]
 
 
 def default(context: Context, bits: float, seed: int) -> Compressed:
-    """Do what `edgecomp build --avg-bits BITS --format onnx` does; a test compares the bytes."""
-    explained = context.explained(seed)
-    keep = planner.irrelevant_channels(context.graph, explained.relevance)
-    choices = planner.layer_choices(context.graph, explained.relevance, keep, ("onnx",))
-    return _reconstructed(context, _plan(context, keep, planner.solve_mean_bits(choices, bits), seed), seed)
+    """Do what `edgecomp build --avg-bits BITS --format onnx` does, by doing it."""
+    subject = context.subject
+    with tempfile.TemporaryDirectory(prefix="edgecomp-compare-") as folder:
+        built = build(
+            model=subject.model,
+            weights=subject.weights,
+            data=subject.data,
+            preprocessing=subject.preprocessing,
+            input_shape=None,
+            n_calibration=subject.n_calibration,
+            budget=Budget(kind=BudgetKind.AVG_BITS, asked=bits),
+            formats=("onnx",),
+            io=Io.FLOAT,
+            reconstruction=True,
+            seed=seed,
+            folder=Path(folder) / "built",
+            force=False,
+        )
+        file = (built.folder / "model.onnx").read_bytes()
+        return Compressed(file=file, details={"layers": built.manifest["layers"]})
 
 
 def uniform(context: Context, bits: float, seed: int) -> Compressed:
@@ -36,19 +54,12 @@ def uniform_nearest(context: Context, bits: float, seed: int) -> Compressed:
 
 
 def _uniform_plan(context: Context, bits: float, seed: int) -> CompressionPlan:
-    nodes = context.graph.layers()
-    keep = {node.name: (True,) * context.graph.weight(node).shape[0] for node in nodes}
-    return _plan(context, keep, dict.fromkeys(keep, int(bits)), seed)
-
-
-def _plan(
-    context: Context, keep: Mapping[str, tuple[bool, ...]], bits: Mapping[str, int], seed: int
-) -> CompressionPlan:
+    channels = {node.name: context.graph.weight(node).shape[0] for node in context.graph.layers()}
     return CompressionPlan(
         graph_digest=context.graph.digest(),
-        io=Io("float"),
-        layers={name: LayerPlan(keep=keep[name], weight_bits=bits[name]) for name in keep},
-        ranges=context.explained(seed).ranges,
+        io=Io.FLOAT,
+        layers={name: LayerPlan(keep=(True,) * n, weight_bits=int(bits)) for name, n in channels.items()},
+        ranges=context.ranges(seed),
         preprocessing=context.subject.preprocessing,
         classes=context.images.classes,
         made_by={},
@@ -58,7 +69,7 @@ def _plan(
 def _reconstructed(context: Context, plan: CompressionPlan, seed: int) -> Compressed:
     from edgecomp.pytorch.recover import reconstruct
 
-    graph = reconstruct(context.graph, plan, context.explained(seed).batches)
+    graph = reconstruct(context.graph, plan, context.batches(seed))
     return _exported(graph, replace(plan, graph_digest=graph.digest()))
 
 
@@ -66,9 +77,7 @@ def _exported(graph: Graph, plan: CompressionPlan) -> Compressed:
     from edgecomp.exporters import export
 
     bits = {name: layer.weight_bits for name, layer in plan.layers.items()}
-    kept = {name: sum(layer.keep) / len(layer.keep) for name, layer in plan.layers.items()}
-    details = {"bits": bits, "channels_kept": kept}
-    return Compressed(file=export(compress(graph, plan), "onnx").data, details=details)
+    return Compressed(file=export(compress(graph, plan), "onnx").data, details={"bits": bits})
 
 
 OURS: Mapping[str, Ours] = {"edgecomp": default, "uniform": uniform, "uniform-nearest": uniform_nearest}

@@ -45,6 +45,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
 @pytest.fixture(autouse=True)
 def plain_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand for matplotlib, which is tested in test_compression."""
+    monkeypatch.setattr(driver, "check_matplotlib", lambda: None)
     monkeypatch.setattr(driver, "svg", lambda rows, title: f"<svg>{len(rows)} {title}</svg>".encode())
 
 
@@ -350,7 +351,8 @@ def test_sigterm_ends_the_peer_too(place: Place) -> None:
     """A process of the command, sent SIGTERM while a peer works, leaves no peer behind and says how to go on."""
     code = f"""
 import sys
-from edgecomp.benchmarks.compression import __main__ as command, methods
+from edgecomp.benchmarks.compression import __main__ as command, driver, methods
+driver.check_matplotlib = lambda: None
 def wait(context, task, place):
     import subprocess
     subprocess.run([sys.executable, "-c", "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"])

@@ -182,7 +182,7 @@ def test_a_plot_of_nothing_is_refused() -> None:
 def test_a_missing_matplotlib_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(TargetError, match=r"pip install 'edgecomp\[compare\]'"):
-        plot.svg(drawn(), "t")
+        plot.check_matplotlib()
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------------

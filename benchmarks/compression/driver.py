@@ -19,7 +19,7 @@ from edgecomp.files import write_file
 from .context import Context
 from .methods import Made, Method, Place
 from .peers import PEERS, environment_python
-from .plot import svg
+from .plot import check_matplotlib, svg
 from .results import Compressed, Result, Source, Task, forget, open_results, save
 from .table import markdown, rows_of
 
@@ -89,7 +89,7 @@ def compare(
         began: called before each task that has to be run, with its number from 0 and their count.
 
     Raises:
-        TargetError: a peer's environment is missing; nothing was run.
+        TargetError: a peer's environment or matplotlib is missing; nothing was run.
         UsageError: a number is out of range, or the folder belongs to another experiment.
         BundleError: a result in the folder is damaged.
         OSError: as the system reports it.
@@ -99,6 +99,7 @@ def compare(
             raise UsageError(f"--bits {b:g}: expected 2 to 8")
     if not seeds or min(seeds) < 0:
         raise UsageError(f"--seeds {' '.join(map(str, seeds))}: expected whole numbers from 0")
+    check_matplotlib()
     for name in dict.fromkeys(name for method in methods for name in method.peers):
         environment_python(peers, PEERS[name])
     results = open_results(folder, context.subject.to_json())

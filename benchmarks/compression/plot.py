@@ -16,6 +16,18 @@ FRAME_POINTS = 12
 """The plot shows this many points of accuracy below the float network; one collapsed network would flatten the rest."""
 
 
+def check_matplotlib() -> None:
+    """Make sure that a plot can be drawn; to be asked before long work.
+
+    Raises:
+        TargetError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise TargetError("plot: matplotlib is not installed: pip install 'edgecomp[compare]'") from error
+
+
 def svg(rows: Sequence[Row], title: str) -> bytes:
     """Draw rows: bytes on a logarithmic axis, mean accuracy with its spread as a bar, the float network as a line.
 
@@ -28,12 +40,11 @@ def svg(rows: Sequence[Row], title: str) -> bytes:
     """
     if not rows:
         raise UsageError("plot: no results to draw; run some first")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullLocator
-    except ImportError as error:
-        raise TargetError("plot: matplotlib is not installed: pip install 'edgecomp[compare]'") from error
+    check_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
     # Text stays text; without a salt the identifiers inside would differ from run to run.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "edgecomp"}):
         figure = Figure(figsize=(8, 5), layout="constrained")

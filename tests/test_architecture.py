@@ -34,14 +34,21 @@ LEVELS = (
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench"),
     ("check", "spending", "build", "verifying", "benching", "cli", "__main__"),
+    ("benchmarks.compression", "benchmarks.compression.results", "benchmarks.compression.table",
+     "benchmarks.compression.plot", "benchmarks.compression.peer_entry", "benchmarks.compression.peer_ort",
+     "benchmarks.compression.peer_nncf", "benchmarks.compression.peer_mct", "benchmarks.compression.peer_torch_pruning",
+     "benchmarks.compression.peers", "benchmarks.compression.context", "benchmarks.compression.ours",
+     "benchmarks.compression.methods", "benchmarks.compression.driver", "benchmarks.compression.__main__"),
 )  # fmt: skip
 RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}
 
 # Packages beside the standard library and numpy: the modules that may import them, and whether at the top of the file.
 SCRIPT = ("samples.train",)  # made the sample; nobody imports it
+PEER = "benchmarks.compression.peer_"  # scripts that run in environments of other tools; nobody imports them
+COMPARING = ("benchmarks.compression.context", "benchmarks.compression.ours")
 THIRD_PARTY = {
-    "torch": (("pytorch.", *SCRIPT), True),
-    "torchvision": (("pytorch.load", "pytorch.torchvision_ops"), False),
+    "torch": (("pytorch.", PEER, *SCRIPT), True),
+    "torchvision": (("pytorch.load", "pytorch.torchvision_ops", PEER), False),
     "safetensors": (("pytorch.load", *SCRIPT), False),
     "PIL": (("preprocessing", "imagefolder"), False),
     "onnx": (("exporters.", "benchmarks."), False),
@@ -49,7 +56,11 @@ THIRD_PARTY = {
     "ai_edge_litert": (("exporters.", "benchmarks."), False),
     "flatbuffers": (("exporters.",), False),
     "onnxruntime": (("benchmarks.",), False),
-    "tqdm": (("cli", *SCRIPT), False),
+    "tqdm": (("cli", "benchmarks.compression.__main__", *SCRIPT), False),
+    "matplotlib": (("benchmarks.compression.plot",), False),
+    "model_compression_toolkit": ((f"{PEER}mct",), False),
+    "nncf": ((f"{PEER}nncf",), False),
+    "torch_pruning": ((f"{PEER}torch_pruning",), False),
 }
 
 
@@ -156,18 +167,18 @@ def test_other_packages_stay_in_their_place(name: str) -> None:
 
 
 def test_torch_is_reached_only_where_a_model_is_built() -> None:
-    """What stands below the line of data runs without torch: only a build reaches over it, when it is called."""
+    """What stands below the line of data runs without torch: a build and a comparison reach over it, when called."""
     for name in modules():
         for found in imports(name):
             if (own(found.name) or "").startswith("pytorch") and not name.startswith("pytorch"):
-                assert name == "build" or name in SCRIPT, f"{name}:{found.line}"
+                assert name in ("build", *COMPARING, *SCRIPT), f"{name}:{found.line}"
                 assert found.lazy or name in SCRIPT, f"{name}:{found.line}: at the top"
 
 
 def test_only_the_command_line_prints() -> None:
     # benchmarks.memory is also the child process that answers its parent through a pipe.
     for name, path in modules().items():
-        if name in ("cli", "benchmarks.memory", *SCRIPT):
+        if name in ("cli", "benchmarks.memory", "benchmarks.compression.__main__", *SCRIPT):
             continue
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call):
@@ -176,7 +187,8 @@ def test_only_the_command_line_prints() -> None:
 
 
 def test_no_behaviour_comes_from_the_environment() -> None:
-    allowed = ("benchmarks.memory", *SCRIPT)  # hands it on to its child process
+    # The first hands it on to its child process, the second switches a tool's telemetry off.
+    allowed = ("benchmarks.memory", f"{PEER}nncf", *SCRIPT)
     for name, path in modules().items():
         used = {ast.unparse(n) for n in ast.walk(tree(path)) if isinstance(n, ast.Attribute)}
         found = used & {"os.environ", "os.getenv", "os.environb"}

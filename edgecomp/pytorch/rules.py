@@ -112,7 +112,7 @@ class Term:
 
 def stabilised(z: Tensor, epsilon: float) -> Tensor:
     """Move z away from 0 by epsilon, 0 itself upwards."""
-    return z + torch.where(z < 0, -epsilon, epsilon).to(z.dtype)
+    return torch.where(z < 0, z - epsilon, z + epsilon)
 
 
 def share(
@@ -141,8 +141,8 @@ def share(
         """The input's positive part with weights of one slope, its negative part, if it has one, with the other's."""
         return [(a.clamp(min=0), slope), (a.clamp(max=0), other)] if both_signs else [(a, slope)]
 
-    def of_bias(slope: Callable[[Tensor], Tensor]) -> Tensor | None:
-        return None if bias is None else bias * slope(bias)
+    def of_bias(above: float, below: float) -> Tensor | None:
+        return None if bias is None else torch.where(bias > 0, bias * above, bias * below)
 
     groups: list[tuple[_Parts, Tensor | None, Tensor]]
     match rule:
@@ -156,15 +156,15 @@ def share(
         case Gamma(gamma=g):
             up, down = 1 + g * positive, 1 + g * negative
             groups = [
-                (by_sign(up, down), of_bias(lambda b: 1 + g * (b > 0)), r_out * (z > 0)),
-                (by_sign(down, up), of_bias(lambda b: 1 + g * (b < 0)), r_out * (z < 0)),
+                (by_sign(up, down), of_bias(1 + g, 1), r_out * (z > 0)),
+                (by_sign(down, up), of_bias(1, 1 + g), r_out * (z < 0)),
             ]
         case ZPlus():
-            groups = [(by_sign(positive, negative), of_bias(lambda b: b > 0), r_out)]
+            groups = [(by_sign(positive, negative), of_bias(1, 0), r_out)]
         case AlphaBeta(alpha=alpha, beta=beta):
             groups = [
-                (by_sign(positive, negative), of_bias(lambda b: b > 0), alpha * r_out),
-                (by_sign(negative, positive), of_bias(lambda b: b < 0), -beta * r_out),
+                (by_sign(positive, negative), of_bias(1, 0), alpha * r_out),
+                (by_sign(negative, positive), of_bias(0, 1), -beta * r_out),
             ]
     r_in = torch.zeros_like(a)
     terms: tuple[Term, ...] = ()

@@ -83,7 +83,7 @@ def restore(path: Path, key: Mapping[str, str], sums: Mapping[str, Tensor]) -> S
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             made_of = json.loads(str(file[_MADE_OF]))
             if made_of["schema"] != SCHEMA:
                 raise BundleError(f"{path}: schema is {made_of['schema']!r:.80}, this edgecomp reads {SCHEMA!r}")

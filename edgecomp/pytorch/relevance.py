@@ -24,7 +24,7 @@ from edgecomp.pytorch import checkpoint as checkpoints
 from edgecomp.pytorch.network import Network
 from edgecomp.pytorch.propagate import Start, check_labels, explain, n_classes
 from edgecomp.pytorch.rules import Composite
-from edgecomp.pytorch.sharing import all_sum, joined, place, shard
+from edgecomp.pytorch.sharing import all_sum, join, place, shard
 from edgecomp.pytorch.sums import Sums, WeightForm
 
 Batches = Iterable[tuple[Array, Array]]
@@ -94,25 +94,25 @@ def score(
         if factors is None or len(factors):
             sums.add(explain(network, images, labels, composite=composite, start=start), labels, factors)
 
-    with joined():
-        own = shard(batches() if callable(batches) else batches)
-        if checkpoint is not None:
-            weights_digest = b"" if class_weights is None else class_weights.tobytes()
-            key = {
-                "graph": graph.digest(),
-                "composite": f"{composite!r}",
-                "rule": rule,
-                "class weights": hashlib.sha256(weights_digest).hexdigest(),
-                "options": f"{dtype}, per class {per_class}, per activation {per_activation}",
-                "process": "{} of {}".format(*place()),
-            }
-            _run_on(own, take, sums, _own_file(checkpoint), key, progress)
-        else:
-            for images, labels in own:
-                take(images, labels)
-                if progress is not None:
-                    progress(len(labels))
-        all_sum(sums.tensors.values())
+    join()
+    own = shard(batches() if callable(batches) else batches)
+    if checkpoint is not None:
+        weights_digest = b"" if class_weights is None else class_weights.tobytes()
+        key = {
+            "graph": graph.digest(),
+            "composite": f"{composite!r}",
+            "rule": rule,
+            "class weights": hashlib.sha256(weights_digest).hexdigest(),
+            "options": f"{dtype}, per class {per_class}, per activation {per_activation}",
+            "process": "{} of {}".format(*place()),
+        }
+        _run_on(own, take, sums, _own_file(checkpoint), key, progress)
+    else:
+        for images, labels in own:
+            take(images, labels)
+            if progress is not None:
+                progress(len(labels))
+    all_sum(sums.tensors.values())
     n_samples = int(sums.tensors["counts"][0])
     if n_samples == 0:
         of_weight = "" if class_weights is None else " of a class with weight"

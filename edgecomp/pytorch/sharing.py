@@ -6,8 +6,8 @@ up at the end: on the CPU with gloo; in an nccl group, through each process's cu
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import atexit
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -18,20 +18,20 @@ T = TypeVar("T")
 _distributed: Any = torch.distributed  # it carries no types
 
 
-@contextlib.contextmanager
-def joined() -> Iterator[None]:
-    """Belong to torchrun's process group while the block runs; do nothing without one, or when it is joined already.
+def join() -> None:
+    """Belong to torchrun's process group from now until the process ends; do nothing without torchrun, or in a group.
 
     The group is a gloo one, because scoring and calibrating run on the CPU; a group of the caller's own may be nccl.
     """
     started = _distributed.is_available() and _distributed.is_torchelastic_launched()
-    if not started or _distributed.is_initialized():
-        yield
-        return
-    _distributed.init_process_group("gloo")
-    try:
-        yield
-    finally:
+    # Left once, at the end: a second group of the same processes would meet the first one's keys in torchrun's store.
+    if started and not _distributed.is_initialized():
+        _distributed.init_process_group("gloo")
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if _distributed.is_initialized():
         _distributed.destroy_process_group()
 
 

@@ -32,13 +32,14 @@ LEVELS = (
     ("targets", "exporters.layout", "exporters.tflite_schema", "exporters.to_onnx", "exporters.to_tflite", "exporters",
      "exporters.modelfacts", "exporters.read_onnx", "exporters.read_tflite", "exporters.describe"),
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
-     "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench"),
+     "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
+     "benchmarks.relevance_cost"),
     ("check", "spending", "build", "verifying", "benching", "cli", "__main__"),
 )  # fmt: skip
 RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}
 
 # Packages beside the standard library and numpy: the modules that may import them, and whether at the top of the file.
-SCRIPT = ("samples.train",)  # made the sample; nobody imports it
+SCRIPT = ("samples.train", "benchmarks.relevance_cost")  # run by hand; nobody imports them
 THIRD_PARTY = {
     "torch": (("pytorch.", *SCRIPT), True),
     "torchvision": (("pytorch.load", "pytorch.torchvision_ops"), False),

@@ -36,6 +36,7 @@ from edgecomp.spending import (
 
 if TYPE_CHECKING:
     from edgecomp.data import DataSet
+    from edgecomp.pytorch.rules import Composite
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Opens a stage of known length: a name and a number of units; what it gives is told of each step."""
@@ -80,6 +81,8 @@ def build(
     seed: int,
     folder: Path,
     force: bool,
+    rule: str = "epsilon",
+    start: str = "logit",
     stage: Stage = silent,
 ) -> Built:
     """Compress a model and write its folder.
@@ -98,6 +101,8 @@ def build(
         seed: of every random choice.
         folder: where to write.
         force: replace an earlier build there.
+        rule: of relevance, as `pytorch.rules.parse_composite` reads it.
+        start: of relevance: one of `pytorch.propagate.Start`.
         stage: shows how far the work is.
 
     Raises:
@@ -111,6 +116,7 @@ def build(
         raise UsageError("--data is missing: a model of your own needs labelled images, e.g. --data folder:PATH")
     if n_calibration < 1:
         raise UsageError(f"--calib {n_calibration}: expected at least 1")
+    composite = _composite(rule)
     if model is None:
         model, weights, preprocessing = _sample(preprocessing)
     preprocessing = preprocessing or Preprocessing(mean=(0.0,), std=(1.0,))
@@ -125,7 +131,7 @@ def build(
     else:
         train = draw(images.train, n_calibration, seed=seed)
     batches = [train.inputs(preprocessing, i, i + _BATCH) for i in range(0, len(train), _BATCH)]
-    relevance, ranges = _explain(graph, batches, train.labels, stage)
+    relevance, ranges = _explain(graph, batches, train.labels, composite, start, stage)
     keep = planner.irrelevant_channels(graph, relevance)
     with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
         if reconstruction:
@@ -268,16 +274,23 @@ def _split(train: LabelledImages, n_calibration: int, *, seed: int) -> tuple[Lab
     return draw(rest, n_calibration, seed=seed), held_out
 
 
+def _composite(rule: str) -> Composite:
+    from edgecomp.pytorch.rules import parse_composite
+
+    return parse_composite(rule)
+
+
 def _explain(
-    graph: Graph, batches: Sequence[Array], labels: Array, stage: Stage
+    graph: Graph, batches: Sequence[Array], labels: Array, composite: Composite, start: str, stage: Stage
 ) -> tuple[Relevance, Mapping[str, ActRange]]:
     from edgecomp.pytorch.calibrate import calibrate
+    from edgecomp.pytorch.propagate import Start
     from edgecomp.pytorch.relevance import score
 
     starts = np.cumsum([0, *(len(x) for x in batches)])
     labelled = [(x, labels[start : start + len(x)]) for x, start in zip(batches, starts, strict=False)]
     with stage("relevance", len(labels)) as advance:
-        relevance = score(graph, labelled, progress=advance)
+        relevance = score(graph, labelled, composite=composite, start=Start(start), progress=advance)
     with stage("activation ranges", 2 * len(labels)) as advance:
         return relevance, calibrate(graph, batches, progress=advance)
 

@@ -174,6 +174,8 @@ def _add_build(verbs: Any) -> None:
     limits.add_argument("--max-drop", type=_number, metavar="P", help="points of accuracy, on held-out training images")
     p.add_argument("--format", type=_formats, default=("onnx", "tflite"), metavar="onnx,tflite", help="default both")
     p.add_argument("--io", choices=("float", "int8"), default="float", help="what the files take and give")
+    p.add_argument("--rule", default="epsilon", metavar="R", help="of relevance: epsilon-plus-flat, gamma:0.5, ...")
+    p.add_argument("--start", choices=("logit", "one", "softmax"), default="logit", help="what relevance starts with")
     p.add_argument("--no-reconstruct", action="store_true", help="round to nearest: faster, worse below 6 bits")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (default 0)")
     p.add_argument("--force", action="store_true", help="replace an earlier build in DIR")
@@ -326,6 +328,8 @@ def _build(args: argparse.Namespace) -> int:
         budget=_budget(args),
         formats=args.format,
         io=Io(args.io),
+        rule=args.rule,
+        start=args.start,
         reconstruction=not args.no_reconstruct,
         seed=args.seed,
         folder=args.output,

@@ -53,6 +53,44 @@ class LayerRelevance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ClassRelevance:
+    """Relevance of output channels for each class alone, as means over the samples of that class; 0 where it has none.
+
+    Attributes:
+        n_samples: int64 (n_classes,): images that were explained.
+        channel: by layer name, float64 (n_classes, O): as `LayerRelevance.channel`.
+        channel_abs: by layer name, float64 (n_classes, O): as `LayerRelevance.channel_abs`.
+    """
+
+    n_samples: Array
+    channel: Mapping[str, Array]
+    channel_abs: Mapping[str, Array]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n_samples", frozen(self.n_samples))
+        for name in ("channel", "channel_abs"):
+            arrays = {layer: frozen(array) for layer, array in getattr(self, name).items()}
+            object.__setattr__(self, name, MappingProxyType(arrays))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ActivationRelevance:
+    """Relevance of each element of an activation tensor, as means over the samples.
+
+    Attributes:
+        mean: float64, the tensor's shape without N: signed.
+        mean_abs: float64, the same shape: of absolute values.
+    """
+
+    mean: Array
+    mean_abs: Array
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "mean_abs"):
+            object.__setattr__(self, name, frozen(getattr(self, name)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Relevance:
     """Relevance of every layer, with how it was made.
 
@@ -60,14 +98,22 @@ class Relevance:
         rule: how it was made, for people, e.g. "epsilon 1e-06"; what differs from the default follows after semicolons.
         n_samples: images that were explained; those of classes without weight are not counted.
         layers: by layer name.
+        conservation: by layer name, the share of its relevance that a layer lost in the first batch, by rule and
+            rounding: |sum R_in + sum R_bias - sum R_out| / sum |R_out|. Layers that no relevance reached are missing.
+        per_class: where it was asked for.
+        activations: by tensor name, the input included; empty unless it was asked for.
     """
 
     rule: str
     n_samples: int
     layers: Mapping[str, LayerRelevance]
+    conservation: Mapping[str, float] = field(default_factory=dict)
+    per_class: ClassRelevance | None = None
+    activations: Mapping[str, ActivationRelevance] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+        for name in ("layers", "conservation", "activations"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,13 +26,16 @@ LEVELS = (
     ("ops", "verify", "reference", "groups", "plan"),
     ("artifact", "files", "compress", "planner", "bundle", "report", "manifest", "folder", "overview", "samples"),
     ("pytorch", "pytorch.torchvision_ops", "pytorch.pt2", "pytorch.networks", "pytorch.load", "pytorch.aten",
-     "pytorch.capture", "pytorch.network", "pytorch.relevance", "pytorch.calibrate", "pytorch.recover",
+     "pytorch.capture", "pytorch.network", "pytorch.sharing", "pytorch.checkpoint", "pytorch.rules",
+     "pytorch.propagate", "pytorch.sums", "pytorch.relevance", "pytorch.calibrate", "pytorch.rounding",
+     "pytorch.trial", "pytorch.recover",
      "samples.train"),
     ("targets", "exporters.layout", "exporters.tflite_schema", "exporters.onnx_model",
      "exporters.onnx_weights", "exporters.to_onnx", "exporters.to_tflite", "exporters",
      "exporters.modelfacts", "exporters.read_onnx", "exporters.read_tflite", "exporters.describe"),
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
-     "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench"),
+     "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
+     "benchmarks.relevance_cost"),
     ("check", "spending", "build", "verifying", "benching", "cli", "__main__"),
     ("benchmarks.compression", "benchmarks.compression.results", "benchmarks.compression.table",
      "benchmarks.compression.plot", "benchmarks.compression.peer_entry", "benchmarks.compression.peer_ort",
@@ -43,7 +46,7 @@ LEVELS = (
 RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}
 
 # Packages beside the standard library and numpy: the modules that may import them, and whether at the top of the file.
-SCRIPT = ("samples.train",)  # made the sample; nobody imports it
+SCRIPT = ("samples.train", "benchmarks.relevance_cost")  # run by hand; nobody imports them
 PEER = "benchmarks.compression.peer_"  # scripts that run in environments of other tools; nobody imports them
 COMPARING = ("benchmarks.compression.context", "benchmarks.compression.ours")
 THIRD_PARTY = {

@@ -14,9 +14,11 @@ from edgecomp.errors import DataError, EdgecompError, UnsupportedOp, UsageError
 from edgecomp.graph import Array, Graph, Op
 from edgecomp.ops import OPS
 from edgecomp.plan import LayerRelevance
-from edgecomp.pytorch import relevance as relevance_module
+from edgecomp.pytorch import sums as sums_module
 from edgecomp.pytorch.network import Network
-from edgecomp.pytorch.relevance import conservation, explain, score
+from edgecomp.pytorch.propagate import explain
+from edgecomp.pytorch.relevance import conservation, score
+from edgecomp.pytorch.rules import Composite
 from edgecomp.pytorch.torchvision_ops import define_missing_operators
 from tests.graphs import GRAPHS, Build, images
 
@@ -101,7 +103,7 @@ def test_relevance_of_every_activation_is_zennits(epsilon: float) -> None:
             part.register_forward_hook(keep(name))
         _, expected["input"] = attributor(torch.from_numpy(x), lambda logits: logits.detach() * one_hot)
     found: dict[str, torch.Tensor] = {}
-    for step in explain(Network(graph, dtype=torch.float64), x, labels, epsilon=epsilon):
+    for step in explain(Network(graph, dtype=torch.float64), x, labels, composite=Composite(epsilon=epsilon)):
         found[step.node.outputs[0]] = step.r_out
         if step.node.inputs[0] == "input":
             (found["input"],) = step.r_in
@@ -153,7 +155,8 @@ def test_means_over_samples_are_those_of_the_matrix_form(groups: int) -> None:
         s["conv"].append((s1**2).reshape(len(kernel), -1).mean(axis=1))
         r["conv"].append(r1.reshape(shape).sum(axis=(1, 2)))
         c["conv"].append(np.array([s1 @ part @ a0 for part in of_one_weight]).reshape(kernel.shape))
-    found = score(graph, [(x[:2], labels[:2]), (x[2:], labels[2:])], epsilon=epsilon, dtype=torch.float64)
+    batches = [(x[:2], labels[:2]), (x[2:], labels[2:])]
+    found = score(graph, batches, composite=Composite(epsilon=epsilon), dtype=torch.float64)
     assert (found.rule, found.n_samples) == ("epsilon 0.02", 5)
     for name in ("conv", "fc"):
         weight = tensors[f"{name}.weight"]
@@ -226,7 +229,7 @@ def test_without_epsilon_relevance_is_weight_times_gradient(name: str) -> None:
             contribution = (taken[len(layers) + i] * outputs[i]).detach()[0]
             channels[layer].append(contribution.reshape(len(contribution), -1).sum(1).numpy())
             output[layer].append((taken[len(layers) + i][0] ** 2).reshape(len(contribution), -1).mean(1).numpy())
-    found = score(graph, [(x, labels)], epsilon=1e-13, dtype=torch.float64)
+    found = score(graph, [(x, labels)], composite=Composite(epsilon=1e-13), dtype=torch.float64)
     assert found.layers.keys() == {node.name for node in graph.layers()}
     for layer, node in layers.items():
         weight = weights[node.inputs[1]].detach().numpy()
@@ -249,10 +252,10 @@ def test_without_epsilon_relevance_is_weight_times_gradient(name: str) -> None:
 def test_relevance_is_conserved_but_for_epsilon() -> None:
     graph = GRAPHS["branches"]()
     x, labels = images(graph, 4), labels_for(4)
-    kept = conservation(graph, x, labels, epsilon=1e-12)
+    kept = conservation(graph, x, labels, composite=Composite(epsilon=1e-12))
     assert kept.keys() == {node.name for node in graph.layers()}
     assert max(kept.values()) < 1e-9
-    lost = conservation(graph, x, labels, epsilon=0.05)
+    lost = conservation(graph, x, labels, composite=Composite(epsilon=0.05))
     assert min(lost.values()) > 1e-4
 
 
@@ -261,7 +264,7 @@ def test_the_logit_is_shared_out_among_pixels_and_biases() -> None:
     x, labels = images(graph, 4), labels_for(4)
     logits = reference.run(graph, {"input": x.astype(np.float64)})["fc"]
     total = np.zeros(4)
-    for step in explain(Network(graph, dtype=torch.float64), x, labels, epsilon=1e-13):
+    for step in explain(Network(graph, dtype=torch.float64), x, labels, composite=Composite(epsilon=1e-13)):
         bias = graph.bias(step.node) if step.node in graph.layers() else None
         if bias is not None:
             per_channel = step.s.reshape(4, bias.shape[0], -1).sum(2).numpy()
@@ -279,7 +282,8 @@ def test_batches_and_chunks_change_nothing_but_rounding(dtype: torch.dtype, monk
     graph = GRAPHS["separable"]()
     x, labels = images(graph, 9), labels_for(9)
     whole = score(graph, [(x, labels)], dtype=dtype)
-    monkeypatch.setattr(relevance_module, "_CHUNK_BYTES", 16 * 8 * 64 * 9 * 2)
+    monkeypatch.setattr(sums_module, "_PATCH_BYTES", 16 * 8 * 64 * 9 * 2)
+    monkeypatch.setattr(sums_module, "_BLOCK_BYTES", 4 * 9 * 8 * 3)
     seen: list[int] = []
 
     def batches() -> Iterator[tuple[Array, Array]]:
@@ -297,7 +301,7 @@ def test_sums_of_wide_layers_stay_narrow_and_right(monkeypatch: pytest.MonkeyPat
     graph = GRAPHS["plain"]()
     x, labels = images(graph, 6), labels_for(6)
     expected = score(graph, [(x, labels)])
-    monkeypatch.setattr(relevance_module, "_WIDE_ELEMENTS", 1)
+    monkeypatch.setattr(sums_module, "_WIDE_ELEMENTS", 1)
     found = score(graph, [(x[:3], labels[:3]), (x[3:], labels[3:])])
     for name, layer in expected.layers.items():
         assert_close(found.layers[name], {field: getattr(layer, field) for field in FIELDS}, 1e-5, name)
@@ -329,9 +333,7 @@ def test_class_weights_make_weighted_means() -> None:
     found = score(graph, [(x[:5], labels[:5]), (x[5:], labels[5:])], class_weights=weights, dtype=torch.float64)
     assert found.n_samples == 7
     assert found.rule == "epsilon 1e-06; classes 0*0.5,2*3,3*1,4*1"
-    alone = [
-        score(graph, [(x[i : i + 1], labels[i : i + 1])], dtype=torch.float64).layers for i in range(len(labels))
-    ]
+    alone = [score(graph, [(x[i : i + 1], labels[i : i + 1])], dtype=torch.float64).layers for i in range(len(labels))]
     for name, layer in found.layers.items():
         expected = {
             field: np.average([getattr(one[name], field) for one in alone], axis=0, weights=weights[labels])
@@ -407,7 +409,7 @@ def test_no_images_are_refused() -> None:
 @pytest.mark.parametrize("epsilon", [0.0, -1e-6, float("nan"), float("inf")])
 def test_epsilon_must_be_positive(epsilon: float) -> None:
     with pytest.raises(UsageError, match="epsilon is"):
-        score(GRAPHS["plain"](), [(X, Y)], epsilon=epsilon)
+        score(GRAPHS["plain"](), [(X, Y)], composite=Composite(epsilon=epsilon))
 
 
 def test_graphs_without_one_row_of_logits_are_refused() -> None:

@@ -146,3 +146,13 @@ def test_inspect_names_the_layers(place: Place, capsys: pytest.CaptureFixture[st
     assert main(["inspect", str(place.folder / "out" / "model.onnx")]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("conv1", "conv2", "fc"))
+
+
+def test_the_rule_of_relevance_stands_in_the_plan(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.folder)
+    command = [*place.command()[:-1], "ruled", "--rule", "epsilon-plus-flat", "--start", "softmax", "--format", "onnx"]
+    assert main(command) == 0
+    plan = json.loads((place.folder / "ruled" / "plan.json").read_text())
+    assert plan["made_by"]["relevance"] == "epsilon-plus-flat, epsilon 1e-06; start softmax"
+    other = json.loads((place.folder / "out" / "plan.json").read_text())
+    assert other["made_by"]["relevance"] == "epsilon 1e-06"

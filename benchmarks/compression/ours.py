@@ -11,6 +11,7 @@ from edgecomp.build import build
 from edgecomp.compress import compress
 from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan, Io, LayerPlan
+from edgecomp.quantmath import Grid
 from edgecomp.spending import Budget, BudgetKind
 
 from .context import Context
@@ -69,7 +70,8 @@ def _uniform_plan(context: Context, bits: float, seed: int) -> CompressionPlan:
 def _reconstructed(context: Context, plan: CompressionPlan, seed: int) -> Compressed:
     from edgecomp.pytorch.recover import reconstruct
 
-    graph = reconstruct(context.graph, plan, context.batches(seed))
+    grids = {name: Grid(bits=layer.weight_bits) for name, layer in plan.layers.items()}
+    graph = reconstruct(context.graph, plan.ranges, grids, context.batches(seed))
     return _exported(graph, replace(plan, graph_digest=graph.digest()))
 
 

@@ -13,6 +13,7 @@ from edgecomp.errors import DataError
 from edgecomp.graph import Array, Graph
 from edgecomp.plan import ActRange
 from edgecomp.pytorch.network import Network, as_input
+from edgecomp.pytorch.sharing import all_max, all_sum, join, shard
 
 Batches = Sequence[Array] | Callable[[], Iterable[Array]]
 
@@ -33,10 +34,15 @@ def calibrate(
     Of the ranges that shrink both ends by one factor, from 1.0 down to 0.3, the one whose int8 grid gives the histogram
     the smallest squared error wins; what it cuts off counts as error too. All ranges hold 0.
 
+    Under torchrun each process looks at its share of the batches, and all of them give the same ranges, those of a
+    single process.
+
     Args:
         graph: float, one input.
-        batches: images float32 (N, C, H, W), preprocessed: a list, or a function that starts over at each call.
-        progress: called after each batch with the number of images in it, so twice for each image.
+        batches: images float32 (N, C, H, W), preprocessed: a list, or a function that starts over at each call. Every
+            process of a group must be given the same.
+        progress: called after each batch with the number of images in it, so twice for each image; in a group, of this
+            process's batches.
 
     Returns:
         by tensor name; (0, 0) for a tensor that is always 0.
@@ -46,29 +52,37 @@ def calibrate(
             give other images the second time.
         GraphError: the graph is not a legal float graph, or has several inputs.
     """
+    join()
     network = Network(graph)
-    full: dict[str, tuple[float, float]] = {}
+    # of each activation how far it goes below 0 and above it
+    extremes = {name: torch.zeros(2, dtype=torch.float64) for name in _activations(graph)}
 
     def widen(name: str, value: Tensor) -> None:
         low, high = (float(extreme) for extreme in torch.aminmax(value))
         if not np.isfinite([low, high]).all():
             raise DataError(f"activation {name!r} is not finite; check the model's weights, and the images for NaN")
-        old = full.get(name, (0.0, 0.0))
-        full[name] = (min(old[0], low), max(old[1], high))
+        extremes[name].copy_(torch.maximum(extremes[name], torch.tensor([-low, high], dtype=torch.float64)))
 
     n_images = _visit(network, batches, widen, progress)
     if n_images == 0:
         raise DataError("no images to calibrate with; expected at least one")
-    counts = {name: np.zeros(N_BINS) for name in full}
+    all_max(extremes.values())
+    full = {name: (-float(both[0]), float(both[1])) for name, both in extremes.items()}
+    counts = {name: torch.zeros(N_BINS, dtype=torch.float64) for name in full}
 
     def count(name: str, value: Tensor) -> None:
         low, high = full[name]
         for piece in torch.split(value.flatten(), _PIECE_ELEMENTS):
-            counts[name] += torch.histc(piece, bins=N_BINS, min=low, max=high).numpy()
+            counts[name] += torch.histc(piece, bins=N_BINS, min=low, max=high)
 
     if (again := _visit(network, batches, count, progress)) != n_images:
         raise DataError(f"batches gave {n_images} images, then {again}; expected the same twice, a list or a function")
-    return {name: choose_range(counts[name], *full[name]) for name in full}
+    all_sum(counts.values())
+    return {name: choose_range(counts[name].numpy(), *full[name]) for name in full}
+
+
+def _activations(graph: Graph) -> tuple[str, ...]:
+    return (*graph.inputs, *(node.outputs[0] for node in graph.nodes))
 
 
 def choose_range(counts: Array, low: float, high: float) -> ActRange:
@@ -100,13 +114,14 @@ def _visit(
     look: Callable[[str, Tensor], None],
     progress: Callable[[int], object] | None,
 ) -> int:
-    """Show every activation of every batch to `look`; give the number of images."""
-    n_images = 0
+    """Show every activation of this process's batches to `look`; give the number of images in all processes."""
+    n_images = torch.zeros(1, dtype=torch.float64)
     with torch.inference_mode():
-        for images in batches() if callable(batches) else batches:
+        for images in shard(batches() if callable(batches) else batches):
             for name, value in network.steps(as_input(images, network.dtype)):
                 look(name, value)
             n_images += len(images)
             if progress is not None:
                 progress(len(images))
-    return n_images
+    all_sum([n_images])
+    return int(n_images)

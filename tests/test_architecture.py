@@ -27,7 +27,7 @@ LEVELS = (
     ("artifact", "files", "compress", "planner", "bundle", "report", "manifest", "folder", "overview", "samples"),
     ("pytorch", "pytorch.torchvision_ops", "pytorch.pt2", "pytorch.networks", "pytorch.load", "pytorch.aten",
      "pytorch.capture", "pytorch.network", "pytorch.sharing", "pytorch.checkpoint", "pytorch.rules",
-     "pytorch.propagate", "pytorch.sums", "pytorch.relevance", "pytorch.calibrate", "pytorch.rounding",
+     "pytorch.propagate", "pytorch.sums", "pytorch.relevance", "pytorch.scores", "pytorch.calibrate", "pytorch.rounding",
      "pytorch.trial", "pytorch.recover",
      "samples.train"),
     ("targets", "exporters.layout", "exporters.tflite_schema", "exporters.onnx_model",

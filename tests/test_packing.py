@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecomp.errors import GraphError
-from edgecomp.graph import Node, Op
 from edgecomp.packing import FIELDS, pack, packed_bytes, unpack
 from edgecomp.quantmath import WEIGHT_BITS
 

@@ -32,11 +32,20 @@ _MOVES = frozenset({Op.MAX_POOL, Op.CONCAT, Op.FLATTEN, Op.RESHAPE})
 
 
 class Start(StrEnum):
-    """The relevance that the explained class's output starts with."""
+    """What relevance starts with.
+
+    LOGIT, ONE and SOFTMAX give the true class's output its value, 1, or its probability, and the others nothing. LOSS
+    gives every output k its share z_k dL/dz_k of the cross-entropy L, so that in the epsilon limit R_w = w dL/dw: first
+    order Taylor (Molchanov et al. 2017), whose squares are the empirical Fisher information. FISHER does so with labels
+    drawn from the network's own probabilities, by the same random numbers in every batch: squares then estimate the
+    Gauss-Newton Hessian of the loss (Kunstner et al. 2019).
+    """
 
     LOGIT = "logit"
     ONE = "one"
     SOFTMAX = "softmax"
+    LOSS = "loss"
+    FISHER = "fisher"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -195,4 +204,10 @@ def _started(logits: Tensor, labels: Array, start: Start) -> Tensor:
             source = torch.ones_like(flat)
         case Start.SOFTMAX:
             source = flat.softmax(1)
+        case Start.LOSS | Start.FISHER:
+            slope = flat.softmax(1)
+            if start is Start.FISHER:
+                index = torch.multinomial(slope, 1, generator=torch.Generator(flat.device).manual_seed(0))
+            slope.scatter_add_(1, index, torch.full_like(index, -1, dtype=flat.dtype))
+            return (flat * slope).reshape(logits.shape)
     return torch.zeros_like(flat).scatter(1, index, source.gather(1, index)).reshape(logits.shape)

@@ -1,0 +1,204 @@
+"""Rivals of relevance: what else could say which channels and weights matter, in the same form.
+
+Each fills a `Relevance`, so that whatever follows (channels to cut, grids, output channels to be careful with) is done
+in the same way and only the score differs. What a score means for the fields:
+
+- channel_abs ranks channels; weight_abs ranks weights; weight_cost is the cost of disturbing a weight by one;
+- output_cost is the cost of disturbing a layer's output by one: the weight of its rounding error.
+
+Magnitude and Wanda know nothing behind a layer: to the one all weights are equal (output_cost turns an error of the
+outputs into one of the weights), to the other all outputs are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgecomp.errors import DataError
+from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op
+from edgecomp.plan import LayerRelevance, Relevance
+from edgecomp.pytorch.network import Network, as_input, compute
+from edgecomp.pytorch.propagate import Start, Step, logits_name
+from edgecomp.pytorch.relevance import score
+from edgecomp.pytorch.rules import Composite
+from edgecomp.pytorch.sums import Sums, WeightForm
+
+_SAME = 1e-6
+
+
+class Score(StrEnum):
+    """What tells important from unimportant."""
+
+    LRP = "lrp"
+    MAGNITUDE = "magnitude"
+    TAYLOR = "taylor"
+    HESSIAN = "hessian"
+    WANDA = "wanda"
+    DEEPLIFT = "deeplift"
+    RANDOM = "random"
+
+
+def score_by(
+    kind: Score,
+    graph: Graph,
+    batches: Sequence[tuple[Array, Array]],
+    *,
+    composite: Composite | None = None,
+    start: Start = Start.LOGIT,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> Relevance:
+    """Score every layer.
+
+    Args:
+        kind: LRP is `relevance.score`. TAYLOR and HESSIAN are the same walk from the loss (`Start.LOSS`, `FISHER`).
+            WANDA: |w| times the root of its input's energy (Sun et al., arXiv 2306.11695). DEEPLIFT: the Rescale rule
+            against an image of zeros (Shrikumar et al., arXiv 1704.02685). RANDOM: log-normal, for layers and channels.
+        graph: float.
+        batches: pairs of images float32 (N, C, H, W), preprocessed, and labels int64 (N,).
+        composite: of LRP.
+        start: of LRP.
+        seed: of RANDOM.
+        progress: called after each batch with the number of images in it.
+
+    Raises:
+        as `relevance.score`.
+    """
+    match kind:
+        case Score.LRP:
+            return score(graph, batches, composite=composite, start=start, progress=progress)
+        case Score.TAYLOR | Score.HESSIAN:
+            begun = Start.LOSS if kind is Score.TAYLOR else Start.FISHER
+            return replace(score(graph, batches, start=begun, progress=progress), rule=kind.value)
+        case Score.DEEPLIFT:
+            return _deeplift(graph, batches, progress)
+        case _:
+            return _by_energy(kind, graph, batches, seed, progress)
+
+
+def _by_energy(
+    kind: Score,
+    graph: Graph,
+    batches: Iterable[tuple[Array, Array]],
+    seed: int,
+    progress: Callable[[int], object] | None,
+) -> Relevance:
+    """Score by weights and by the mean square of each layer's inputs (I,), float64."""
+    network = Network(graph)
+    energy: dict[str, Tensor] = {}
+    n_images = 0
+    readers = graph.consumers()
+    with torch.no_grad():
+        for images, _ in batches:
+            for name, value in network.steps(as_input(images, torch.float32)):
+                if any(node.op in WEIGHTED for node in readers[name]):
+                    square = value.square().flatten(2).mean(2) if value.ndim > 2 else value.square()
+                    total = square.sum(0, dtype=torch.float64)
+                    energy[name] = energy[name] + total if name in energy else total
+            n_images += len(images)
+            if progress is not None:
+                progress(len(images))
+    if n_images == 0:
+        raise DataError("no images to score with; expected at least one")
+    rng = np.random.default_rng(seed)
+    layers = {}
+    for node in graph.layers():
+        found = (energy[node.inputs[0]] / n_images).numpy()
+        layers[node.name] = _layer(kind, graph, node, found, rng)
+    return Relevance(rule=kind.value, n_samples=n_images, layers=layers)
+
+
+def _layer(kind: Score, graph: Graph, node: Node, energy: Array, rng: np.random.Generator) -> LayerRelevance:
+    weight = graph.weight(node).data
+    assert weight is not None
+    size = np.abs(weight)
+    n_out = len(weight)
+    if kind is Score.RANDOM:
+        channel = rng.lognormal(size=n_out)
+        cost = rng.lognormal(sigma=2.0) * channel
+        weight_cost = np.broadcast_to(cost.reshape(-1, *[1] * (weight.ndim - 1)), weight.shape).astype(np.float32)
+        size = rng.lognormal(size=weight.shape).astype(np.float32)
+    elif kind is Score.WANDA:
+        groups = int(node.attrs["groups"]) if node.op is Op.CONV2D else 1  # type: ignore[arg-type]
+        of_group = energy.reshape(groups, 1, -1).repeat(n_out // groups, axis=1).reshape(n_out, -1)
+        weight_cost = np.broadcast_to(of_group.reshape(*of_group.shape, *[1] * (weight.ndim - 2)), weight.shape)
+        size, cost = size * np.sqrt(weight_cost), np.ones(n_out)
+    else:
+        weight_cost = np.ones(weight.shape, dtype=np.float32)
+        cost = np.full(n_out, 1 / max(float(energy.mean()), 1e-30))
+    if kind is not Score.RANDOM:
+        channel = size.reshape(n_out, -1).sum(1, dtype=np.float64)
+    return LayerRelevance(
+        weight=size.astype(np.float32),
+        weight_abs=size.astype(np.float32),
+        weight_cost=weight_cost.astype(np.float32),
+        channel=channel,
+        channel_abs=channel,
+        output_cost=cost,
+    )
+
+
+# ---- DeepLIFT --------------------------------------------------------------------------------------------------------
+
+
+def _deeplift(
+    graph: Graph, batches: Iterable[tuple[Array, Array]], progress: Callable[[int], object] | None
+) -> Relevance:
+    network = Network(graph)
+    sums = Sums(network, form=WeightForm.OWN, per_class=False, per_activation=False)
+    for images, labels in batches:
+        sums.add(_multipliers(network, as_input(images, torch.float32), labels), labels, None)
+        if progress is not None:
+            progress(len(images))
+    n_images = int(sums.tensors["counts"][0])
+    if n_images == 0:
+        raise DataError("no images to score with; expected at least one")
+    return Relevance(rule="deeplift", n_samples=n_images, layers=sums.layers())
+
+
+class _Rescale(torch.autograd.Function):
+    """A clip whose slope is that between the reference and the value."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, reference: Tensor, low: float, high: float) -> Tensor:
+        out, base = value.clamp(low, high), reference.clamp(low, high)
+        off = value - reference
+        near = ((value > low) & (value < high)).to(value.dtype)
+        ctx.save_for_backward(torch.where(off.abs() > _SAME, (out - base) / off, near))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return gradients[0] * slope, None, None, None
+
+
+def _multipliers(network: Network, x: Tensor, labels: Array) -> Iterator[Step]:
+    """Yield each layer with its inputs' difference from the reference and the multipliers of its outputs as s."""
+    graph, last = network.graph, logits_name(network.graph)
+    reference = dict(network.steps(torch.zeros_like(x[:1])))
+    values = {**network.weights(), graph.inputs[0]: x.requires_grad_()}
+    for node in graph.nodes:
+        if node.op is Op.CLIP:
+            low, high = (float(node.attrs[side]) for side in ("low", "high"))  # type: ignore[arg-type]
+            out = _Rescale.apply(values[node.inputs[0]], reference[node.inputs[0]], low, high)
+        else:
+            out = compute(node, [values[name] for name in node.inputs])
+        values[node.outputs[0]] = out
+        if node.outputs[0] == last:
+            break
+    layers = [node for node in graph.layers() if node.outputs[0] in values]
+    index = as_input(labels, torch.int64).unsqueeze(1)
+    explained = values[last].flatten(1).gather(1, index).sum()
+    found = torch.autograd.grad(explained, [values[node.outputs[0]] for node in layers])
+    for node, slope in zip(layers, found, strict=True):
+        off = (values[node.inputs[0]] - reference[node.inputs[0]]).detach()
+        r_out = slope * (values[node.outputs[0]] - reference[node.outputs[0]]).detach()
+        yield Step(node=node, inputs=(off,), s=slope, terms=(), r_out=r_out, r_in=(r_out,))

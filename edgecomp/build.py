@@ -36,7 +36,6 @@ from edgecomp.spending import (
 
 if TYPE_CHECKING:
     from edgecomp.data import DataSet
-    from edgecomp.pytorch.rules import Composite
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Opens a stage of known length: a name and a number of units; what it gives is told of each step."""
@@ -116,7 +115,7 @@ def build(
         raise UsageError("--data is missing: a model of your own needs labelled images, e.g. --data folder:PATH")
     if n_calibration < 1:
         raise UsageError(f"--calib {n_calibration}: expected at least 1")
-    composite = _composite(rule)
+    _check_rule(rule)
     if model is None:
         model, weights, preprocessing = _sample(preprocessing)
     preprocessing = preprocessing or Preprocessing(mean=(0.0,), std=(1.0,))
@@ -131,7 +130,7 @@ def build(
     else:
         train = draw(images.train, n_calibration, seed=seed)
     batches = [train.inputs(preprocessing, i, i + _BATCH) for i in range(0, len(train), _BATCH)]
-    relevance, ranges = _explain(graph, batches, train.labels, composite, start, stage)
+    relevance, ranges = _explain(graph, batches, train.labels, rule, start, stage)
     keep = planner.irrelevant_channels(graph, relevance)
     with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
         if reconstruction:
@@ -274,23 +273,24 @@ def _split(train: LabelledImages, n_calibration: int, *, seed: int) -> tuple[Lab
     return draw(rest, n_calibration, seed=seed), held_out
 
 
-def _composite(rule: str) -> Composite:
+def _check_rule(rule: str) -> None:
     from edgecomp.pytorch.rules import parse_composite
 
-    return parse_composite(rule)
+    parse_composite(rule)
 
 
 def _explain(
-    graph: Graph, batches: Sequence[Array], labels: Array, composite: Composite, start: str, stage: Stage
+    graph: Graph, batches: Sequence[Array], labels: Array, rule: str, start: str, stage: Stage
 ) -> tuple[Relevance, Mapping[str, ActRange]]:
     from edgecomp.pytorch.calibrate import calibrate
     from edgecomp.pytorch.propagate import Start
     from edgecomp.pytorch.relevance import score
+    from edgecomp.pytorch.rules import parse_composite
 
     starts = np.cumsum([0, *(len(x) for x in batches)])
     labelled = [(x, labels[start : start + len(x)]) for x, start in zip(batches, starts, strict=False)]
     with stage("relevance", len(labels)) as advance:
-        relevance = score(graph, labelled, composite=composite, start=Start(start), progress=advance)
+        relevance = score(graph, labelled, composite=parse_composite(rule), start=Start(start), progress=advance)
     with stage("activation ranges", 2 * len(labels)) as advance:
         return relevance, calibrate(graph, batches, progress=advance)
 

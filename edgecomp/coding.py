@@ -30,7 +30,7 @@ from edgecomp.graph import Array, Node, Op
 from edgecomp.packing import pack, pack_unsigned, packed_bytes, unpack
 from edgecomp.quantmath import WEIGHT_BITS
 
-WORD_BITS = (6, 8, 10, 12, 14)
+WORD_BITS = (6, 8, 10, 12)
 """Widths T that a word's number may have."""
 GROUPS = (1, 2, 4)
 """Codes a symbol; more than one in large tensors only."""
@@ -40,8 +40,9 @@ _TABLE_SHARE = 0.05
 _ROUNDS = 4
 _STATIONARY_ROUNDS = 60
 _LEAST_CHANCE = 1e-12
-_CHUNK = 1 << 22
-_WARM_UP = 64
+_GROUP_WORTH = 1.02
+_MOST_SYMBOLS = 1 << 10
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -120,18 +121,19 @@ def encode(codes: Array, bits: int) -> Encoded:
         raise GraphError(f"encode: {codes.size} {codes.dtype} codes of {bits} bits, expected int8 codes of 2-8 bits")
     flat = np.ascontiguousarray(codes).reshape(-1)
     plain = dense(flat, bits)
-    best: tuple[float, _Book, Array, Array] | None = None
-    for group in GROUPS if flat.size >= _SMALLEST_GROUPED else GROUPS[:1]:
-        if flat.size % group:
-            continue
-        symbols, ranks, counts = _ranked(flat.reshape(-1, group))
+    n_levels = np.count_nonzero(np.bincount(flat.view(np.uint8)))
+    groups = [g for g in GROUPS if flat.size % g == 0 and n_levels**g <= _MOST_SYMBOLS]
+    chosen: tuple[_Book, Array, Array] | None = None
+    least = 8.0 * plain.stored_bytes
+    for group in groups if flat.size >= _SMALLEST_GROUPED else (1,):
+        symbols, ranks, counts = _ranked(flat, group)
         book = _best_book(tuple(counts.tolist()), group)
-        # Groups are read faster and in less memory: worth a hundredth.
-        if book is not None and (best is None or book.total_bits < 1.01 * best[0]):
-            best = book.total_bits, book, symbols, ranks
-    if best is None or best[0] >= 8 * plain.stored_bytes:
+        # Groups are decoded faster and in less memory: worth some bytes.
+        if book is not None and book.total_bits < (_GROUP_WORTH * least if chosen else least):
+            chosen, least = (book, symbols, ranks), min(least, book.total_bits)
+    if chosen is None:
         return plain
-    _, book, symbols, ranks = best
+    book, symbols, ranks = chosen
     words = Words(
         word_bits=book.word_bits,
         symbols=symbols,
@@ -190,16 +192,22 @@ def estimated_bits(counts: Array) -> float:
     return plain if book is None else min(plain, book.total_bits)
 
 
-def _ranked(rows: Array) -> tuple[Array, Array, Array]:
-    """Number the distinct rows of int8 (n, G) by falling frequency: symbols (K, G), ranks (n,), counts (K,)."""
-    weights = 256 ** np.arange(rows.shape[1], dtype=np.int64)
-    keys = (rows.view(np.uint8).astype(np.uint32) @ weights.astype(np.uint32)).astype(np.uint32)
-    values, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    rank_of = np.empty(len(values), dtype=np.int32)
-    rank_of[order] = np.arange(len(values), dtype=np.int32)
-    symbols = (values[order, None] // weights % 256).astype(np.uint8).view(np.int8)
-    return symbols, rank_of[inverse.reshape(-1)], counts[order]
+def _ranked(flat: Array, group: int) -> tuple[Array, Array, Array]:
+    """Number the distinct groups of int8 (n,) by falling frequency: symbols (K, G), ranks (n / G,), counts (K,)."""
+    levels = np.flatnonzero(np.bincount(flat.view(np.uint8), minlength=256))
+    place = np.zeros(256, dtype=np.int32)
+    place[levels] = np.arange(levels.size, dtype=np.int32)
+    digits = place[flat.view(np.uint8)].reshape(-1, group)
+    keys = digits[:, 0]
+    for column in range(1, group):
+        keys = keys * np.int32(levels.size) + digits[:, column]
+    counts = np.bincount(keys, minlength=levels.size**group)
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    rank_of = np.zeros(counts.size, dtype=np.int32)
+    rank_of[order] = np.arange(order.size, dtype=np.int32)
+    powers = levels.size ** np.arange(group - 1, -1, -1)
+    symbols = levels[order[:, None] // powers % levels.size].astype(np.uint8).view(np.int8)
+    return symbols, rank_of[keys], counts[order]
 
 
 # ---- tries -----------------------------------------------------------------------------------------------------------
@@ -439,57 +447,24 @@ def _merged(pair: tuple[_Chapter, _Chapter]) -> Array:
 def _tokens(trie: _Trie, ranks: Array) -> Array:
     """Name the longest words one after the other: ranks (n,) -> uint16."""
     n, k = trie.children.size, int(trie.children[0])
-    step = np.full((n, k), -1, dtype=np.int32)
-    step[trie.parent[2:], trie.rank[2:]] = np.arange(2, n, dtype=np.int32)
+    step = np.full((n, k), -1, dtype=np.int64)
+    step[trie.parent[2:], trie.rank[2:]] = np.arange(2, n)
     ends = step < 0
-    after = 2 + k * trie.second[:, None].astype(np.int32) + np.arange(k, dtype=np.int32)
-    step = np.where(ends, after, step).reshape(-1)
-    ends = ends.reshape(-1)
-    state, numbers = 0, []
+    after = 2 + k * trie.second[:, None] + np.arange(k)
+    # Lists and rows' beginnings instead of arrays and nodes: a loop over symbols is what takes the time here.
+    next_row = (k * np.where(ends, after, step)).reshape(-1).tolist()
+    word_ends = ends.reshape(-1).tolist()
+    row, rows = 0, []
     for low in range(0, ranks.size, _CHUNK):
-        passed, state = _parse(step, ends, ranks[low : low + _CHUNK], k, state)
-        numbers.append(trie.number[passed])
-    while trie.number[state] < 0:
-        state = int(step[state * k])
-    numbers.append(trie.number[[state]])
-    return np.concatenate(numbers).astype(np.uint16)
-
-
-def _parse(step: Array, ends: Array, ranks: Array, k: int, state: int) -> tuple[Array, int]:
-    """Walk through ranks (n,) from a state; give the nodes where words ended, and the state at the end.
-
-    Many places are walked at once. What a walk finds soon does not depend on where in a word it began, so each starts
-    a little before its place; a walk that began wrong all the same is repeated.
-    """
-    lanes = max(1, min(4096, ranks.size // 1024))
-    length = ranks.size // lanes
-    whole = np.ascontiguousarray(ranks[: lanes * length].reshape(lanes, length).T)
-    begin = np.zeros(lanes, dtype=np.int32)
-    begin[0] = state
-    if lanes > 1:
-        for row in whole[-min(length, _WARM_UP) :, :-1]:
-            begin[1:] = step[begin[1:] * k + row]
-    states = np.empty((length, lanes), dtype=np.int32)
-    final = begin.copy()
-    wrong = np.arange(lanes)
-    while wrong.size:
-        now = begin[wrong]
-        rows = whole if wrong.size == lanes else whole[:, wrong]
-        for i, row in enumerate(rows):
-            states[i, wrong] = now
-            now = step[now * k + row]
-        final[wrong] = now
-        expected = np.append(np.int32(state), final[:-1])
-        wrong = np.flatnonzero(expected != begin)
-        begin = expected
-    states = states.T.reshape(-1)
-    tail, now = ranks[lanes * length :].tolist(), int(final[-1])
-    last = []
-    for rank in tail:
-        last.append(now)
-        now = int(step[now * k + rank])
-    states = np.concatenate([states, np.array(last, dtype=np.int32)])
-    return states[ends[states * k + ranks]], now
+        for rank in ranks[low : low + _CHUNK].tolist():
+            cell = row + rank
+            if word_ends[cell]:
+                rows.append(row)
+            row = next_row[cell]
+    while trie.number[row // k] < 0:
+        row = next_row[row]
+    rows.append(row)
+    return trie.number[np.array(rows) // k].astype(np.uint16)
 
 
 # ---- what a planner counts with --------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Weight codes in fewer bits than their width, in a form that whole-array operators can take apart again.
 
-Two encodings; the smaller one is taken. `dense` is `packing`: every code in its full width. `words` is a variable-to-fixed
-code: numbers of T bits each name a string of codes, so that a decoder needs no loop over bits, only table look-ups,
-running sums and one scatter (see `exporters.onnx_weights`; `decode` here is the same in numpy).
+Two encodings; the smaller one is taken. `dense` is `packing`: every code in its full width. `words` is a
+variable-to-fixed code: numbers of T bits each name a string of codes, so that a decoder needs no loop over bits, only
+table look-ups, running sums and one scatter (see `exporters.onnx_weights`; `decode` here is the same in numpy).
 
 The strings are the words of two chapters. A chapter is a trie over symbols in order of falling frequency, in which the
 children of a node are the most frequent continuations; so the number of children of every node, breadth first, is all
@@ -10,7 +10,8 @@ that has to be stored of it. A node with all children is no word. A node without
 words. The coder always takes the longest word that fits; hence what follows an inner word cannot begin with the most
 frequent symbol. Those places are coded by the second chapter, which spends nearly nothing on that symbol: this takes
 away more than half of what a single table of this kind wastes (of Gaussian weights in 7 levels, at 1.76 bits of entropy
-and T = 12, one chapter wastes 6.7 %, two 3.6 %; T = 8: 10 % and 5.5 %).
+and T = 12, one chapter wastes 6.7 %, two 3.6 %; T = 8: 10 % and 5.5 %). The idea of tables that depend on how the word
+before ended is that of Marlin (Martinez et al., Data Compression Conference 2017).
 
 Nodes are numbered breadth first through both tries, roots first: 0 and 1 are the roots, 2 .. K+1 the symbols in the
 first chapter, K+2 .. 2K+1 in the second. Within a chapter of 2^T numbers, leaves are counted upwards from 0 and inner
@@ -38,10 +39,13 @@ _SMALLEST_GROUPED = 1 << 20
 _STRUCTURE_BITS = 8 * 260
 _TABLE_SHARE = 0.05
 _ROUNDS = 4
+_QUICK_ROUNDS = 2
+# Bits that a tensor holds -> where the next width of a number begins to pay.
+_CONTENT_LIMITS = (5e4, 2e5, 2e6)
 _STATIONARY_ROUNDS = 60
 _LEAST_CHANCE = 1e-12
 _GROUP_WORTH = 1.02
-_MOST_SYMBOLS = 1 << 10
+_MOST_SYMBOLS = 255
 _CHUNK = 1 << 20
 
 
@@ -174,13 +178,14 @@ def decode(encoded: Encoded) -> Array:
         left -= 1
         open_ = left > 0
         nodes, starts, left = trie.parent[nodes[open_]], starts[open_], left[open_]
-    return words.symbols[ranks[: words.n_symbols]].reshape(-1)
+    symbols: Array = words.symbols[ranks[: words.n_symbols]]
+    return symbols.reshape(-1)
 
 
 def estimated_bits(counts: Array) -> float:
     """Estimate from a histogram how many bits a tensor takes in a file, tables and structure included.
 
-    Exact but for structure where codes follow each other without memory.
+    Codes are taken to follow each other without memory, as those of trained weights nearly do.
 
     Args:
         counts: how many codes there are of every level, at least 3 levels; the width is the least that holds them.
@@ -188,7 +193,12 @@ def estimated_bits(counts: Array) -> float:
     n, bits = int(counts.sum()), max(2, int(len(counts) - 1).bit_length())
     plain = 8.0 * packed_bytes(n, bits)
     present = np.sort(counts[counts > 0])[::-1]
-    book = _best_book(tuple(int(v) for v in present), 1) if n else None
+    share = present / max(n, 1)
+    content = -n * float(share @ np.log2(share, where=share > 0, out=np.zeros_like(share)))
+    word_bits = WORD_BITS[int(np.searchsorted(_CONTENT_LIMITS, content))]
+    while 2 * present.size > 1 << word_bits:
+        word_bits += 2
+    book = _best_book(tuple(present.tolist()), 1, (word_bits,), _QUICK_ROUNDS) if n else None
     return plain if book is None else min(plain, book.total_bits)
 
 
@@ -300,22 +310,25 @@ class _Book:
 
 
 @lru_cache(maxsize=64)
-def _best_book(counts: tuple[int, ...], group: int) -> _Book | None:
+def _best_book(
+    counts: tuple[int, ...], group: int, widths: tuple[int, ...] = WORD_BITS, rounds: int = _ROUNDS
+) -> _Book | None:
     """Design chapters for symbols with these counts, the largest first, and choose the width of a word's number."""
     n, n_symbols = sum(counts), len(counts)
+    if n_symbols > _MOST_SYMBOLS:
+        return None
     p = np.array(counts) / n
     best = None
-    for word_bits in WORD_BITS:
+    for word_bits in widths:
         if 2 * n_symbols > 1 << word_bits:
             continue
-        pair, bits_a_symbol = _chapters(p, 1 << word_bits)
+        pair, bits_a_symbol = _chapters(p, 1 << word_bits, rounds)
         below = _merged(pair)
         width = max(1, int(below.max()).bit_length())
         table = below.size * width + 8 * n_symbols * group
         total = n * bits_a_symbol + table + _STRUCTURE_BITS
-        if best is not None and total >= best[0]:
-            break
-        best = total, word_bits, below
+        if best is None or total < best[0]:
+            best = total, word_bits, below
         if table > _TABLE_SHARE * total:
             break
     if best is None:
@@ -323,7 +336,7 @@ def _best_book(counts: tuple[int, ...], group: int) -> _Book | None:
     return _Book(word_bits=best[1], trie=_trie(best[2], n_symbols, best[1]), total_bits=best[0])
 
 
-def _chapters(p: Array, size: int) -> tuple[tuple[_Chapter, _Chapter], float]:
+def _chapters(p: Array, size: int, rounds: int) -> tuple[tuple[_Chapter, _Chapter], float]:
     """Design two chapters of `size` numbers; also give bits a symbol, for symbols drawn independently from p (K,)."""
     n_symbols = p.size
     tail = np.append(np.cumsum(p[::-1])[::-1], 0.0)
@@ -334,7 +347,7 @@ def _chapters(p: Array, size: int) -> tuple[tuple[_Chapter, _Chapter], float]:
             gain[join:] = tail[join] / (n_symbols - 1 - join)
         gain = np.minimum.accumulate(gain)
         start = [p, np.append(0.0, p[1:])]
-        for _ in range(_ROUNDS):
+        for _ in range(rounds):
             pair = (_grow(p, gain, start[0], size), _grow(p, gain, start[1], size))
             rates, n_a_word = _stationary(p, tail, pair, size)
             bits = float(np.log2(size)) / n_a_word
@@ -391,7 +404,7 @@ def _grow(p: Array, gain: Array, start: Array, size: int) -> _Chapter:
         key, parent, rank, first, chance = (np.concatenate([lv[i] for lv in levels]) for i in (1, 2, 3, 4, 5))
         order = np.argsort(-key, kind="stable")
         words = np.cumsum(1 - ((rank == k - 1) & (parent >= 0))[order].astype(np.int64))
-        if words[-1] >= size or threshold < _LEAST_CHANCE:
+        if words[-1] >= size or threshold < _LEAST_CHANCE or k == 1:
             break
         threshold /= 8
     taken = np.sort(order[: int(np.searchsorted(words, size, side="right"))])
@@ -464,7 +477,8 @@ def _tokens(trie: _Trie, ranks: Array) -> Array:
     while trie.number[row // k] < 0:
         row = next_row[row]
     rows.append(row)
-    return trie.number[np.array(rows) // k].astype(np.uint16)
+    nodes = np.array(rows) // k
+    return np.asarray(trie.number[nodes], dtype=np.uint16)
 
 
 # ---- what a planner counts with --------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Encoded weights as ONNX nodes: standard operators that onnxruntime computes once, when it loads the file.
 
-Every shape is known before anything is computed. It must be: from 1.27 on onnxruntime does not fold a node whose output's
-shape it cannot infer, such as Compress or NonZero, and would unpack the weights again in every run.
+Every shape is known before anything is computed. It must be: from 1.27 on onnxruntime does not fold a node whose
+output's shape it cannot infer, such as Compress or NonZero, and would unpack the weights again in every run. What words
+need stands in functions of the model, once a file: a layer is a few calls. onnxruntime puts their bodies in place of
+the calls before it folds.
 """
 
 from __future__ import annotations
@@ -151,11 +153,11 @@ def _field_text(width: int) -> str:
 def _book_text(levels: int) -> str:
     """Work out the words, as `coding.decode` does.
 
-    Inputs: c int32 (N - 2,) counts of children; s int8 (K, G) symbols; m int32 () and e int64 (1,): 2^T and 2 * 2^T + 1;
+    Inputs: c int32 (N - 2,) counts of children; s int8 (K, G) symbols; m int32 (), 2^T; e int64 (1,), 2 * 2^T + 1;
     l int32 (), 2^levels.
-    Results: t int8 (N * 2^levels, G), in rows of 2^levels the symbols of each node's word, the last one first; by number,
-    both chapters one after the other, d int32 how many symbols a word has and r int32 where in t it ends, i.e. the row
-    behind its first symbol; b int32 (), from where on a number sends to the second chapter.
+    Results: by number, both chapters one after the other, d int32 how many symbols a word has and r int32 where in t it
+    ends, i.e. the row behind its first symbol; t int8 (N * 2^levels, G), in rows of 2^levels the symbols of each node's
+    word, the last one first; b int32 (), from where on a number sends to the second chapter.
     """
     lines = [
         "z = Constant <value = int32 {0}> ()",

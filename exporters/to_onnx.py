@@ -3,10 +3,10 @@
 The quantized form is QDQ. Activation codes are uint8 in the file, our int8 codes plus 128: on x86 onnxruntime turns
 int8 activations into uint8 where it can and then fails to fuse where it could not; uint8 is fused everywhere.
 
-A packed weight is an initializer of bytes followed by BitShift, BitwiseAnd, BitwiseOr, Where, Cast and Reshape into
-int8 (or by what `onnx_weights` does for words), then DequantizeLinear: stock onnxruntime computes the first part once, at load, and turns DequantizeLinear, Conv,
-QuantizeLinear into QLinearConv, so it runs at int8 speed. The usual form, DequantizeLinear straight from INT4, is
-computed again in every run and is slower than float.
+A packed weight is an initializer of bytes followed by what `onnx_weights` writes, for example BitShift, BitwiseAnd,
+BitwiseOr, Where, Cast and Reshape into int8, then DequantizeLinear: stock onnxruntime computes the first part once, at
+load, and turns DequantizeLinear, Conv, QuantizeLinear into QLinearConv, so it runs at int8 speed. The usual form,
+DequantizeLinear straight from INT4, is computed again in every run and is slower than float.
 
 Opset 18 (bitwise operators) is the lowest that can say this. The batch dimension is symbolic.
 """

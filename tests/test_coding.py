@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edgecomp import quantmath, reference
 from edgecomp.benchmarks.onnx_runtime import optimized_ops
-from edgecomp.coding import WORD_BITS, Words, decode, dense, encode, estimated_bits
+from edgecomp.coding import Words, decode, dense, encode, estimated_bits
 from edgecomp.compress import compress
 from edgecomp.errors import GraphError
 from edgecomp.exporters.describe import describe
@@ -22,6 +22,7 @@ from edgecomp.exporters.to_onnx import to_onnx
 from edgecomp.graph import Graph, Op
 from edgecomp.packing import pack, pack_unsigned, packed_bytes, unsigned_fields
 from edgecomp.plan import Io
+from edgecomp.words import WORD_BITS
 from tests.graphs import Build, images, plan_for
 from tests.onnx_run import onnx_run
 

@@ -14,7 +14,7 @@ class StoredWeight:
         layer: the layer's name.
         bits: logical width of a code; 32 for float.
         stored_bits: width the format spends on a code that is stored by itself.
-        stored_bytes: bytes of the codes as they are stored, tables included, without scales, biases and graph structure.
+        stored_bytes: bytes of the codes as they are stored, tables included; no scales, biases, graph structure.
         encoding: "dense": every code by itself; "words": numbers of words, see `coding`.
     """
 

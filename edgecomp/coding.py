@@ -1,27 +1,15 @@
 """Weight codes in fewer bits than their width, in a form that whole-array operators can take apart again.
 
-Two encodings; the smaller one is taken. `dense` is `packing`: every code in its full width. `words` is a variable-to-fixed
-code: numbers of T bits each name a string of codes, so that a decoder needs no loop over bits, only table look-ups,
-running sums and one scatter (see `exporters.onnx_weights`; `decode` here is the same in numpy).
+Two encodings; the smaller one is taken. `dense` is `packing`: every code in its full width. `words` is a
+variable-to-fixed code: numbers of T bits each name a string of codes, so that a decoder needs no loop over bits, only
+table look-ups, running sums and one scatter (see `exporters.onnx_weights`; `decode` here is the same in numpy).
 
-The strings are the words of two chapters. A chapter is a trie over symbols in order of falling frequency, in which the
-children of a node are the most frequent continuations; so the number of children of every node, breadth first, is all
-that has to be stored of it. A node with all children is no word. A node without children is a leaf, others are inner
-words. The coder always takes the longest word that fits; hence what follows an inner word cannot begin with the most
-frequent symbol. Those places are coded by the second chapter, which spends nearly nothing on that symbol: this takes
-away more than half of what a single table of this kind wastes (of Gaussian weights in 7 levels, at 1.76 bits of entropy
-and T = 12, one chapter wastes 6.7 %, two 3.6 %; T = 8: 10 % and 5.5 %).
-
-Nodes are numbered breadth first through both tries, roots first: 0 and 1 are the roots, 2 .. K+1 the symbols in the
-first chapter, K+2 .. 2K+1 in the second. Within a chapter of 2^T numbers, leaves are counted upwards from 0 and inner
-words downwards from 2^T - 1, each in the order of nodes. The second chapter holds after every number that is not below
-the larger of the two counts of leaves.
+What the strings are and how they are numbered stands in `words`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -29,19 +17,15 @@ from edgecomp.errors import GraphError
 from edgecomp.graph import Array, Node, Op
 from edgecomp.packing import pack, pack_unsigned, packed_bytes, unpack
 from edgecomp.quantmath import WEIGHT_BITS
+from edgecomp.words import MOST_SYMBOLS, STRUCTURE_BITS, WORD_BITS, Book, best_book, tokens_of, trie_of
 
-WORD_BITS = (6, 8, 10, 12, 14)
-"""Widths T that a word's number may have."""
 GROUPS = (1, 2, 4)
 """Codes a symbol; more than one in large tensors only."""
 _SMALLEST_GROUPED = 1 << 20
-_STRUCTURE_BITS = 8 * 260
-_TABLE_SHARE = 0.05
-_ROUNDS = 4
-_STATIONARY_ROUNDS = 60
-_LEAST_CHANCE = 1e-12
-_CHUNK = 1 << 22
-_WARM_UP = 64
+_QUICK_ROUNDS = 2
+# Bits that a tensor holds -> where the next width of a number begins to pay.
+_CONTENT_LIMITS = (5e4, 2e5, 2e6)
+_GROUP_WORTH = 1.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,7 +54,7 @@ class Words:
     @property
     def levels(self) -> int:
         """Give the least L for which every word has less than 2^L symbols."""
-        return int(_trie(self.children, len(self.symbols), self.word_bits).depth.max()).bit_length()
+        return int(trie_of(self.children, len(self.symbols), self.word_bits).depth.max()).bit_length()
 
     @property
     def stored_bytes(self) -> int:
@@ -120,27 +104,28 @@ def encode(codes: Array, bits: int) -> Encoded:
         raise GraphError(f"encode: {codes.size} {codes.dtype} codes of {bits} bits, expected int8 codes of 2-8 bits")
     flat = np.ascontiguousarray(codes).reshape(-1)
     plain = dense(flat, bits)
-    best: tuple[float, _Book, Array, Array] | None = None
-    for group in GROUPS if flat.size >= _SMALLEST_GROUPED else GROUPS[:1]:
-        if flat.size % group:
-            continue
-        symbols, ranks, counts = _ranked(flat.reshape(-1, group))
-        book = _best_book(tuple(counts.tolist()), group)
-        # Groups are read faster and in less memory: worth a hundredth.
-        if book is not None and (best is None or book.total_bits < 1.01 * best[0]):
-            best = book.total_bits, book, symbols, ranks
-    if best is None or best[0] >= 8 * plain.stored_bytes:
+    n_levels = np.count_nonzero(np.bincount(flat.view(np.uint8)))
+    groups = [g for g in GROUPS if flat.size % g == 0 and n_levels**g <= MOST_SYMBOLS]
+    chosen: tuple[Book, Array, Array] | None = None
+    least = 8.0 * plain.stored_bytes
+    for group in groups if flat.size >= _SMALLEST_GROUPED else (1,):
+        symbols, ranks, counts = _ranked(flat, group)
+        book = best_book(tuple(counts.tolist()), group)
+        # Groups are decoded faster and in less memory: worth some bytes.
+        if book is not None and book.total_bits < (_GROUP_WORTH * least if chosen else least):
+            chosen, least = (book, symbols, ranks), min(least, book.total_bits)
+    if chosen is None:
         return plain
-    _, book, symbols, ranks = best
+    book, symbols, ranks = chosen
     words = Words(
         word_bits=book.word_bits,
         symbols=symbols,
         children=book.trie.children[2:].astype(np.uint8),
-        tokens=_tokens(book.trie, ranks),
+        tokens=tokens_of(book.trie, ranks),
         n_symbols=ranks.size,
     )
     found = Encoded(bits=bits, n_codes=flat.size, words=words)
-    return found if 8 * found.stored_bytes + _STRUCTURE_BITS < 8 * plain.stored_bytes else plain
+    return found if 8 * found.stored_bytes + STRUCTURE_BITS < 8 * plain.stored_bytes else plain
 
 
 def dense(codes: Array, bits: int) -> Encoded:
@@ -158,7 +143,7 @@ def decode(encoded: Encoded) -> Array:
     words = encoded.words
     if words is None:
         return encoded.fields[0] if encoded.bits == 8 else unpack(encoded.fields, encoded.bits, encoded.n_codes)
-    trie = _trie(words.children, len(words.symbols), words.word_bits)
+    trie = trie_of(words.children, len(words.symbols), words.word_bits)
     tokens = words.tokens.astype(np.int64)
     second = np.concatenate([[0], tokens[:-1] >= trie.boundary])
     nodes = trie.node_of[second, tokens]
@@ -172,13 +157,14 @@ def decode(encoded: Encoded) -> Array:
         left -= 1
         open_ = left > 0
         nodes, starts, left = trie.parent[nodes[open_]], starts[open_], left[open_]
-    return words.symbols[ranks[: words.n_symbols]].reshape(-1)
+    symbols: Array = words.symbols[ranks[: words.n_symbols]]
+    return symbols.reshape(-1)
 
 
 def estimated_bits(counts: Array) -> float:
     """Estimate from a histogram how many bits a tensor takes in a file, tables and structure included.
 
-    Exact but for structure where codes follow each other without memory.
+    Codes are taken to follow each other without memory, as those of trained weights nearly do.
 
     Args:
         counts: how many codes there are of every level, at least 3 levels; the width is the least that holds them.
@@ -186,310 +172,31 @@ def estimated_bits(counts: Array) -> float:
     n, bits = int(counts.sum()), max(2, int(len(counts) - 1).bit_length())
     plain = 8.0 * packed_bytes(n, bits)
     present = np.sort(counts[counts > 0])[::-1]
-    book = _best_book(tuple(int(v) for v in present), 1) if n else None
+    share = present / max(n, 1)
+    content = -n * float(share @ np.log2(share, where=share > 0, out=np.zeros_like(share)))
+    word_bits = WORD_BITS[int(np.searchsorted(_CONTENT_LIMITS, content))]
+    while 2 * present.size > 1 << word_bits:
+        word_bits += 2
+    book = best_book(tuple(present.tolist()), 1, (word_bits,), _QUICK_ROUNDS) if n else None
     return plain if book is None else min(plain, book.total_bits)
 
 
-def _ranked(rows: Array) -> tuple[Array, Array, Array]:
-    """Number the distinct rows of int8 (n, G) by falling frequency: symbols (K, G), ranks (n,), counts (K,)."""
-    weights = 256 ** np.arange(rows.shape[1], dtype=np.int64)
-    keys = (rows.view(np.uint8).astype(np.uint32) @ weights.astype(np.uint32)).astype(np.uint32)
-    values, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    rank_of = np.empty(len(values), dtype=np.int32)
-    rank_of[order] = np.arange(len(values), dtype=np.int32)
-    symbols = (values[order, None] // weights % 256).astype(np.uint8).view(np.int8)
-    return symbols, rank_of[inverse.reshape(-1)], counts[order]
-
-
-# ---- tries -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Trie:
-    """Both chapters, by node; see the module's docstring.
-
-    Attributes:
-        children: (N,), roots first.
-        parent, rank, depth: (N,); a root is its own parent.
-        number: (N,) a word's number in its chapter, -1 where a node is no word.
-        second: (N,) whether the second chapter holds after this word.
-        node_of: (2, 2^T) the node of each number; 0 where there is none.
-        boundary: the first number after which the second chapter holds.
-    """
-
-    children: Array
-    parent: Array
-    rank: Array
-    depth: Array
-    number: Array
-    second: Array
-    node_of: Array
-    boundary: int
-
-
-def _trie(below: Array, n_symbols: int, word_bits: int) -> _Trie:
-    """Work out all about the nodes from the counts of children (N - 2,) behind the roots."""
-    children = np.concatenate([[n_symbols, n_symbols], below.astype(np.int64)])
-    n = children.size
-    first = 2 + np.cumsum(children) - children
-    parent = np.concatenate([[0, 1], np.repeat(np.arange(n), children)[: n - 2]])
-    rank = np.maximum(np.arange(n) - first[parent], 0)
-    depth, chapter = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
-    chapter[1] = 1
-    low, high = 2, min(n, 2 + 2 * n_symbols)
-    while low < high:
-        depth[low:high] = depth[parent[low:high]] + 1
-        chapter[low:high] = chapter[parent[low:high]]
-        low, high = high, min(n, int(first[high - 1] + children[high - 1]))
-    size = 1 << word_bits
-    number = np.full(n, -1)
-    boundary = 0
-    for which in (0, 1):
-        leaves = np.flatnonzero((chapter == which) & (children == 0))
-        inner = np.flatnonzero((chapter == which) & (children > 0) & (children < n_symbols))
-        number[leaves] = np.arange(leaves.size)
-        number[inner] = size - 1 - np.arange(inner.size)
-        boundary = max(boundary, leaves.size)
-    node_of = np.zeros((2, size), dtype=np.int64)
-    words = np.flatnonzero(number >= 0)
-    node_of[chapter[words], number[words]] = words
-    return _Trie(
-        children=children,
-        parent=parent,
-        rank=rank,
-        depth=depth,
-        number=number,
-        second=number >= boundary,
-        node_of=node_of,
-        boundary=boundary,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Chapter:
-    """A trie while it is designed, nodes breadth first without the root.
-
-    Attributes:
-        children, depth: (N,).
-        first: rank of the word's first symbol (N,).
-        chance: probability of the symbols behind the first (N,).
-    """
-
-    children: Array
-    depth: Array
-    first: Array
-    chance: Array
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Book:
-    """A pair of chapters, and what a tensor takes with them, tables and structure included."""
-
-    word_bits: int
-    trie: _Trie
-    total_bits: float
-
-
-@lru_cache(maxsize=64)
-def _best_book(counts: tuple[int, ...], group: int) -> _Book | None:
-    """Design chapters for symbols with these counts, the largest first, and choose the width of a word's number."""
-    n, n_symbols = sum(counts), len(counts)
-    p = np.array(counts) / n
-    best = None
-    for word_bits in WORD_BITS:
-        if 2 * n_symbols > 1 << word_bits:
-            continue
-        pair, bits_a_symbol = _chapters(p, 1 << word_bits)
-        below = _merged(pair)
-        width = max(1, int(below.max()).bit_length())
-        table = below.size * width + 8 * n_symbols * group
-        total = n * bits_a_symbol + table + _STRUCTURE_BITS
-        if best is not None and total >= best[0]:
-            break
-        best = total, word_bits, below
-        if table > _TABLE_SHARE * total:
-            break
-    if best is None:
-        return None
-    return _Book(word_bits=best[1], trie=_trie(best[2], n_symbols, best[1]), total_bits=best[0])
-
-
-def _chapters(p: Array, size: int) -> tuple[tuple[_Chapter, _Chapter], float]:
-    """Design two chapters of `size` numbers; also give bits a symbol, for symbols drawn independently from p (K,)."""
-    n_symbols = p.size
-    tail = np.append(np.cumsum(p[::-1])[::-1], 0.0)
-    found: tuple[tuple[_Chapter, _Chapter], float] | None = None
-    for join in sorted({0, _join(p, tail), n_symbols - 1}):
-        gain = p.copy()
-        if join < n_symbols - 1:
-            gain[join:] = tail[join] / (n_symbols - 1 - join)
-        gain = np.minimum.accumulate(gain)
-        start = [p, np.append(0.0, p[1:])]
-        for _ in range(_ROUNDS):
-            pair = (_grow(p, gain, start[0], size), _grow(p, gain, start[1], size))
-            rates, n_a_word = _stationary(p, tail, pair, size)
-            bits = float(np.log2(size)) / n_a_word
-            if found is None or bits < found[1]:
-                found = pair, bits
-            start = [(s + r / max(r.sum(), 1e-300)) / 2 for s, r in zip(start, rates, strict=True)]
-    assert found is not None
-    return found
-
-
-def _join(p: Array, tail: Array) -> int:
-    """Find the rank from which on all children are best added at once.
-
-    The last child costs no number, since its parent then is no word any more; so K - r children cost K - r - 1.
-    """
-    for r in range(p.size - 1):
-        if tail[r] >= p[r] * (p.size - 1 - r):
-            return r
-    return p.size - 1
-
-
-def _grow(p: Array, gain: Array, start: Array, size: int) -> _Chapter:
-    """Take the nodes that lengthen words most, until there are `size` words.
-
-    Args:
-        p: probabilities of the symbols (K,), falling.
-        gain: what the r-th child of a node adds, as a share of the node's own probability (K,), falling.
-        start: probabilities of the first symbol (K,).
-        size: words at most, at least K.
-    """
-    k = p.size
-    deepest = min(255, (1 << 20) // size)
-    threshold = 1 / (4 * size)
-    while True:
-        levels = [(start, np.full(k, np.inf), np.full(k, -1), np.arange(k), np.arange(k), np.ones(k))]
-        below, n = 0, k
-        while len(levels) < deepest and levels[-1][0].size and n < 64 * size:
-            reach, key, _, _, first, chance = levels[-1]
-            wanted = np.divide(threshold, reach, out=np.full(reach.size, np.inf), where=reach > 0)
-            counts = np.searchsorted(-gain, -wanted, side="right")
-            at = np.repeat(np.arange(reach.size), counts)
-            rank = np.arange(at.size) - np.repeat(np.cumsum(counts) - counts, counts)
-            levels.append(
-                (
-                    reach[at] * p[rank],
-                    np.minimum(reach[at] * gain[rank], key[at]),
-                    at + below,
-                    rank,
-                    first[at],
-                    chance[at] * p[rank],
-                )
-            )
-            below, n = n, n + at.size
-        key, parent, rank, first, chance = (np.concatenate([lv[i] for lv in levels]) for i in (1, 2, 3, 4, 5))
-        order = np.argsort(-key, kind="stable")
-        words = np.cumsum(1 - ((rank == k - 1) & (parent >= 0))[order].astype(np.int64))
-        if words[-1] >= size or threshold < _LEAST_CHANCE:
-            break
-        threshold /= 8
-    taken = np.sort(order[: int(np.searchsorted(words, size, side="right"))])
-    depth = np.repeat(np.arange(1, len(levels) + 1), [lv[0].size for lv in levels])
-    new = np.zeros(n, dtype=np.int64)
-    new[taken] = np.arange(taken.size)
-    inside = parent[taken] >= 0
-    children = np.bincount(new[parent[taken][inside]], minlength=taken.size)
-    return _Chapter(children=children, depth=depth[taken], first=first[taken], chance=chance[taken])
-
-
-def _stationary(p: Array, tail: Array, pair: tuple[_Chapter, _Chapter], size: int) -> tuple[tuple[Array, Array], float]:
-    """Follow the longest-word parse of independent symbols to its stationary state.
-
-    Returns:
-        for each chapter, how often a word of it begins with each symbol (K,), all together 1; symbols a word.
-    """
-    k = p.size
-    boundary = max(int((chapter.children == 0).sum()) for chapter in pair)
-    ends, lengths = [], []
-    for chapter in pair:
-        inner = (chapter.children > 0) & (chapter.children < k)
-        second = inner & (np.cumsum(inner) <= size - boundary)
-        weight = np.where(chapter.children < k, chapter.chance * tail[chapter.children], 0.0)
-        if k == 1:
-            weight = np.where(chapter.children == 0, 1.0, 0.0)
-        cell = (chapter.first * 2 + second) * k + np.minimum(chapter.children, k - 1)
-        ends.append(np.bincount(cell, weights=weight, minlength=2 * k * k).reshape(k, 2, k))
-        lengths.append(np.bincount(chapter.first, weights=chapter.chance, minlength=k))
-    rates = (p, np.zeros(k))
-    for _ in range(_STATIONARY_ROUNDS):
-        left = np.einsum("f,fsc->sc", rates[0], ends[0]) + np.einsum("f,fsc->sc", rates[1], ends[1])
-        # After a word with c children the next symbol has rank c or more.
-        following = np.cumsum(left / np.maximum(tail[:k], 1e-300), axis=1) * p
-        following /= following.sum()
-        change = np.abs(following[0] - rates[0]).max() + np.abs(following[1] - rates[1]).max()
-        rates = (following[0], following[1])
-        if change < 1e-7:
-            break
-    return rates, float(rates[0] @ lengths[0] + rates[1] @ lengths[1])
-
-
-def _merged(pair: tuple[_Chapter, _Chapter]) -> Array:
-    """Put two chapters' counts of children together, breadth first."""
-    depth = np.concatenate([pair[0].depth, pair[1].depth])
-    order = np.argsort(depth, kind="stable")
-    return np.concatenate([pair[0].children, pair[1].children])[order]
-
-
-# ---- parsing ---------------------------------------------------------------------------------------------------------
-
-
-def _tokens(trie: _Trie, ranks: Array) -> Array:
-    """Name the longest words one after the other: ranks (n,) -> uint16."""
-    n, k = trie.children.size, int(trie.children[0])
-    step = np.full((n, k), -1, dtype=np.int32)
-    step[trie.parent[2:], trie.rank[2:]] = np.arange(2, n, dtype=np.int32)
-    ends = step < 0
-    after = 2 + k * trie.second[:, None].astype(np.int32) + np.arange(k, dtype=np.int32)
-    step = np.where(ends, after, step).reshape(-1)
-    ends = ends.reshape(-1)
-    state, numbers = 0, []
-    for low in range(0, ranks.size, _CHUNK):
-        passed, state = _parse(step, ends, ranks[low : low + _CHUNK], k, state)
-        numbers.append(trie.number[passed])
-    while trie.number[state] < 0:
-        state = int(step[state * k])
-    numbers.append(trie.number[[state]])
-    return np.concatenate(numbers).astype(np.uint16)
-
-
-def _parse(step: Array, ends: Array, ranks: Array, k: int, state: int) -> tuple[Array, int]:
-    """Walk through ranks (n,) from a state; give the nodes where words ended, and the state at the end.
-
-    Many places are walked at once. What a walk finds soon does not depend on where in a word it began, so each starts
-    a little before its place; a walk that began wrong all the same is repeated.
-    """
-    lanes = max(1, min(4096, ranks.size // 1024))
-    length = ranks.size // lanes
-    whole = np.ascontiguousarray(ranks[: lanes * length].reshape(lanes, length).T)
-    begin = np.zeros(lanes, dtype=np.int32)
-    begin[0] = state
-    if lanes > 1:
-        for row in whole[-min(length, _WARM_UP) :, :-1]:
-            begin[1:] = step[begin[1:] * k + row]
-    states = np.empty((length, lanes), dtype=np.int32)
-    final = begin.copy()
-    wrong = np.arange(lanes)
-    while wrong.size:
-        now = begin[wrong]
-        rows = whole if wrong.size == lanes else whole[:, wrong]
-        for i, row in enumerate(rows):
-            states[i, wrong] = now
-            now = step[now * k + row]
-        final[wrong] = now
-        expected = np.append(np.int32(state), final[:-1])
-        wrong = np.flatnonzero(expected != begin)
-        begin = expected
-    states = states.T.reshape(-1)
-    tail, now = ranks[lanes * length :].tolist(), int(final[-1])
-    last = []
-    for rank in tail:
-        last.append(now)
-        now = int(step[now * k + rank])
-    states = np.concatenate([states, np.array(last, dtype=np.int32)])
-    return states[ends[states * k + ranks]], now
+def _ranked(flat: Array, group: int) -> tuple[Array, Array, Array]:
+    """Number the distinct groups of int8 (n,) by falling frequency: symbols (K, G), ranks (n / G,), counts (K,)."""
+    levels = np.flatnonzero(np.bincount(flat.view(np.uint8), minlength=256))
+    place = np.zeros(256, dtype=np.int32)
+    place[levels] = np.arange(levels.size, dtype=np.int32)
+    digits = place[flat.view(np.uint8)].reshape(-1, group)
+    keys = digits[:, 0]
+    for column in range(1, group):
+        keys = keys * np.int32(levels.size) + digits[:, column]
+    counts = np.bincount(keys, minlength=levels.size**group)
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    rank_of = np.zeros(counts.size, dtype=np.int32)
+    rank_of[order] = np.arange(order.size, dtype=np.int32)
+    powers = levels.size ** np.arange(group - 1, -1, -1)
+    symbols = levels[order[:, None] // powers % levels.size].astype(np.uint8).view(np.int8)
+    return symbols, rank_of[keys], counts[order]
 
 
 # ---- what a planner counts with --------------------------------------------------------------------------------------

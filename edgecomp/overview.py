@@ -103,7 +103,8 @@ Budget: {_BUDGETS[budget["kind"]]} {budget["asked"]:g}, came to {budget["got"]:g
 {layers_table(record)}
 
 "relevance" is the layer's share of all absolute relevance at layer outputs; "bits" are those of the plan, "stored
-bytes" those in {first}. TFLite stores 4 or 8 bits, whichever holds the codes.
+bytes" those in {first}. ONNX stores codes that are unevenly used in fewer bits than that; TFLite stores 4 or 8 bits,
+whichever holds the codes.
 
 ## What next, with this folder for DIR
 

@@ -91,7 +91,7 @@ def unsigned_fields(bits: int) -> tuple[int, ...]:
 
 
 def pack_unsigned(values: Array, bits: int) -> tuple[Array, ...]:
-    """Pack numbers below 2^bits, any integer dtype (n,), as `pack` does: uint8 arrays in the order of unsigned_fields."""
+    """Pack numbers below 2^bits, any integer dtype (n,), as `pack` does: uint8 arrays as unsigned_fields has them."""
     fields, low = [], 0
     for width in unsigned_fields(bits):
         fields.append(_pack_field(((values >> low) & ((1 << width) - 1)).astype(np.uint8), width))

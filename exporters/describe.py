@@ -38,9 +38,10 @@ def describe(path: Path) -> dict[str, object]:
         kind, bytes and sha256; for a model also producer, format_version, inputs and outputs (name, shape, dtype, and
         for integers scale and zero_point where there is one), operators (name to count), weights (name, shape, n,
         bits, stored_bytes), weight_bytes, other_bytes, mean_bits. Bits are those a code has in the file, 32 for
-        float32; shapes are the file's own (TFLite: OHWI); an unknown dimension is null. A weight that several tensors
-        share counts once in weight_bytes; one that lies in another file has that file's name under "external" and no
-        part in other_bytes.
+        float32; shapes are the file's own (TFLite: OHWI); an unknown dimension is null. A weight that edgecomp stores
+        as numbers of words has "words" under "encoding"; its bits are what its codes would need one by one. A weight
+        that several tensors share counts once in weight_bytes; one that lies in another file has that file's name
+        under "external" and no part in other_bytes.
 
     Raises:
         BundleError: the file is missing, empty, damaged, or nothing that edgecomp knows.

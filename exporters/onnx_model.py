@@ -65,7 +65,7 @@ class Model:
         if text not in self.functions:
             self.functions[text] = _shortened(parser.parse_function(text))
         function = self.functions[text]
-        outputs = [self.fresh(f"%{len(self.nodes)}{letter}") for letter, _ in zip("abcdef", function.output)]
+        outputs = [self.fresh(f"%{len(self.nodes)}{letter}") for letter in "abcdef"[: len(function.output)]]
         self.nodes.append(helper.make_node(function.name, list(inputs), outputs, domain=DOMAIN))
         return outputs
 

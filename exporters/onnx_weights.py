@@ -1,7 +1,9 @@
 """Encoded weights as ONNX nodes: standard operators that onnxruntime computes once, when it loads the file.
 
-Every shape is known before anything is computed. It must be: from 1.27 on onnxruntime does not fold a node whose output's
-shape it cannot infer, such as Compress or NonZero, and would unpack the weights again in every run.
+Every shape is known before anything is computed. It must be: from 1.27 on onnxruntime does not fold a node whose
+output's shape it cannot infer, such as Compress or NonZero, and would unpack the weights again in every run. What words
+need stands in functions of the model, once a file: a layer is a few calls. onnxruntime puts their bodies in place of
+the calls before it folds.
 """
 
 from __future__ import annotations
@@ -122,9 +124,9 @@ def _words(model: Model, name: str, words: Words, shape: tuple[int, ...], levels
     children = numbers(words.children, words.children_bits)
     size = model.constant(np.int32(1 << words.word_bits))
     room = _shape(model, ((2 << words.word_bits) + 1,))
-    book = model.call(_book_text(levels), [children, stored(words.symbols), size, room])
     width = model.constant(np.int32(1 << levels))
-    (codes,) = model.call(_text_text(), [tokens, *book, size, width, _shape(model, (words.n_symbols,))])
+    book = model.call(_book_text(levels), [children, stored(words.symbols), size, room, width])
+    (codes,) = model.call(_text_text(), [tokens, *book, size, _shape(model, (words.n_symbols,))])
     return model.node("Reshape", [codes, _shape(model, shape)], name)
 
 
@@ -151,9 +153,11 @@ def _field_text(width: int) -> str:
 def _book_text(levels: int) -> str:
     """Work out the words, as `coding.decode` does.
 
-    Inputs: c int32 (N - 2,) counts of children; s int8 (K, G) symbols; m int32 () and e int64 (1,): 2^T and 2 * 2^T + 1.
-    Results: o int32 (2 * 2^T + 1,) node of each number; d int32 (N,) symbols of each node's word; t int8 (N * 2^levels, G)
-    these symbols, the last one first; b int32 (), from where on a number sends to the second chapter.
+    Inputs: c int32 (N - 2,) counts of children; s int8 (K, G) symbols; m int32 (), 2^T; e int64 (1,), 2 * 2^T + 1;
+    l int32 (), 2^levels.
+    Results: by number, both chapters one after the other, d int32 how many symbols a word has and r int32 where in t it
+    ends, i.e. the row behind its first symbol; t int8 (N * 2^levels, G), in rows of 2^levels the symbols of each node's
+    word, the last one first; b int32 (), from where on a number sends to the second chapter.
     """
     lines = [
         "z = Constant <value = int32 {0}> ()",
@@ -192,7 +196,7 @@ def _book_text(levels: int) -> str:
     lines += [
         f"real = Greater ({rows}, one)",
         f"steps = Cast <to = {_INT32}> (real)",
-        "d = ReduceSum <keepdims = 0> (steps, last)",
+        "length = ReduceSum <keepdims = 0> (steps, last)",
         f"which = ReduceMin <keepdims = 0> ({rows}, last)",
         f"flat = Reshape ({rows}, to1)",
         "ranks = Gather (rank, flat)",
@@ -226,47 +230,43 @@ def _book_text(levels: int) -> str:
         "y5 = Add (m, m)",
         "slot = Add (y4, y5)",
         "empty = ConstantOfShape <value = int32[1] {0}> (e)",
-        "o = ScatterElements <axis = 0> (empty, slot, v)",
+        "node = ScatterElements <axis = 0> (empty, slot, v)",
         "w1 = Mul (count, pick)",
         "b = ReduceMax <keepdims = 0> (w1)",
+        # By number: the symbols of its word, the row behind the word's first symbol.
+        "d = Gather (length, node)",
+        "w2 = Mul (node, l)",
+        "r = Add (w2, d)",
     ]
-    return _function(f"b{levels} (c, s, m, e) => (o, d, t, b)", lines)
+    return _function(f"b{levels} (c, s, m, e, l) => (d, r, t, b)", lines)
 
 
 def _text_text() -> str:
     """Write the words one after the other.
 
-    Inputs: q int32 (numbers,); what the book gives; m int32 (), 2^T; l int32 (), length of rows of t; n int64 (1,).
+    Inputs: q int32 (numbers,); what the book gives; m int32 (), 2^T; n int64 (1,).
     Result: w int8 (n, G).
 
     Every place of the text gets its row of t. Within a word rows go down by one from place to place, so the differences
-    are -1 but where a word begins; the row is their running sum.
+    are -1 but where a word begins; the row is their running sum. Pad moves a list by one place.
     """
     lines = [
         "zero = Constant <value = int32 {0}> ()",
-        "zeros = Constant <value = int32[1] {0}> ()",
-        "one = Constant <value = int32 {1}> ()",
-        "from = Constant <value = int64[1] {0}> ()",
-        "to = Constant <value = int64[1] {-1}> ()",
+        "by1 = Constant <value = int64[2] {1, -1}> ()",
         "high = GreaterOrEqual (q, b)",
         f"second = Cast <to = {_INT32}> (high)",
-        "offset = Mul (second, m)",
-        "before = Slice (offset, from, to)",
-        "chapter = Concat <axis = 0> (zeros, before)",
-        "number = Add (q, chapter)",
-        "node = Gather (o, number)",
-        "length = Gather (d, node)",
+        "moved = Pad (second, by1)",
+        "offset = Mul (moved, m)",
+        "number = Add (q, offset)",
+        "length = Gather (d, number)",
         "start = CumSum <exclusive = 1> (length, zero)",
-        "base = Mul (node, l)",
-        "end = Add (start, length)",
-        "value = Add (base, end)",
-        "earlier = Slice (value, from, to)",
-        "shifted = Concat <axis = 0> (zeros, earlier)",
-        "jump = Sub (value, shifted)",
-        "step = Sub (jump, one)",
+        "row = Gather (r, number)",
+        "value = Add (row, start)",
+        "earlier = Pad (value, by1)",
+        "jump = Sub (value, earlier)",
         "level = ConstantOfShape <value = int32[1] {-1}> (n)",
-        "change = ScatterElements <axis = 0> (level, start, step)",
-        "row = CumSum (change, zero)",
-        "w = Gather (t, row)",
+        'change = ScatterElements <axis = 0, reduction = "add"> (level, start, jump)',
+        "at = CumSum (change, zero)",
+        "w = Gather (t, at)",
     ]
-    return _function("t (q, o, d, t, b, m, l, n) => (w)", lines)
+    return _function("t (q, d, r, t, b, m, n) => (w)", lines)

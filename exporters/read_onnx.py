@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from .modelfacts import (
     model_facts,
     weight_row,
 )
+from .onnx_model import DOMAIN
 
 
 def read_onnx(data: bytes, where: str) -> dict[str, object]:
@@ -107,8 +109,11 @@ class _OnnxGraph:
 
     def _weights(self) -> list[dict[str, Any]]:
         shapes, widths = self._unpacked_shapes(), self._field_widths()
-        rows: dict[str, dict[str, Any]] = {}
+        rows = self._words(shapes)
+        in_words = {name for row in rows.values() for name in row.pop("parts")}
         for name, tensor in self._tensors.items():
+            if name in in_words:
+                continue
             dtype, shape = _onnx_dtype(tensor.data_type), checked_shape(tensor.dims, name)
             whole, _, number = name.rpartition(".")
             # The exporter appends "'" to names that a layer has already.
@@ -124,6 +129,35 @@ class _OnnxGraph:
                 if tensor.external_data:
                     rows[name]["external"] = {_text(e.key): _text(e.value) for e in tensor.external_data}["location"]
         return list(rows.values())
+
+    def _words(self, shapes: Mapping[str, list[int]]) -> dict[str, dict[str, Any]]:
+        """Find our weights that are stored as words: what stands before a Reshape of a function's result."""
+        writers = {_text(o): node for node in self._graph.node for o in node.output}
+        rows: dict[str, dict[str, Any]] = {}
+        for node in writers.values():
+            source = writers.get(_text(node.input[0])) if node.op_type == "Reshape" and node.input else None
+            if source is None or _text(source.domain) != DOMAIN or not self._ours:
+                continue
+            whole = _text(node.output[0])
+            parts, seen, left = set(), {whole}, [_text(name) for name in source.input]
+            while left:
+                name = left.pop()
+                if name in seen:
+                    continue
+                seen.add(name)
+                if name in self._tensors and name.startswith(f"{whole}."):
+                    parts.add(name)
+                elif name in writers:
+                    left.extend(_text(i) for i in writers[name].input)
+            symbols = [self._tensors[name] for name in parts if _onnx_dtype(self._tensors[name].data_type) == "int8"]
+            if whole not in shapes or len(symbols) != 1:
+                raise ValueError(f"weight {whole!r:.80} is stored in words, but has no table of symbols or no shape")
+            codes = np.frombuffer(symbols[0].raw_data, dtype=np.int8)
+            limit = max(1, -int(codes.min()), int(codes.max()))
+            n_bytes = sum(len(self._tensors[name].raw_data) for name in parts)
+            rows[whole] = weight_row(self._layer(whole), shapes[whole], limit.bit_length() + 1, n_bytes)
+            rows[whole] |= {"encoding": "words", "parts": parts}
+        return rows
 
     def _layer(self, name: str) -> str:
         return name.removesuffix(".weight") if self._ours else name

@@ -1,12 +1,12 @@
-"""Graph -> ONNX, with weights of 2-7 bits packed by standard operators that a runtime folds when it loads the file.
+"""Graph -> ONNX, with weights of 2-8 bits that standard operators unpack and a runtime folds when it loads the file.
 
 The quantized form is QDQ. Activation codes are uint8 in the file, our int8 codes plus 128: on x86 onnxruntime turns
 int8 activations into uint8 where it can and then fails to fuse where it could not; uint8 is fused everywhere.
 
-A packed weight is an initializer of bytes followed by BitShift, BitwiseAnd, BitwiseOr, Where, Cast and Reshape into
-int8, then DequantizeLinear: stock onnxruntime computes the first part once, at load, and turns DequantizeLinear, Conv,
-QuantizeLinear into QLinearConv, so it runs at int8 speed. The usual form, DequantizeLinear straight from INT4, is
-computed again in every run and is slower than float.
+A packed weight is an initializer of bytes followed by what `onnx_weights` writes, for example BitShift, BitwiseAnd,
+BitwiseOr, Where, Cast and Reshape into int8, then DequantizeLinear: stock onnxruntime computes the first part once, at
+load, and turns DequantizeLinear, Conv, QuantizeLinear into QLinearConv, so it runs at int8 speed. The usual form,
+DequantizeLinear straight from INT4, is computed again in every run and is slower than float.
 
 Opset 18 (bitwise operators) is the lowest that can say this. The batch dimension is symbolic.
 """
@@ -86,6 +86,7 @@ def _written(graph: Graph, codes: Mapping[str, Encoded]) -> Exported:
         kind = TensorProto.FLOAT if tensor.quant is None else TensorProto.INT8
         return helper.make_tensor_value_info(name, kind, ["N", *tensor.shape[1:]])
 
+    domains = [("", OPSET), (DOMAIN, 1)] if model.functions else [("", OPSET)]
     try:
         proto = helper.make_model(
             helper.make_graph(
@@ -95,7 +96,7 @@ def _written(graph: Graph, codes: Mapping[str, Encoded]) -> Exported:
                 [value_info(name) for name in graph.outputs],
                 model.initializers,
             ),
-            opset_imports=[helper.make_opsetid("", OPSET), *([helper.make_opsetid(DOMAIN, 1)] if model.functions else [])],
+            opset_imports=[helper.make_opsetid(*domain) for domain in domains],
             functions=list(model.functions.values()),
             ir_version=IR_VERSION,
             producer_name="edgecomp",
@@ -211,7 +212,8 @@ def _parameters(model: Model, graph: Graph, node: Node) -> list[str]:
         if tensor.quant is None:
             names.append(model.weight(tensor.name, tensor.data))
             if tensor is weight:
-                model.stored.append(StoredWeight(layer=node.name, bits=32, stored_bits=32, stored_bytes=tensor.data.nbytes))
+                n_bytes = tensor.data.nbytes
+                model.stored.append(StoredWeight(layer=node.name, bits=32, stored_bits=32, stored_bytes=n_bytes))
             continue
         scale, zero_point = _parameter_params(model, tensor)
         if tensor.quant.bits == 32:

@@ -22,7 +22,7 @@ FOLDERS = {
 # A module may import any lower row, and what stands before it in its own. The package itself holds only a version.
 LEVELS = (
     ("edgecomp", "errors"),
-    ("graph", "quantmath", "packing", "coding", "target", "preprocessing", "imagefolder", "data"),
+    ("graph", "quantmath", "packing", "words", "coding", "target", "preprocessing", "imagefolder", "data"),
     ("ops", "verify", "reference", "groups", "plan"),
     ("artifact", "files", "compress", "planner", "bundle", "report", "manifest", "folder", "overview", "samples"),
     ("pytorch", "pytorch.torchvision_ops", "pytorch.pt2", "pytorch.networks", "pytorch.load", "pytorch.aten",

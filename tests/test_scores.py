@@ -37,7 +37,7 @@ def run_with_layers(graph: Graph, x: torch.Tensor) -> tuple[torch.Tensor, dict[s
     return last.flatten(1), {node.name: kept[node.name] for node in graph.layers()}
 
 
-@pytest.mark.parametrize("name", ["residual", "concat"])
+@pytest.mark.parametrize("name", ["residual", "branches"])
 def test_taylor_is_the_gradient_of_the_loss(name: str) -> None:
     graph = GRAPHS[name]()
     found = score_by(Score.TAYLOR, graph, labelled(graph))

@@ -230,10 +230,9 @@ def stored_bits(format_name: str, node: Node, bits: int, counts: Array) -> int:
         bits: logical width.
         counts: (256,), how many codes there are of -128, -127, ... 127; may be fractions.
     """
-    n = float(counts.sum())
-    plain = int(np.ceil(n * field_bits(format_name, node, bits)))
-    if format_name != "onnx":
+    n = round(float(counts.sum()))
+    plain = n * field_bits(format_name, node, bits)
+    if format_name != "onnx" or n == 0:
         return plain
-    share = counts[counts > 0] / max(n, 1)
-    entropy = -float(share @ np.log2(share))
-    return min(plain, int(np.ceil(1.04 * n * entropy + 8 * 1500)))
+    limit = (1 << (bits - 1)) - 1
+    return min(plain, int(np.ceil(estimated_bits(np.rint(counts[128 - limit : 129 + limit]).astype(np.int64)))))

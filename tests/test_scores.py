@@ -50,7 +50,7 @@ def test_taylor_is_the_gradient_of_the_loss(name: str) -> None:
         share = share.flatten(2).sum(2) if share.ndim > 2 else share
         squares = slope.square().flatten(2).mean(2) if slope.ndim > 2 else slope.square()
         got = found.layers[layer]
-        scale = float(share.abs().mean())
+        scale = float(share.abs().mean().detach())
         np.testing.assert_allclose(got.channel_abs, share.abs().mean(0).detach(), rtol=2e-2, atol=1e-3 * scale)
         np.testing.assert_allclose(got.output_cost, squares.mean(0), rtol=2e-2, atol=1e-3 * float(squares.mean()))
 
@@ -107,7 +107,7 @@ def test_deeplift_sums_to_the_difference(name: str) -> None:
     found = score_by(Score.DEEPLIFT, graph, labelled(graph))
     logits, _ = run_with_layers(graph, torch.from_numpy(x).double())
     zero, _ = run_with_layers(graph, torch.zeros(1, *x.shape[1:], dtype=torch.float64))
-    wanted = float((logits - zero)[np.arange(N), labels].mean())
+    wanted = float((logits - zero).detach()[np.arange(N), labels].mean())
     first, last = graph.layers()[0].name, graph.layers()[-1].name
     # Max-pooling hands everything to the winner, which may be another in the reference: only behind it is it exact.
     pooled = any(node.op is Op.MAX_POOL for node in graph.nodes)

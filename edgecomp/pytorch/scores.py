@@ -118,23 +118,24 @@ def _by_energy(
 def _layer(kind: Score, graph: Graph, node: Node, energy: Array, rng: np.random.Generator) -> LayerRelevance:
     weight = graph.weight(node).data
     assert weight is not None
-    size = np.abs(weight)
-    n_out = len(weight)
+    n_out, ones = len(weight), (1,) * (weight.ndim - 2)
+    size: Array = np.asarray(np.abs(weight))
     if kind is Score.RANDOM:
-        channel = rng.lognormal(size=n_out)
-        cost = rng.lognormal(sigma=2.0) * channel
-        weight_cost = np.broadcast_to(cost.reshape(-1, *[1] * (weight.ndim - 1)), weight.shape).astype(np.float32)
-        size = rng.lognormal(size=weight.shape).astype(np.float32)
+        size = np.asarray(rng.lognormal(size=weight.shape))
+        channel: Array = np.asarray(rng.lognormal(size=n_out))
+        cost: Array = rng.lognormal(sigma=2.0) * channel
+        weight_cost = np.broadcast_to(cost.reshape(-1, 1, *ones), weight.shape)
     elif kind is Score.WANDA:
         groups = int(node.attrs["groups"]) if node.op is Op.CONV2D else 1  # type: ignore[arg-type]
-        of_group = energy.reshape(groups, 1, -1).repeat(n_out // groups, axis=1).reshape(n_out, -1)
-        weight_cost = np.broadcast_to(of_group.reshape(*of_group.shape, *[1] * (weight.ndim - 2)), weight.shape)
-        size, cost = size * np.sqrt(weight_cost), np.ones(n_out)
+        # of the input channels that each output channel reads
+        read = energy.reshape(groups, 1, -1).repeat(n_out // groups, axis=1).reshape(n_out, -1, *ones)
+        weight_cost = np.broadcast_to(read, weight.shape)
+        size = size * np.sqrt(weight_cost)
+        channel, cost = size.reshape(n_out, -1).sum(1, dtype=np.float64), np.ones(n_out)
     else:
-        weight_cost = np.ones(weight.shape, dtype=np.float32)
-        cost = np.full(n_out, 1 / max(float(energy.mean()), 1e-30))
-    if kind is not Score.RANDOM:
+        weight_cost = np.ones(weight.shape)
         channel = size.reshape(n_out, -1).sum(1, dtype=np.float64)
+        cost = np.full(n_out, 1 / max(float(energy.mean()), 1e-30))
     return LayerRelevance(
         weight=size.astype(np.float32),
         weight_abs=size.astype(np.float32),
@@ -188,7 +189,9 @@ def _multipliers(network: Network, x: Tensor, labels: Array) -> Iterator[Step]:
     for node in graph.nodes:
         if node.op is Op.CLIP:
             low, high = (float(node.attrs[side]) for side in ("low", "high"))  # type: ignore[arg-type]
-            out = _Rescale.apply(values[node.inputs[0]], reference[node.inputs[0]], low, high)
+            out = _Rescale.apply(  # type: ignore[no-untyped-call]
+                values[node.inputs[0]], reference[node.inputs[0]], low, high
+            )
         else:
             out = compute(node, [values[name] for name in node.inputs])
         values[node.outputs[0]] = out

@@ -70,6 +70,7 @@ def build(
     model: str | None,
     weights: Path | None,
     data: str | None,
+    test_share: float,
     preprocessing: Preprocessing | None,
     input_shape: tuple[int, int, int] | None,
     n_calibration: int,
@@ -90,6 +91,7 @@ def build(
         model: see `pytorch.load.load_module`; None for the bundled sample.
         weights: a file of weights for the model.
         data: see `data.load`; None for the bundled sample's.
+        test_share: how much of data without a test part is measured on; the rest calibrates.
         preprocessing: what turns pixels into input; None for the sample's own, or pixels / 255 unchanged.
         input_shape: (C, H, W); None for what the preprocessed images have.
         n_calibration: images of the training split to calibrate and score with.
@@ -120,7 +122,7 @@ def build(
         model, weights, preprocessing = _sample(preprocessing)
     preprocessing = preprocessing or Preprocessing(mean=(0.0,), std=(1.0,))
     data = data or SAMPLE
-    images = _load_images(data, seed, preprocessing, stage)
+    images = _load_images(data, test_share, seed, preprocessing, stage)
     shape = _input_shape(images.test, preprocessing, input_shape)
     graph, float_accuracy = _capture(model, weights, shape, images, preprocessing, stage)
     drop_points = None
@@ -129,7 +131,7 @@ def build(
         drop_points = _drop_measure(graph, held_out, preprocessing, formats)
     else:
         train = draw(images.train, n_calibration, seed=seed)
-    batches = [train.inputs(preprocessing, i, i + _BATCH) for i in range(0, len(train), _BATCH)]
+    batches = _batches(graph, train, preprocessing)
     relevance, ranges = _explain(graph, batches, train.labels, rule, start, stage)
     keep = planner.irrelevant_channels(graph, relevance)
     with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
@@ -180,6 +182,7 @@ def build(
         "schema": MANIFEST_SCHEMA,
         "model": graph.name,
         "data": data,
+        "test_share": float(test_share),
         "preprocessing": preprocessing.to_json(),
         "classes": list(images.classes),
         "io": io.value,
@@ -210,14 +213,20 @@ def _sample(preprocessing: Preprocessing | None) -> tuple[str, Path, Preprocessi
     return files.record["model"], files.weights, preprocessing or own
 
 
-def _load_images(data: str, seed: int, preprocessing: Preprocessing, stage: Stage) -> DataSet:
+def _load_images(data: str, test_share: float, seed: int, preprocessing: Preprocessing, stage: Stage) -> DataSet:
     def progress(items: Sequence[object], total: int, what: str) -> Iterator[object]:
         with stage(what, total) as advance:
             for item in items:
                 yield item
                 advance(1)
 
-    return load(data, seed=seed, resize=preprocessing.resize, progress=progress)  # type: ignore[arg-type]
+    return load(
+        data,
+        seed=seed,
+        resize=preprocessing.resize,
+        test_share=test_share,
+        progress=progress,  # type: ignore[arg-type]
+    )
 
 
 def _input_shape(
@@ -228,7 +237,7 @@ def _input_shape(
     if asked is not None and asked != found:
         raise DataError(
             f"images are {_dims(found)} after preprocessing, --input-shape says {_dims(asked)}; "
-            "change --resize or --pad, or the images"
+            "change --resize, --crop or --pad, or the images"
         )
     return found
 
@@ -277,6 +286,13 @@ def _check_rule(rule: str) -> None:
     from edgecomp.pytorch.rules import parse_composite
 
     parse_composite(rule)
+
+
+def _batches(graph: Graph, train: LabelledImages, preprocessing: Preprocessing) -> list[Array]:
+    from edgecomp.pytorch.network import batch_size
+
+    n = batch_size(graph, most=_BATCH)
+    return [train.inputs(preprocessing, i, i + n) for i in range(0, len(train), n)]
 
 
 def _explain(

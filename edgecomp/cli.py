@@ -163,9 +163,13 @@ def _add_build(verbs: Any) -> None:
         metavar="D",
         help="sample, fashion-mnist:ROOT, cifar10:ROOT, folder:PATH (directory or .zip), npz:PATH, module:function",
     )
+    p.add_argument(
+        "--test-share", type=_number, default=0.2, metavar="P", help="of data without a test part (default 0.2)"
+    )
     p.add_argument("--mean", type=_numbers, metavar="M", help="per channel, of pixels / 255; default 0")
     p.add_argument("--std", type=_numbers, metavar="S", help="per channel, of pixels / 255; default 1")
     p.add_argument("--resize", type=int, metavar="N", help="shorter side to N, then the centre N x N")
+    p.add_argument("--crop", type=int, metavar="N", help="the centre N x N of what --resize gives")
     p.add_argument("--pad", type=int, metavar="N", help="black pixels on each side, before normalisation")
     p.add_argument("--calib", type=int, default=512, metavar="N", help="training images to look at (default 512)")
     limits = p.add_mutually_exclusive_group()
@@ -292,13 +296,14 @@ def _stage(name: str, total: int) -> Iterator[Callable[[int], object]]:
 def _preprocessing(args: argparse.Namespace) -> Preprocessing | None:
     from edgecomp.preprocessing import Preprocessing
 
-    if args.mean is None and args.std is None and args.resize is None and args.pad is None:
+    if args.mean is None and args.std is None and args.resize is None and args.pad is None and args.crop is None:
         return None
     return Preprocessing(
         mean=args.mean or (0.0,) * len(args.std or (1.0,)),
         std=args.std or (1.0,) * len(args.mean or (0.0,)),
         resize=args.resize,
         pad=args.pad or 0,
+        crop=args.crop,
     )
 
 
@@ -322,6 +327,7 @@ def _build(args: argparse.Namespace) -> int:
         model=args.model,
         weights=args.weights,
         data=args.data,
+        test_share=args.test_share,
         preprocessing=_preprocessing(args),
         input_shape=args.input_shape,
         n_calibration=args.calib,

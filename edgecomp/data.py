@@ -21,6 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ Array = np.ndarray
 KINDS = "sample, fashion-mnist:ROOT, cifar10:ROOT, folder:PATH (directory or .zip), npz:FILE, package.module:function"
 
 MAX_CLASSES = 100_000
+TEST_SHARE = 0.2
+"""How much of a source without a test part becomes one, unless told otherwise."""
 
 _SAMPLES = Path(__file__).with_name("samples")
 
@@ -178,7 +181,14 @@ def _generator(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def load(spec: str, *, seed: int = 0, resize: int | None = None, progress: Progress | None = None) -> DataSet:
+def load(
+    spec: str,
+    *,
+    seed: int = 0,
+    resize: int | None = None,
+    test_share: float = TEST_SHARE,
+    progress: Progress | None = None,
+) -> DataSet:
     """Read a data set.
 
     ==========================  =====================================================================================
@@ -190,18 +200,22 @@ def load(spec: str, *, seed: int = 0, resize: int | None = None, progress: Progr
     `package.module:function`   called without arguments; gives (x, y) or (x_train, y_train, x_test, y_test)
     ==========================  =====================================================================================
 
-    A source without a test part is split 80 to 20, seeded, as evenly over the classes as it allows.
+    A source without a test part is split, seeded, as evenly over the classes as it allows. A class with few images may
+    then be in one part only.
 
     Args:
         spec: one of the above.
         seed: for the split.
         resize: for `folder:`, whose images may differ in size: see `Preprocessing`. Others are resized when used.
+        test_share: how much of a source without a test part becomes one, above 0 and below 1.
         progress: told of long work; None for silence.
 
     Raises:
         DataError: the source is unknown, missing, damaged or breaks a rule of `LabelledImages` or `DataSet`.
-        UsageError: `seed` or `resize` is out of range.
+        UsageError: `seed`, `resize` or `test_share` is out of range.
     """
+    if not 0 < test_share < 1:
+        raise UsageError(f"share of test images is {test_share:g}, expected a number between 0 and 1")
     Preprocessing(mean=(0.0,), std=(1.0,), resize=resize)  # checks the range of resize
     rng = _generator(seed)
     kind, _, rest = spec.partition(":")
@@ -224,7 +238,7 @@ def load(spec: str, *, seed: int = 0, resize: int | None = None, progress: Progr
             raise DataError(f"unknown source, expected one of: {KINDS}")
         names = ("train: ", "test: ") if len(parts) == 2 else ("",)
         splits = [_split(name, images, labels) for name, (images, labels) in zip(names, parts, strict=True)]
-        train, test = splits if len(splits) == 2 else _held_out(splits[0], rng)
+        train, test = splits if len(splits) == 2 else _held_out(splits[0], test_share, rng)
         if classes is None:
             classes = tuple(str(i) for i in range(1 + max(int(s.labels.max()) for s in splits)))
         return DataSet(train=train, test=test, classes=classes, spec=spec)
@@ -246,16 +260,23 @@ def _split(name: str, images: Array, labels: Array) -> LabelledImages:
         raise DataError(f"{name}{error}") from error
 
 
-def _held_out(split: LabelledImages, rng: np.random.Generator) -> tuple[LabelledImages, LabelledImages]:
-    """Split 80 to 20: every fifth image for the test, counted through the classes, which come in random order."""
+def _held_out(
+    split: LabelledImages, test_share: float, rng: np.random.Generator
+) -> tuple[LabelledImages, LabelledImages]:
+    """Split evenly, e.g. every fifth image for the test, counted through the classes, which come in random order."""
     n = len(split)
     if n < 2:
         raise DataError("one image, expected at least two to split into train and test")
     shuffled = rng.permutation(n)
     place = rng.permutation(1 + int(split.labels.max()))
     shuffled = shuffled[np.argsort(place[split.labels[shuffled]], kind="stable")]
+    share = Fraction(test_share).limit_denominator(MAX_CLASSES)  # 0.2 is 1/5: no rounding moves an image
+    ends = np.arange(n + 1, dtype=np.int64) * share.numerator // share.denominator
+    picked = np.flatnonzero(np.diff(ends))
+    if len(picked) in (0, n):
+        picked = np.array([n - 1]) if len(picked) == 0 else np.arange(1, n)  # no part may be empty
     is_test = np.zeros(n, dtype=bool)
-    is_test[shuffled[min(4, n - 1) :: 5]] = True
+    is_test[shuffled[picked]] = True
     return split.take(np.flatnonzero(~is_test)), split.take(np.flatnonzero(is_test))
 
 

@@ -24,6 +24,7 @@ KEYS = (
     "schema",
     "model",
     "data",
+    "test_share",
     "preprocessing",
     "classes",
     "io",
@@ -162,6 +163,8 @@ def read_manifest(text: str, where: str) -> Mapping[str, Any]:
     for key, kind in (("data", str), ("float", dict), ("seed", int), ("tools", dict)):
         if not isinstance(obj[key], kind) or isinstance(obj[key], bool):
             raise BundleError(f"{where}: {key!r} is {obj[key]!r:.60}, expected {kind.__name__}")
+    if not (_is_number(obj["test_share"]) and 0 < obj["test_share"] < 1):
+        raise BundleError(f"{where}: 'test_share' is {obj['test_share']!r:.60}, expected a number between 0 and 1")
     if not _is_number(obj["float"].get("accuracy")):
         raise BundleError(f"{where}: float: 'accuracy' is missing")
     return obj

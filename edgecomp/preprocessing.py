@@ -16,7 +16,7 @@ from edgecomp.errors import DataError, PlanError, UsageError
 Array = np.ndarray
 
 MAX_SIDE = 4096
-"""The largest `resize` and `pad`, in pixels."""
+"""The largest `resize`, `crop` and `pad`, in pixels."""
 
 MAX_PIXELS = 64_000_000
 """The largest image that is decoded or made by resizing, in pixels: what is beyond is a mistake or a bomb."""
@@ -27,15 +27,17 @@ class Preprocessing:
     """What turns pixels into the network's input, in this order.
 
     1. resize: the shorter side becomes `resize` pixels (PIL bilinear), then the centre `resize` x `resize` is kept.
-    2. pixels / 255.
-    3. `pad` zeros on each side. They are zero before step 4, so what the network sees there is (0 - mean) / std.
-    4. (x - mean) / std per channel.
+    2. crop: the centre `crop` x `crop` is kept.
+    3. pixels / 255.
+    4. `pad` zeros on each side. They are zero before step 5, so what the network sees there is (0 - mean) / std.
+    5. (x - mean) / std per channel.
 
     Attributes:
         mean: one value per channel, or one for all channels.
         std: as many values, from 1e-6 to 1e6.
         resize: pixels, 1 to 4096, or None.
         pad: pixels, 0 to 4096.
+        crop: pixels, 1 to 4096 and at most `resize`, or None.
 
     Raises:
         UsageError: a value is out of range, or `mean` and `std` differ in length.
@@ -45,6 +47,7 @@ class Preprocessing:
     std: tuple[float, ...]
     resize: int | None = None
     pad: int = 0
+    crop: int | None = None
 
     def __post_init__(self) -> None:
         # Bounds rather than "finite" and "above zero": they keep (x - mean) / std finite in float32.
@@ -55,10 +58,15 @@ class Preprocessing:
         if self.resize is not None:
             _whole("resize", self.resize, 1)
         _whole("pad", self.pad, 0)
+        if self.crop is not None:
+            _whole("crop", self.crop, 1)
+            if self.resize is not None and self.crop > self.resize:
+                raise UsageError(f"crop is {self.crop} and resize {self.resize}; expected a crop no larger than resize")
 
     def to_json(self) -> dict[str, object]:
-        """Give what `from_json` reads: lists and numbers only."""
-        return {"mean": list(self.mean), "std": list(self.std), "resize": self.resize, "pad": self.pad}
+        """Give what `from_json` reads: lists and numbers only. A crop is left out where there is none."""
+        crop = {} if self.crop is None else {"crop": self.crop}
+        return {"mean": list(self.mean), "std": list(self.std), "resize": self.resize, "pad": self.pad, **crop}
 
     @classmethod
     def from_json(cls, obj: object, where: str) -> Preprocessing:
@@ -70,14 +78,14 @@ class Preprocessing:
         if not isinstance(obj, dict):
             raise PlanError(f"{where}: found {type(obj).__name__}, expected an object")
         keys = {"mean", "std", "resize", "pad"}
-        if set(obj) != keys:
-            missing, unknown = sorted(keys - set(obj)), sorted(map(str, set(obj) - keys))
+        if set(obj) - {"crop"} != keys:
+            missing, unknown = sorted(keys - set(obj)), sorted(map(str, set(obj) - keys - {"crop"}))
             raise PlanError(f"{where}: missing keys {missing}, unknown keys {unknown}; expected {sorted(keys)}")
         for key in ("mean", "std"):
             if not isinstance(obj[key], list):
                 raise PlanError(f"{where}: {key} is {type(obj[key]).__name__}, expected a list of numbers")
         try:
-            return cls(mean=tuple(obj["mean"]), std=tuple(obj["std"]), resize=obj["resize"], pad=obj["pad"])
+            return cls(**{**obj, "mean": tuple(obj["mean"]), "std": tuple(obj["std"])})
         except UsageError as error:
             raise PlanError(f"{where}: {error}") from error
 
@@ -107,13 +115,14 @@ def preprocess(images: Array, p: Preprocessing) -> Array:
         float32 (N, C, H', W').
 
     Raises:
-        DataError: `p.mean` has neither 1 nor C values, or an image cannot be resized.
+        DataError: `p.mean` has neither 1 nor C values, or an image cannot be resized or is smaller than the crop.
         UsageError: `images` are float and `p` would change them.
     """
     if images.dtype == np.float32:
-        if p.resize is not None or p.pad or any(p.mean) or any(value != 1 for value in p.std):
+        if p.resize is not None or p.crop is not None or p.pad or any(p.mean) or any(value != 1 for value in p.std):
             raise UsageError(
-                "float images count as preprocessed: leave out --resize and --pad, use mean 0 and std 1, or bring uint8"
+                "float images count as preprocessed: leave out --resize, --crop and --pad, "
+                "use mean 0 and std 1, or bring uint8"
             )
         _check_channels(p, images.shape[1])
         return images
@@ -123,6 +132,13 @@ def preprocess(images: Array, p: Preprocessing) -> Array:
         for i, image in enumerate(images):
             resized[i] = resize_and_crop(image, p.resize)
         images = resized
+    if p.crop is not None:
+        if min(images.shape[1:3]) < p.crop:
+            raise DataError(
+                f"images of {images.shape[2]}x{images.shape[1]} pixels are smaller than --crop {p.crop}; "
+                "give a smaller one, or --resize N"
+            )
+        images = _centre(images, p.crop)
     n, height, width, channels = images.shape
     x = np.zeros((n, channels, height + 2 * p.pad, width + 2 * p.pad), dtype=np.float32)
     inner = x[:, :, p.pad : p.pad + height, p.pad : p.pad + width]
@@ -131,6 +147,12 @@ def preprocess(images: Array, p: Preprocessing) -> Array:
     x -= np.array(p.mean, dtype=np.float32).reshape(-1, 1, 1)
     x /= np.array(p.std, dtype=np.float32).reshape(-1, 1, 1)
     return x
+
+
+def _centre(images: Array, side: int) -> Array:
+    """Keep the centre of (..., H, W, C) as torchvision's CenterCrop does: (..., side, side, C)."""
+    top, left = (round((n - side) / 2) for n in images.shape[-3:-1])
+    return images[..., top : top + side, left : left + side, :]
 
 
 def _check_channels(p: Preprocessing, channels: int) -> None:

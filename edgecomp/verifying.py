@@ -168,11 +168,12 @@ def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Ve
 
 
 def _images(folder: BuiltFolder, data: str | None) -> DataSet:
-    seed, resize = folder.record["seed"], folder.plan.preprocessing.resize
+    seed, share = folder.record["seed"], folder.record["test_share"]
+    resize = folder.plan.preprocessing.resize
     if data is not None:
-        return load(data, seed=seed, resize=resize)
+        return load(data, seed=seed, resize=resize, test_share=share)
     try:
-        return load(folder.record["data"], seed=seed, resize=resize)
+        return load(folder.record["data"], seed=seed, resize=resize, test_share=share)
     except DataError as e:
         raise DataError(f"{e}; when the images have moved, or you have, say where they are with --data") from e
 

@@ -48,6 +48,7 @@ def record_of(graph: Graph, plan: CompressionPlan, **others: object) -> dict[str
         "schema": MANIFEST_SCHEMA,
         "model": graph.name,
         "data": "sample",
+        "test_share": 0.2,
         "preprocessing": plan.preprocessing.to_json(),
         "classes": list(plan.classes),
         "io": plan.io.value,

@@ -107,6 +107,10 @@ CASES = {
     "conv same odd": (nn.Conv2d(C, 6, 3, padding="same", dilation=2), [CONV]),
     "conv same even": (nn.Conv2d(C, 6, (2, 4), padding="same"), [CONV]),
     "conv valid": (nn.Conv2d(C, 6, 3, padding="valid", stride=2), [CONV]),
+    "zero pad": (nn.Sequential(nn.ZeroPad2d((0, 1, 2, 3)), nn.Conv2d(C, 6, 3, stride=2, padding=(1, 0))), [CONV]),
+    "pad functional": (Function(lambda m, x: m.conv(F.pad(x, (1, 2, 0, 1))), conv=nn.Conv2d(C, 6, 3)), [CONV]),
+    "pad twice": (nn.Sequential(nn.ZeroPad2d(1), nn.ConstantPad2d((2, 0, 0, 0), 0.0), nn.Conv2d(C, 6, 3)), [CONV]),
+    "pad of a width": (Function(lambda m, x: m.conv(F.pad(x, (1, 2))), conv=nn.Conv2d(C, 6, 3)), [CONV]),
     "conv functional": (
         Function(lambda m, x: F.conv2d(x, m.k, padding=1), k=nn.Parameter(torch.randn(5, C, 3, 3))),
         [CONV],
@@ -318,6 +322,22 @@ def test_the_networks_of_this_library() -> None:
     ]  # fmt: skip
     assert_legal(graph)
     assert_same(graph, module, (1, 32, 32))
+
+
+def test_batchnorm_is_not_folded_into_what_is_read_padded_as_well() -> None:
+    """The padded copy was made before BatchNorm, so it must not see its scale."""
+
+    def forward(m, x):
+        y = m.conv(x)
+        around = F.pad(y, (1, 1, 1, 1))
+        return m.bn(y) + m.other(around)
+
+    parts = {"conv": nn.Conv2d(C, 4, 3), "bn": nn.BatchNorm2d(4), "other": nn.Conv2d(4, 4, 3)}
+    module = randomised(Function(forward, **parts))
+    graph = capture(module, (C, H, W), name="net")
+    assert_legal(graph)
+    assert_same(graph, module, (C, H, W))
+    assert ops_of(graph).count(CONV) == 3
 
 
 # ---- in place, dead, shared memory -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgecomp.errors import CaptureError, EdgecompError, UnsupportedOp, UsageError
-from edgecomp.pytorch import aten
+from edgecomp.pytorch import aten, calls
 from edgecomp.pytorch.capture import capture
 from tests.test_capture import Function, zoo
 
@@ -52,7 +52,20 @@ REFUSED = {
     "reflect": (
         lambda: nn.Sequential(nn.Conv2d(C, 6, 3, padding=1, padding_mode="reflect")),
         UnsupportedOp,
-        "layer '0': pad is not supported",
+        "layer '0': pad with mode 'reflect'",
+    ),
+    "pad with ones": (lambda: net(lambda m, x: m.conv(F.pad(x, (1, 1), value=1.0))), UnsupportedOp, "and value 1.0"),
+    "pad inwards": (lambda: net(lambda m, x: m.conv(F.pad(x, (-1, 0)))), UnsupportedOp, "only outwards"),
+    "pad channels": (lambda: net(lambda m, x: F.pad(x, (0, 0, 0, 0, 0, 1)).relu()), UnsupportedOp, "around the image"),
+    "pad before a pool": (
+        lambda: net(lambda m, x: F.max_pool2d(F.pad(x, (1, 1)), 2)),
+        UnsupportedOp,
+        "layer 'max_pool2d': max_pool2d of a tensor with zeros around it is not supported, only conv2d of such",
+    ),
+    "cat of padded": (
+        lambda: net(lambda m, x: torch.cat([F.pad(x, (1, 1)), F.pad(x, (1, 1))], 1)),
+        UnsupportedOp,
+        "of a tensor with zeros around it",
     ),
     "conv1d": (
         lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(C, 6, 3)),
@@ -130,7 +143,7 @@ def test_refused_in_one_line(case: str, capfd: pytest.CaptureFixture[str]) -> No
     assert "\n" not in text
     if kind is UnsupportedOp:
         assert text.startswith("layer ")
-        assert text.endswith(aten.SUPPORTED)
+        assert text.endswith(calls.SUPPORTED)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
@@ -160,7 +173,7 @@ def test_an_input_shape_that_is_none(shape: tuple[int, ...]) -> None:
 
 
 def test_what_the_message_teaches_is_what_is_translated() -> None:
-    taught = aten.SUPPORTED.removeprefix("edgecomp takes in ").split(", ")
+    taught = calls.SUPPORTED.removeprefix("edgecomp takes in ").split(", ")
     assert set(taught) <= set(aten.TRANSLATORS)
 
 

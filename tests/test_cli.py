@@ -99,6 +99,7 @@ def test_bad_input_is_one_line(
         (["build", "--avg-bits", "4", "--max-size", "9", "-o", "x"], "not allowed with"),
         (["build", "--format", "pb", "-o", "x"], "onnx, tflite"),
         (["build", "--input-shape", "3", "-o", "x"], "e.g. 3,224,224"),
+        (["build", "--test-share", "half", "-o", "x"], "expected a number"),
         (["fly"], "invalid choice"),
     ],
 )

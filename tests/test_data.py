@@ -207,6 +207,36 @@ def test_npz_with_two_arrays_is_split_evenly(tmp_path: Path, per_class: int) -> 
     assert other.test.images.tobytes() != got.test.images.tobytes()
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    n_classes=st.integers(1, 40),
+    per_class=st.integers(1, 6),
+    percent=st.integers(1, 99),
+    seed=st.integers(0, 9),
+)
+def test_any_share_is_split_off_evenly(n_classes: int, per_class: int, percent: int, seed: int) -> None:
+    n = n_classes * per_class
+    if n < 2:
+        return
+    x, labels = np.arange(n, dtype=np.uint8).reshape(n, 1, 1), np.arange(n) % n_classes
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(f"{folder}/a.npz", x=x, y=labels)
+        got = load(f"npz:{folder}/a.npz", seed=seed, test_share=percent / 100)
+    assert len(got.test) == min(max(n * percent // 100, 1), n - 1)
+    together = np.concatenate([got.train.images.reshape(-1), got.test.images.reshape(-1)])
+    np.testing.assert_array_equal(np.sort(together), np.arange(n))
+    # Each class gives its share, rounded up or down; with one image a class, that is all or nothing.
+    counts = np.bincount(got.test.labels, minlength=n_classes)
+    assert (np.abs(counts - per_class * percent / 100) < 1 + 1e-9).all()
+    assert got.classes == tuple(map(str, range(n_classes)))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan"), 50])
+def test_a_share_that_leaves_one_part_empty_is_refused(share: float) -> None:
+    with pytest.raises(UsageError, match=r"share of test images is .*, expected a number between 0 and 1"):
+        load("sample", test_share=share)
+
+
 def test_the_smallest_set_that_can_be_split(tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", x=IMAGES[:2], y=LABELS[:2])
     got = load(f"npz:{tmp_path}/two.npz")

@@ -304,6 +304,7 @@ def manifest_text(graph: Graph) -> str:
         "budget": {"kind": "avg-bits", "asked": 4.0, "got": 3.9, "met": True},
         "float": {"accuracy": 92.0, "n": 2000},
         "classes": ["shirt", "shoe"],
+        "test_share": 0.2,
         "seed": 7,
     }
     return write_json({key: values.get(key, {}) for key in manifest.KEYS})

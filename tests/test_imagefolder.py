@@ -259,3 +259,6 @@ def test_imagenet_has_a_thousand_classes(shared: Path) -> None:
     assert (len(got.classes), len(got.train), len(got.test)) == (1000, 800, 200)
     assert got.classes[0].startswith("n01440764")
     assert got.train.images.shape[1:] == (256, 256, 3)
+    half = load(f"folder:{shared}/data/imagenet1k-one-per-class.zip", test_share=0.5)
+    assert (len(half.train), len(half.test)) == (500, 500)
+    assert sorted([*half.train.labels, *half.test.labels]) == list(range(1000))

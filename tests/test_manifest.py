@@ -140,6 +140,9 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "data as a list": (lambda r: r.update(data=["sample"]), "expected str"),
     "seed as text": (lambda r: r.update(seed="0"), "expected int"),
     "seed as truth": (lambda r: r.update(seed=True), "expected int"),
+    "share as text": (lambda r: r.update(test_share="0.2"), "'test_share' is '0.2', expected a number between 0 and 1"),
+    "share of nothing": (lambda r: r.update(test_share=0), "'test_share' is 0, expected"),
+    "share of all": (lambda r: r.update(test_share=1.0), "'test_share' is 1.0, expected"),
     "tools as a list": (lambda r: r.update(tools=[]), "expected dict"),
 }
 

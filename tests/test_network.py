@@ -14,7 +14,7 @@ from edgecomp.data import LabelledImages
 from edgecomp.errors import DataError, GraphError
 from edgecomp.graph import Graph, Op
 from edgecomp.preprocessing import Preprocessing
-from edgecomp.pytorch.network import Network, accuracy, predict
+from edgecomp.pytorch.network import Network, accuracy, batch_size, predict
 from tests.graphs import GRAPHS, Build, images, plan_for
 
 
@@ -121,6 +121,17 @@ def labelled(graph: Graph, n: int) -> LabelledImages:
     rng = np.random.default_rng(8)
     pixels = rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
     return LabelledImages(images=pixels, labels=rng.integers(0, 10, n))
+
+
+def test_as_many_images_at_once_as_memory_bears() -> None:
+    graph = GRAPHS["plain"]()
+    values = sum(int(np.prod(t.shape)) for t in graph.tensors.values() if t.data is None)
+    assert batch_size(graph, most=64) == 64
+    most = (1 << 27) // values
+    assert batch_size(graph, most=10**9) == most
+    assert 4 * most * values <= 512 * 2**20 < 4 * (most + 1) * values
+    huge = Build(0, (1, 1 << 14, 1 << 14))
+    assert batch_size(huge.graph(huge.clip("relu", "input", 0, 6)), most=64) == 1
 
 
 def test_accuracy_counts_what_the_reference_classifies_rightly() -> None:

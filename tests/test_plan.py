@@ -120,7 +120,7 @@ LAYER = ("layers", "conv2")
 REFUSED: dict[str, tuple[Callable[[dict[str, object]], object], str]] = {
     "unknown key": (put("colour", value=1), "unknown key 'colour'"),
     "unknown key of a layer": (put(*LAYER, "colour", value=1), "layer 'conv2': unknown key 'colour'"),
-    "unknown key of preprocessing": (put("preprocessing", "crop", value=1), r"unknown keys \['crop'\]"),
+    "unknown key of preprocessing": (put("preprocessing", "clip", value=1), r"unknown keys \['clip'\]"),
     "schema missing": (drop("schema"), "key 'schema' is missing"),
     "layers missing": (drop("layers"), "key 'layers' is missing"),
     "bits missing": (drop(*LAYER, "weight_bits"), "layer 'conv2': key 'weight_bits' is missing"),

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecomp.errors import DataError, PlanError, UsageError
 from edgecomp.preprocessing import Preprocessing, preprocess, resize_and_crop
+from edgecomp.pytorch.torchvision_ops import define_missing_operators
 
 IDENTITY = Preprocessing(mean=(0.0,), std=(1.0,))
 
@@ -98,6 +100,33 @@ def test_resize_is_part_of_preprocess_and_settled_by_doing_it_first() -> None:
     assert preprocess(images[:0], p).shape == (0, 3, 6, 6)
 
 
+@pytest.mark.parametrize(("height", "width", "crop"), [(9, 5, 5), (9, 12, 4), (256, 256, 224), (7, 8, 1), (6, 11, 6)])
+def test_crop_is_torchvisions_centre(height: int, width: int, crop: int) -> None:
+    define_missing_operators()
+    from torchvision.transforms import CenterCrop
+
+    images = pixels(3, 2, height, width, 3)
+    p = Preprocessing(mean=(0.0,), std=(1 / 255,), crop=crop)
+    expected = CenterCrop(crop)(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(preprocess(images, p), expected, atol=1e-4)
+
+
+def test_crop_comes_between_resize_and_padding() -> None:
+    images, p = pixels(2, 3, 10, 7, 3), Preprocessing(mean=(0.5,), std=(0.5,), resize=6, crop=4, pad=1)
+    rest = Preprocessing(mean=(0.5,), std=(0.5,), pad=1)
+    small = np.stack([resize_and_crop(image, 6)[1:5, 1:5] for image in images])
+    np.testing.assert_array_equal(preprocess(images, p), preprocess(small, rest))
+    # A set that was resized when read is cropped all the same.
+    read = np.stack([resize_and_crop(image, 6) for image in images])
+    np.testing.assert_array_equal(preprocess(images, p), preprocess(read, p))
+
+
+def test_a_crop_larger_than_the_image_is_refused() -> None:
+    p = Preprocessing(mean=(0.0,), std=(1.0,), crop=6)
+    with pytest.raises(DataError, match="images of 9x5 pixels are smaller than --crop 6; give a smaller one"):
+        preprocess(pixels(0, 1, 5, 9, 3), p)
+
+
 def test_resize_refuses_what_would_fill_the_memory() -> None:
     with pytest.raises(DataError, match="40000x1 pixels would become 163840000x4096"):
         resize_and_crop(np.zeros((1, 40000, 1), np.uint8), 4096)
@@ -133,7 +162,10 @@ def test_float_images_pass_untouched_or_not_at_all() -> None:
 GOOD: dict[Any, Any] = {"mean": [0.5, 0.25, 0.0], "std": [1.0, 2.0, 0.125], "resize": 32, "pad": 2}
 
 
-@pytest.mark.parametrize("obj", [GOOD, {**GOOD, "resize": None, "pad": 0}, {**GOOD, "mean": [0.1], "std": [0.3]}])
+@pytest.mark.parametrize(
+    "obj",
+    [GOOD, {**GOOD, "resize": None, "pad": 0}, {**GOOD, "mean": [0.1], "std": [0.3]}, {**GOOD, "crop": 28}],
+)
 def test_json_round_trip(obj: dict[str, object]) -> None:
     p = Preprocessing.from_json(json.loads(json.dumps(obj)), "plan.json")
     assert p.to_json() == obj
@@ -156,6 +188,10 @@ BAD_VALUES = [
     ("resize", 4097, "resize is 4097"),
     ("resize", 32.0, "resize is 32.0"),
     ("resize", True, "resize is True"),
+    ("crop", 0, "crop is 0"),
+    ("crop", True, "crop is True"),
+    ("crop", 4097, "crop is 4097"),
+    ("crop", 33, "crop is 33 and resize 32; expected a crop no larger than resize"),
     ("pad", -1, "pad is -1"),
     ("pad", 4097, "pad is 4097"),
     ("pad", False, "pad is False"),
@@ -179,7 +215,7 @@ def test_values_out_of_range(key: str, value: object, message: str) -> None:
         (None, "found NoneType, expected an object"),
         ([GOOD], "found list"),
         ({k: v for k, v in GOOD.items() if k != "pad"}, r"missing keys \['pad'\]"),
-        ({**GOOD, "crop": 1}, r"unknown keys \['crop'\]"),
+        ({**GOOD, "clip": 1}, r"unknown keys \['clip'\]"),
         ({**GOOD, 1: 1}, r"unknown keys \['1'\]"),
         ({**GOOD, "mean": 0.5}, "mean is float, expected a list"),
         ({**GOOD, "std": "111"}, "std is str"),

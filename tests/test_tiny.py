@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from PIL import Image
 
 from edgecomp.cli import main
 from tests.tiny import Place
@@ -140,6 +141,24 @@ def test_max_drop_spends_less_than_eight_bits(place: Place, monkeypatch: pytest.
     assert manifest["budget"]["met"]
     assert manifest["budget"]["got"] <= 3
     assert manifest["artifacts"][0]["mean_bits"] < 8
+
+
+def test_one_image_a_class_halved_and_cropped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No class is in both halves; the manifest holds what `verify` needs to make the same halves again."""
+    monkeypatch.chdir(place.folder)
+    rng = np.random.default_rng(5)
+    for i in range(4):
+        (place.folder / "few" / f"class{i}").mkdir(parents=True)
+        pixels = rng.integers(0, 256, (12, 12), dtype=np.uint8)
+        Image.fromarray(pixels).save(place.folder / "few" / f"class{i}" / "only.png")
+    model = ["tinymodels:tiny", "--weights", "tiny.pt", "--data", "folder:few", "--crop", "8", "--test-share", "0.5"]
+    assert main(["build", *model, "--format", "onnx", "-o", "halved"]) == 0
+    manifest = json.loads((place.folder / "halved" / "manifest.json").read_text())
+    assert manifest["test_share"] == 0.5
+    assert manifest["preprocessing"]["crop"] == 8
+    assert manifest["artifacts"][0]["accuracy"]["n"] == 2
+    assert json.loads((place.folder / "halved" / "plan.json").read_text())["made_by"]["samples"] == "2"
+    assert main(["verify", "halved"]) == 0
 
 
 def test_inspect_names_the_layers(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,173 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
-from torch import fx
 
-from edgecomp.errors import CaptureError, UnsupportedOp
-from edgecomp.graph import WEIGHTED, Array, Attribute, Node, Op, Tensor
-from edgecomp.ops import OPS, Shape
-
-
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """A tensor that depends on the image: its name in the graph and its shape, N = 1."""
-
-    name: str
-    shape: Shape
-
-
-Value = Activation | torch.Tensor | tuple["Value | None", ...]
-"""What a node of the exported program stands for: an activation, a constant, or several outputs."""
-
-
-def operator_name(node: fx.Node) -> str:
-    """Name the ATen operator of a node, in-place form and overload left out: "relu" for aten.relu_.default."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return str(getattr(node.target, "__name__", node.target))
-    name = str(schema.name).removeprefix("aten::")
-    return name.removesuffix("_") if schema.is_mutable else name
-
-
-def bind(node: fx.Node) -> dict[str, Any]:
-    """Give the arguments of a node by their names in the operator's schema, defaults included."""
-    arguments = cast("Any", node.target)._schema.arguments
-    given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | dict(node.kwargs)
-    return {argument.name: given.get(argument.name, argument.default_value) for argument in arguments}
-
-
-@dataclass(slots=True, kw_only=True)
-class Builder:
-    """The graph while it grows.
-
-    Attributes:
-        used: names that are taken.
-        nodes: in running order.
-        tensors: by name.
-        reserved: names of modules, which a functional operator may not take.
-    """
-
-    used: set[str]
-    reserved: frozenset[str]
-    nodes: list[Node] = field(default_factory=list)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    def unique(self, name: str, *, functional: bool) -> str:
-        """Take a name: `name` itself, or `name:2`, `name:3` ... where it is taken."""
-        n, candidate = 1, name
-        while candidate in self.used or (functional and candidate in self.reserved):
-            n += 1
-            candidate = f"{name}:{n}"
-        self.used.add(candidate)
-        return candidate
-
-    def emit(
-        self,
-        name: str,
-        op: Op,
-        inputs: Sequence[Activation],
-        *,
-        weights: Mapping[str, Array] | None = None,
-        **attrs: Attribute,
-    ) -> Activation:
-        """Append a node that writes the tensor `name`.
-
-        Raises:
-            GraphError: the inputs do not fit together.
-        """
-        names = [x.name for x in inputs]
-        for role, data in (weights or {}).items():
-            names.append(f"{name}.{role}")
-            self.store(names[-1], data)
-        shapes = [self.tensors[x].shape for x in names]
-        shape = OPS[op].shape(shapes, attrs)
-        self.tensors[name] = Tensor(name=name, shape=shape)
-        self.nodes.append(Node(name=name, op=op, inputs=tuple(names), outputs=(name,), attrs=attrs))
-        return Activation(name, shape)
-
-    def store(self, name: str, data: Array) -> None:
-        """Keep a weight as float32."""
-        with np.errstate(over="ignore"):  # the result is checked, and named, just below
-            data = np.array(data, dtype=np.float32)
-        if not np.isfinite(data).all():
-            raise CaptureError(f"weight {name!r} holds NaN or infinity; expected finite numbers: check the training")
-        self.tensors[name] = Tensor(name=name, shape=data.shape, data=data)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One operator of the exported program about to be translated.
-
-    Attributes:
-        build: where nodes go.
-        node: the call itself.
-        layer: where it stands, for people and for names: "layer1.0.conv2" or "stack1.add".
-        functional: whether `layer` ends in an operator's name rather than being a module's own.
-        args: by schema name; activations and constants in the place of fx nodes.
-        sole: whether nothing but this call reads a given activation.
-    """
-
-    build: Builder
-    node: fx.Node
-    layer: str
-    functional: bool
-    args: Mapping[str, Any]
-    sole: Callable[[Activation], bool]
-
-    def refuse(self, found: str) -> UnsupportedOp:
-        """Make the error for this call; `found` says what of it edgecomp does not know."""
-        return UnsupportedOp(f"layer {self.layer!r}: {operator_name(self.node)} {found}; {SUPPORTED}")
-
-    def activation(self, name: str, *, ndim: int | None = None) -> Activation:
-        """Read an argument that must depend on the image."""
-        value = self.args[name]
-        if not isinstance(value, Activation):
-            kind = "a constant tensor" if isinstance(value, torch.Tensor) else f"the constant {value!r}"
-            raise self.refuse(f"with {kind} for {name!r} is not supported")
-        if ndim is not None and len(value.shape) != ndim:
-            raise self.refuse(f"on a tensor of shape {value.shape} is not supported, only {ndim} dimensions")
-        return value
-
-    def constant(self, name: str) -> Array | None:
-        """Read an argument that must be a weight, or absent."""
-        value = self.args[name]
-        if value is None:
-            return None
-        if not isinstance(value, torch.Tensor):
-            raise self.refuse(f"with a {name!r} that is computed from the image is not supported")
-        return value.detach().cpu().numpy()
-
-    def weight(self, name: str) -> Array:
-        """Read an argument that must be a weight."""
-        value = self.constant(name)
-        if value is None:
-            raise self.refuse(f"without {name!r} is not supported")
-        return value
-
-    def pair(self, name: str) -> tuple[int, int]:
-        """Read an argument that is one or two whole numbers; an empty stride means the kernel's size."""
-        value = self.args[name]
-        numbers = [int(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
-        if not numbers and name == "stride":
-            return self.pair("kernel_size")
-        return (numbers[0], numbers[-1])
-
-    def out_shape(self) -> Shape:
-        """Give the shape that torch found for the first output."""
-        value = self.node.meta["val"]
-        return tuple(int(n) for n in (value[0] if isinstance(value, (list, tuple)) else value).shape)
-
-    def emit(
-        self, op: Op, inputs: Sequence[Activation], *, weights: Mapping[str, Array] | None = None, **attrs: Attribute
-    ) -> Activation:
-        """Append the node of this call, under its own name."""
-        name = self.build.unique(self.layer, functional=self.functional)
-        return self.build.emit(name, op, inputs, weights=weights, **attrs)
+from edgecomp.errors import CaptureError
+from edgecomp.graph import WEIGHTED, Array, Op
+from edgecomp.pytorch.calls import Activation, Call, Padded, Value, operator_name
 
 
 def _with_bias(weight: Array, bias: Array | None) -> dict[str, Array]:
@@ -196,12 +37,13 @@ def _conv2d(call: Call) -> Value:
     else:
         h, w = (0, 0) if padding == "valid" else call.pair("padding")
         pads = (h, w, h, w)
+    x, around = call.padded("input", ndim=4)
     return call.emit(
         Op.CONV2D,
-        [call.activation("input", ndim=4)],
+        [x],
         weights=_with_bias(weight, call.constant("bias")),
         stride=call.pair("stride"),
-        pads=pads,
+        pads=tuple(a + b for a, b in zip(pads, around, strict=True)),
         dilation=dilation,
         groups=int(call.args["groups"]),
     )
@@ -316,6 +158,8 @@ def _add(call: Call) -> Value:
 
 def _cat(call: Call) -> Value:
     parts = call.args["tensors"]
+    if any(isinstance(part, Padded) for part in parts):
+        raise call.refuse("of a tensor with zeros around it is not supported, only conv2d of such")
     if not all(isinstance(part, Activation) for part in parts):
         raise call.refuse("with a constant tensor is not supported")
     ndim = len(parts[0].shape)
@@ -429,6 +273,18 @@ def _same(call: Call) -> Value:
     return x
 
 
+def _pad(call: Call) -> Value:
+    """Put zeros around an image: what "same" padding of other frameworks becomes in PyTorch."""
+    x, around = call.padded("self", ndim=4)
+    mode, value = call.args.get("mode", "constant"), call.args.get("value")
+    if mode != "constant" or value not in (None, 0):
+        raise call.refuse(f"with mode {mode!r} and value {value} is not supported, only with zeros")
+    left, right, top, bottom, *others = *(int(n) for n in call.args["pad"]), *(0,) * 4
+    if any(others) or min(left, right, top, bottom) < 0:
+        raise call.refuse(f"by {call.args['pad']} is not supported, only outwards and around the image")
+    return Padded(x, (around[0] + top, around[1] + left, around[2] + bottom, around[3] + right))
+
+
 _RESHAPES = ("flatten", "view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "unflatten", "view_as")
 _SAME = ("dropout", "feature_dropout", "alpha_dropout", "detach", "alias", "contiguous", "to", "expand")
 _COPIES = ("clone", "_to_copy", "lift_fresh_copy")
@@ -465,14 +321,8 @@ TRANSLATORS: Mapping[str, Callable[[Call], Value]] = {
     "_adaptive_avg_pool2d": _adaptive_pool2d,
     "adaptive_max_pool2d": _adaptive_pool2d,
     "mean": _mean,
+    "pad": _pad,
+    "constant_pad_nd": _pad,
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys((*_SAME, *_COPIES), _same),
 }
-
-
-_TAUGHT = (
-    "conv2d, linear, batch_norm, relu, relu6, hardtanh, clamp, add, cat, max_pool2d, avg_pool2d, adaptive_avg_pool2d, "
-    "adaptive_max_pool2d, mean, flatten, reshape, dropout, softmax"
-)  # without the other spellings of the same
-SUPPORTED = f"edgecomp takes in {_TAUGHT}"
-"""The end of every UnsupportedOp message."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from edgecomp.data import LabelledImages
 
 Attrs = Mapping[str, Attribute]
+
+_ACTIVATION_VALUES = 1 << 27
 
 
 class Network(torch.nn.Module):
@@ -108,12 +111,21 @@ def as_input(x: Array, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.array(x)).to(dtype)
 
 
+def batch_size(graph: Graph, *, most: int) -> int:
+    """Give how many images to run at once: at most `most`, and as many as keep all activations near 512 MB in float32.
+
+    Beyond that memory runs out first, and speed is lost with the caches long before.
+    """
+    values = sum(math.prod(tensor.shape) for tensor in graph.tensors.values() if tensor.data is None)
+    return max(1, min(most, _ACTIVATION_VALUES // values))
+
+
 def predict(
     graph: Graph,
     images: LabelledImages,
     preprocessing: Preprocessing,
     *,
-    batch: int = 256,
+    batch: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Array:
     """Give the class with the largest output for each image: int64 (N,).
@@ -122,7 +134,7 @@ def predict(
         graph: float, with one output of one value a class.
         images: what to classify.
         preprocessing: what turns their pixels into the network's input.
-        batch: images at once.
+        batch: images at once; None for `batch_size`.
         progress: called after each batch with the number of images in it.
 
     Raises:
@@ -132,6 +144,7 @@ def predict(
     if len(graph.outputs) != 1:
         raise GraphError(f"graph {graph.name!r} has {len(graph.outputs)} outputs, a classifier has one")
     network = Network(graph)
+    batch = batch or batch_size(graph, most=256)
     n = len(images.labels)
     classes = np.empty(n, dtype=np.int64)
     with torch.inference_mode():
@@ -149,7 +162,7 @@ def accuracy(
     images: LabelledImages,
     preprocessing: Preprocessing,
     *,
-    batch: int = 256,
+    batch: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> float:
     """Give the percentage of images whose largest output is their label; arguments and errors as `predict`."""

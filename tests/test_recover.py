@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from edgecomp import quantmath, reference
 from edgecomp.compress import compress
 from edgecomp.errors import DataError
-from edgecomp.graph import Graph
+from edgecomp.graph import Graph, Op
 from edgecomp.plan import CompressionPlan
+from edgecomp.pytorch import recover
 from edgecomp.pytorch.recover import reconstruct
-from edgecomp.pytorch.rounding import basis, choose_scale, round_columns
+from edgecomp.pytorch.rounding import basis, choose_scale, corrected, moments, round_columns
 from edgecomp.quantmath import Grid
 from tests.graphs import GRAPHS, images, plan_for
 
@@ -104,11 +105,43 @@ def test_the_mean_of_each_channel_is_kept() -> None:
     plan = plan_for(graph, 3)
     x = images(graph, 96, seed=3)
     found = reconstruct(graph, plan.ranges, grids_of(plan), [x])
-    # The first layer sees the same input in both, but for its rounding to int8.
-    means = [reference.run(g, {"input": x})["conv1"].mean(axis=(0, 2, 3)) for g in (graph, found)]
+    # Behind its clip; the first layer sees the same input in both, but for its rounding to int8.
+    means = [reference.run(g, {"input": x})["relu1"].mean(axis=(0, 2, 3)) for g in (graph, found)]
     untouched = {**graph.tensors, "conv1.weight": found.tensors["conv1.weight"]}
-    without = reference.run(replace(graph, tensors=untouched), {"input": x})["conv1"].mean(axis=(0, 2, 3))
+    without = reference.run(replace(graph, tensors=untouched), {"input": x})["relu1"].mean(axis=(0, 2, 3))
     assert np.abs(means[1] - means[0]).max() < 0.2 * np.abs(without - means[0]).max()
+
+
+@pytest.mark.parametrize("limits", [(0.0, 6.0), (0.0, np.inf), (-np.inf, np.inf)])
+def test_the_mean_behind_a_clip_is_kept(limits: tuple[float, float]) -> None:
+    """Pre-activations as trained networks have them: most far outside the limits, the error proportional to them."""
+    rng = np.random.default_rng(4)
+    wanted = rng.normal(rng.uniform(-10, 10, (1, 12, 1, 1)), 15, (40, 12, 6, 6)).astype(np.float32)
+    found = (wanted * 0.9 + rng.normal(0.5, 0.5, wanted.shape)).astype(np.float32)
+    parts = [[torch.from_numpy(x[:15]), torch.from_numpy(x[15:])] for x in (found, wanted)]
+    shift = recover._shift(*parts, limits).numpy()
+    assert shift.shape == (12,)
+    for c in range(12):
+        low, high = -50.0, 50.0  # bisection: the mean behind the clip rises with the shift
+        for _ in range(60):
+            middle = (low + high) / 2
+            above = np.clip(found[:, c] + middle, *limits).mean() > np.clip(wanted[:, c], *limits).mean()
+            low, high = (low, middle) if above else (middle, high)
+        assert shift[c] == pytest.approx(middle, abs=0.02)
+
+
+def test_weights_move_to_undo_errors() -> None:
+    """Ridge regression in numpy; errors that are a linear function of the inputs vanish as the inputs get many."""
+    graph = GRAPHS["plain"]()
+    node = next(node for node in graph.layers() if node.op is Op.LINEAR)
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((5, 7)).astype(np.float32)
+    x, e = rng.standard_normal((50, 7)).astype(np.float32), rng.standard_normal((50, 5)).astype(np.float32)
+    w = torch.from_numpy(weight)
+    sums = moments(node, [torch.from_numpy(x)], 0, 1, w, [torch.from_numpy(e)])
+    h = x.T.astype(np.float64) @ x
+    wanted = weight + e.T @ x @ np.linalg.inv(h + 0.5 * np.diag(h).mean() * np.eye(7))
+    np.testing.assert_allclose(corrected(w, sums).numpy(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_wide_layers_stay_as_they_are_and_the_graph_is_not_touched() -> None:

@@ -1,8 +1,9 @@
 """What wins accuracy back after rounding, from images alone: layer-wise reconstruction, without labels or training.
 
 Layers are rounded (`rounding`) in running order, on inputs that the layers before them, already rounded, really give;
-what remains of the mean error goes into the bias. The result is a float graph whose weights lie on their grids, so that
-`compress` finds the same codes again.
+first the weights move to what undoes the error of those layers (ridge regression; cf. GPTAQ, arXiv 2504.02692), then
+they are rounded; what remains of the mean error behind the clip that follows goes into the bias. The result is a float
+graph whose weights lie on their grids, so that `compress` finds the same codes again.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from edgecomp.errors import DataError
 from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op, QuantParams
 from edgecomp.plan import ActRange
 from edgecomp.pytorch.network import as_input, compute
-from edgecomp.pytorch.rounding import basis, choose_scale, enough, input_energy, round_columns, round_nearest
+from edgecomp.pytorch.rounding import basis, choose_scale, corrected, enough, moments, round_columns, round_nearest
 from edgecomp.quantmath import Grid
 
 MOST_BITS = 6
-"""Wider layers are left as they are: rounding them to the nearest code loses nothing one can measure."""
+"""Wider layers keep their weights: rounding them to the nearest code loses nothing one can measure."""
+_SHIFT_STEPS = 6
+_LEAST_FREE = 0.05
+"""A step counts at least this share of the values as passing the clip: where fewer do, it would go too far."""
 
 
 def reconstruct(
@@ -54,6 +58,7 @@ def reconstruct(
         raise DataError("no images to reconstruct with; expected at least one")
     fused = compression.fuse_clips(graph)
     activations = compression.activation_params(fused, ranges)
+    limits = {node.name: _limits(node) for node in fused.nodes}
     last_reader = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
     tensors = dict(graph.tensors)
     weights = {name: as_input(t.data, torch.float32) for name, t in graph.tensors.items() if t.data is not None}
@@ -67,7 +72,9 @@ def reconstruct(
             rounded_inputs = _gather(rounded, node, len(batches))
             wanted = [compute(node, [*x, *parameters]) for x in exact_inputs]
             if node.op in WEIGHTED:
-                found, adjusted = _adjust(node, parameters, rounded_inputs, wanted, grids[node.name])
+                found, adjusted = _adjust(
+                    node, parameters, rounded_inputs, wanted, grids[node.name], limits[node.name]
+                )
                 for name, value in zip(node.inputs[1:], adjusted, strict=True):
                     tensors[name] = replace(tensors[name], data=value.numpy())
                 if progress is not None:
@@ -98,34 +105,86 @@ def _fake_quantize(x: Tensor, params: QuantParams | None) -> Tensor:
 
 
 def _adjust(
-    node: Node, parameters: list[Tensor], inputs: list[list[Tensor]], wanted: list[Tensor], grid: Grid
+    node: Node,
+    parameters: list[Tensor],
+    inputs: list[list[Tensor]],
+    wanted: list[Tensor],
+    grid: Grid,
+    limits: tuple[float, float],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Round one layer: (its outputs on `inputs`, the parameters to store)."""
     weight = parameters[0]
     if grid.bits > MOST_BITS:
         scale = torch.from_numpy(quantmath.choose_weight_scale(weight.numpy(), grid.bits))
-        near = round_nearest(weight.flatten(1), scale, grid.bits).reshape(weight.shape)
-        # Stored as they were: `compress` rounds them the same way.
-        return [compute(node, [*x, near, *parameters[1:]]) for x in inputs], parameters
+        rounded = round_nearest(weight.flatten(1), scale, grid.bits).reshape(weight.shape)
+        # Stored as it was: `compress` rounds it the same way.
+        stored = weight
+    else:
+        rounded = stored = _rounded(node, parameters, inputs, wanted, grid, limits)
+    outputs = [compute(node, [*x, rounded, *parameters[1:]]) for x in inputs]
+    if len(parameters) == 1:
+        return outputs, [stored]
+    shift = _shift(outputs, wanted, limits)
+    column = shift.reshape(1, -1, *[1] * (wanted[0].ndim - 2))
+    return [y.add_(column) for y in outputs], [stored, parameters[1] + shift]
+
+
+def _rounded(
+    node: Node,
+    parameters: list[Tensor],
+    inputs: list[list[Tensor]],
+    wanted: list[Tensor],
+    grid: Grid,
+    limits: tuple[float, float],
+) -> Tensor:
+    """Round the weight of a layer, each group of channels by itself."""
+    weight = parameters[0]
     rounded = torch.empty_like(weight)
     groups = int(node.attrs["groups"]) if node.op is Op.CONV2D else 1  # type: ignore[arg-type]
     per = weight.shape[0] // groups
     used = enough(node, [x[0] for x in inputs], weight)
+    errors = None
+    if groups == 1 and node.op is Op.CONV2D:
+        errors = [
+            (y.clamp(*limits) - compute(node, [x, *parameters]).clamp_(*limits))
+            for x, y in zip(used, wanted, strict=False)
+        ]
     # A step is the whole layer's, whatever the group.
     step = torch.from_numpy(quantmath.grid_scale(weight.numpy(), grid)) if grid.step is not None else None
     for g in range(groups):
-        rows = slice(g * per, (g + 1) * per)
-        found = basis(input_energy(node, used, g, groups, weight))
-        scale = choose_scale(weight[rows].flatten(1), found.energy, grid.bits) if step is None else step[rows]
-        result = round_columns(weight[rows].flatten(1), found, scale, grid.bits)
+        part = slice(g * per, (g + 1) * per)
+        sums = moments(node, used, g, groups, weight, errors)
+        found = basis(sums.energy)
+        rows = corrected(weight[part].flatten(1), sums)
+        scale = choose_scale(rows, found.energy, grid.bits) if step is None else step[part]
+        result = round_columns(rows, found, scale, grid.bits)
         values = torch.from_numpy(result.codes.astype(np.float32) * result.scale[:, None])
-        rounded[rows] = values.reshape(weight[rows].shape)
-    outputs = [compute(node, [*x, rounded, *parameters[1:]]) for x in inputs]
-    if len(parameters) == 1:
-        return outputs, [rounded]
+        rounded[part] = values.reshape(weight[part].shape)
+    return rounded
+
+
+def _limits(node: Node) -> tuple[float, float]:
+    """Give the limits of the clip that is fused into a node: infinite where there is none."""
+    low, high = node.attrs.get("low", -np.inf), node.attrs.get("high", np.inf)
+    return float(low), float(high)  # type: ignore[arg-type]
+
+
+def _shift(found: list[Tensor], wanted: list[Tensor], limits: tuple[float, float]) -> Tensor:
+    """Choose what each channel's bias must gain for the mean behind the clip to be kept: float32 (O,).
+
+    The mean before a clip is no guide: what is cut off can be many times what passes. Without a clip one step is
+    exact; with one, Newton's method finds the zero of a function that is piecewise linear and rises.
+    """
     axes = [0, *range(2, wanted[0].ndim)]
     n_values = sum(y.numel() // y.shape[1] for y in wanted)
-    off = sum(((y - z).sum(axes, dtype=torch.float64) for y, z in zip(wanted, outputs, strict=True)), torch.zeros(()))
-    shift = (off / n_values).to(torch.float32)
-    column = shift.reshape(1, -1, *[1] * (wanted[0].ndim - 2))
-    return [y + column for y in outputs], [rounded, parameters[1] + shift]
+    low, high = limits
+    total = sum((y.clamp(low, high).sum(axes, dtype=torch.float64) for y in wanted), torch.zeros(()))
+    shift = torch.zeros(wanted[0].shape[1], dtype=torch.float64)
+    for _ in range(_SHIFT_STEPS if np.isfinite(limits).any() else 1):
+        off, n_free = total.clone(), torch.zeros_like(shift)
+        for z in found:
+            moved = z + shift.to(z.dtype).reshape(1, -1, *[1] * (z.ndim - 2))
+            off -= moved.clamp(low, high).sum(axes, dtype=torch.float64)
+            n_free += ((moved > low) & (moved < high)).sum(axes)
+        shift += off / n_free.clamp_min(_LEAST_FREE * n_values)
+    return shift.to(torch.float32)

@@ -19,6 +19,7 @@ from edgecomp.graph import Array, Node, Op
 from edgecomp.ops import ints
 
 _DAMPING = 0.01
+_RIDGE = 0.5
 _POSITIONS = 16
 _BLOCK = 64
 _CLIP_STEPS = 24
@@ -74,8 +75,23 @@ def enough(node: Node, inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
     return inputs
 
 
-def input_energy(node: Node, inputs: list[Tensor], group: int, groups: int, weight: Tensor) -> Tensor:
-    """Sum x x^T over images and positions: float32 (d, d).
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Moments:
+    """Sums over images and positions, d inputs of one output value.
+
+    Attributes:
+        energy: float32 (d, d): sum x x^T.
+        cross: float32 (O, d): sum e x^T, with e what was asked of the outputs; None where nothing was.
+    """
+
+    energy: Tensor
+    cross: Tensor | None
+
+
+def moments(
+    node: Node, inputs: list[Tensor], group: int, groups: int, weight: Tensor, errors: list[Tensor] | None = None
+) -> Moments:
+    """Sum x x^T, and e x^T where errors are given.
 
     Args:
         node: conv2d or linear.
@@ -83,12 +99,17 @@ def input_energy(node: Node, inputs: list[Tensor], group: int, groups: int, weig
         group: number of the group of channels.
         groups: how many there are.
         weight: of the node, for its shape.
+        errors: of the node's outputs, (N, O, OH, OW) or (N, O) each; of one group only.
     """
     d = weight[0].numel()
     h = torch.zeros(d, d)
-    for x in inputs:
+    cross = None if errors is None else torch.zeros(len(weight), d)
+    for number, x in enumerate(inputs):
+        e = None if errors is None else errors[number]
         if node.op is Op.LINEAR:
             h.addmm_(x.T, x)
+            if e is not None and cross is not None:
+                cross.addmm_(e.T, x)
             continue
         top, left, bottom, right = ints(node.attrs, "pads")
         channels = x.shape[1] // groups
@@ -104,7 +125,22 @@ def input_energy(node: Node, inputs: list[Tensor], group: int, groups: int, weig
             )
             flat = columns.transpose(1, 2).reshape(-1, d)
             h.addmm_(flat.T, flat)
-    return h
+            if e is not None and cross is not None:
+                rows = e[start : start + step].flatten(2).transpose(1, 2).reshape(-1, len(weight))
+                cross.addmm_(rows.T, flat)
+    return Moments(energy=h, cross=cross)
+
+
+def corrected(rows: Tensor, found: Moments) -> Tensor:
+    """Give weights (O, d) that undo as much of the outputs' error as the inputs explain: ridge regression.
+
+    W + E X^T (X X^T + r I)^-1, with r half the mean of the diagonal: inputs are few beside the weights they decide on.
+    """
+    if found.cross is None:
+        return rows
+    h = found.energy.clone()
+    h.diagonal().add_(max(_RIDGE * float(h.diagonal().mean()), 1e-12))
+    return rows + torch.cholesky_solve(found.cross.T, torch.linalg.cholesky(h)).T
 
 
 def basis(h: Tensor) -> Basis:

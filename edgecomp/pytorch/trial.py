@@ -18,7 +18,7 @@ from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op
 from edgecomp.plan import Relevance
 from edgecomp.planner import LayerChoices, grids_of, weighed
 from edgecomp.pytorch.network import as_input, compute
-from edgecomp.pytorch.rounding import basis, choose_scale, enough, input_energy, round_columns
+from edgecomp.pytorch.rounding import basis, choose_scale, enough, moments, round_columns
 
 _ROWS = 64
 """Rows of a group of channels that are tried."""
@@ -77,7 +77,7 @@ def _try(
     counts = {grid: np.zeros(256) for grid in grids}
     for g in range(groups):
         rows = weight[g * per : (g + 1) * per].flatten(1)
-        found = basis(input_energy(node, used, g, groups, weight))
+        found = basis(moments(node, used, g, groups, weight).energy)
         pick = torch.linspace(0, per - 1, min(per, _ROWS)).long()
         share = per / len(pick)
         row_cost = cost[g * per : (g + 1) * per][pick.numpy()]

@@ -23,6 +23,7 @@ from edgecomp.overview import overview
 from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, write_json
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.quantmath import Grid
+from edgecomp.selection import parse_classes, select_classes
 from edgecomp.spending import (
     Budget,
     BudgetKind,
@@ -80,6 +81,7 @@ def build(
     seed: int,
     folder: Path,
     force: bool,
+    classes: str | None = None,
     stage: Stage = silent,
 ) -> Built:
     """Compress a model and write its folder.
@@ -98,6 +100,7 @@ def build(
         seed: of every random choice.
         folder: where to write.
         force: replace an earlier build there.
+        classes: the classes the files are for, see `selection.parse_classes`; None for all.
         stage: shows how far the work is.
 
     Raises:
@@ -117,7 +120,9 @@ def build(
     data = data or SAMPLE
     images = _load_images(data, seed, preprocessing, stage)
     shape = _input_shape(images.test, preprocessing, input_shape)
-    graph, float_accuracy = _capture(model, weights, shape, images, preprocessing, stage)
+    original = _capture(model, weights, shape, images, stage)
+    graph, images, class_weights = _select(original, images, classes)
+    float_accuracy = _float_accuracy(graph, images.test, preprocessing, stage)
     drop_points = None
     if budget.kind is BudgetKind.MAX_DROP:
         train, held_out = _split(images.train, n_calibration, seed=seed)
@@ -125,7 +130,7 @@ def build(
     else:
         train = draw(images.train, n_calibration, seed=seed)
     batches = [train.inputs(preprocessing, i, i + _BATCH) for i in range(0, len(train), _BATCH)]
-    relevance, ranges = _explain(graph, batches, train.labels, stage)
+    relevance, ranges = _explain(graph, batches, train.labels, class_weights, stage)
     keep = planner.irrelevant_channels(graph, relevance)
     with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
         if reconstruction:
@@ -179,9 +184,9 @@ def build(
         "classes": list(images.classes),
         "io": io.value,
         "budget": {"kind": budget.kind.value, "asked": budget.asked, "got": spent.got, "met": spent.met},
-        "float": manifest.float_entry(graph, float_accuracy, len(images.test)),
+        "float": manifest.float_entry(original, float_accuracy, len(images.test)),
         "artifacts": [manifest.artifact_entry(e, quantized, m) for e, m in zip(exported, measured, strict=True)],
-        "layers": manifest.layer_entries(graph, quantized, plan, relevance, exported),
+        "layers": manifest.layer_entries(original, quantized, plan, relevance, exported),
         "graph_digest": plan.graph_digest,
         "plan_sha256": hashlib.sha256(plan_text.encode()).hexdigest(),
         "seed": seed,
@@ -237,12 +242,10 @@ def _capture(
     weights: Path | None,
     shape: tuple[int, int, int],
     images: DataSet,
-    preprocessing: Preprocessing,
     stage: Stage,
-) -> tuple[Graph, float]:
+) -> Graph:
     from edgecomp.pytorch.capture import capture
     from edgecomp.pytorch.load import load_module
-    from edgecomp.pytorch.network import accuracy
 
     with stage("reading the model", 2) as advance:
         module = load_module(model, weights)
@@ -253,8 +256,22 @@ def _capture(
     labels = 1 + max(int(images.train.labels.max()), int(images.test.labels.max()))
     if labels > outputs:
         raise DataError(f"labels go up to {labels - 1}, the model has {outputs} outputs; are these its images?")
-    with stage("float accuracy", len(images.test)) as advance:
-        return graph, accuracy(graph, images.test, preprocessing, progress=advance)
+    return graph
+
+
+def _select(graph: Graph, images: DataSet, classes: str | None) -> tuple[Graph, DataSet, Array | None]:
+    """Keep what the chosen classes need: their outputs, their images, and their weights where these differ."""
+    if classes is None:
+        return graph, images, None
+    chosen = parse_classes(classes, images.classes)
+    return select_classes(graph, chosen.indices), images.of_classes(chosen.indices), chosen.class_weights()
+
+
+def _float_accuracy(graph: Graph, test: LabelledImages, preprocessing: Preprocessing, stage: Stage) -> float:
+    from edgecomp.pytorch.network import accuracy
+
+    with stage("float accuracy", len(test)) as advance:
+        return accuracy(graph, test, preprocessing, progress=advance)
 
 
 def _split(train: LabelledImages, n_calibration: int, *, seed: int) -> tuple[LabelledImages, LabelledImages]:
@@ -269,7 +286,7 @@ def _split(train: LabelledImages, n_calibration: int, *, seed: int) -> tuple[Lab
 
 
 def _explain(
-    graph: Graph, batches: Sequence[Array], labels: Array, stage: Stage
+    graph: Graph, batches: Sequence[Array], labels: Array, class_weights: Array | None, stage: Stage
 ) -> tuple[Relevance, Mapping[str, ActRange]]:
     from edgecomp.pytorch.calibrate import calibrate
     from edgecomp.pytorch.relevance import score
@@ -277,7 +294,7 @@ def _explain(
     starts = np.cumsum([0, *(len(x) for x in batches)])
     labelled = [(x, labels[start : start + len(x)]) for x, start in zip(batches, starts, strict=False)]
     with stage("relevance", len(labels)) as advance:
-        relevance = score(graph, labelled, progress=advance)
+        relevance = score(graph, labelled, class_weights=class_weights, progress=advance)
     with stage("activation ranges", 2 * len(labels)) as advance:
         return relevance, calibrate(graph, batches, progress=advance)
 

@@ -168,6 +168,9 @@ def _add_build(verbs: Any) -> None:
     p.add_argument("--resize", type=int, metavar="N", help="shorter side to N, then the centre N x N")
     p.add_argument("--pad", type=int, metavar="N", help="black pixels on each side, before normalisation")
     p.add_argument("--calib", type=int, default=512, metavar="N", help="training images to look at (default 512)")
+    p.add_argument(
+        "--classes", metavar="A,B,C", help="names or numbers of the classes the device is for, each with =WEIGHT or not"
+    )
     limits = p.add_mutually_exclusive_group()
     limits.add_argument("--avg-bits", type=_number, metavar="X", help="mean bits a weight, 2 to 8 (default 4)")
     limits.add_argument("--max-size", type=_size, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
@@ -330,6 +333,7 @@ def _build(args: argparse.Namespace) -> int:
         seed=args.seed,
         folder=args.output,
         force=args.force,
+        classes=args.classes,
         stage=_stage,
     )
     print(results_table(built.manifest))

@@ -23,6 +23,7 @@ from edgecomp.overview import overview
 from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, write_json
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.quantmath import Grid
+from edgecomp.selection import parse_classes, select_classes
 from edgecomp.spending import (
     Budget,
     BudgetKind,
@@ -43,6 +44,21 @@ Stage = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 SAMPLE = "sample"
 _BATCH = 64
 _HELD_OUT = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """What tells important from unimportant.
+
+    Attributes:
+        score: one of `pytorch.scores.Score`.
+        rule: of LRP, as `pytorch.rules.parse_composite` reads it.
+        start: of LRP: one of `pytorch.propagate.Start`.
+    """
+
+    score: str = "lrp"
+    rule: str = "epsilon"
+    start: str = "logit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,8 +97,8 @@ def build(
     seed: int,
     folder: Path,
     force: bool,
-    rule: str = "epsilon",
-    start: str = "logit",
+    scoring: Scoring = Scoring(),
+    classes: str | None = None,
     stage: Stage = silent,
 ) -> Built:
     """Compress a model and write its folder.
@@ -102,8 +118,8 @@ def build(
         seed: of every random choice.
         folder: where to write.
         force: replace an earlier build there.
-        rule: of relevance, as `pytorch.rules.parse_composite` reads it.
-        start: of relevance: one of `pytorch.propagate.Start`.
+        scoring: what tells important from unimportant.
+        classes: the classes the files are for, see `selection.parse_classes`; None for all.
         stage: shows how far the work is.
 
     Raises:
@@ -117,14 +133,16 @@ def build(
         raise UsageError("--data is missing: a model of your own needs labelled images, e.g. --data folder:PATH")
     if n_calibration < 1:
         raise UsageError(f"--calib {n_calibration}: expected at least 1")
-    _check_rule(rule)
+    _check_rule(scoring.rule)
     if model is None:
         model, weights, preprocessing = _sample(preprocessing)
     preprocessing = preprocessing or Preprocessing(mean=(0.0,), std=(1.0,))
     data = data or SAMPLE
     images = _load_images(data, test_share, seed, preprocessing, stage)
     shape = _input_shape(images.test, preprocessing, input_shape)
-    graph, float_accuracy = _capture(model, weights, shape, images, preprocessing, stage)
+    original = _capture(model, weights, shape, images, stage)
+    graph, images, class_weights = _select(original, images, classes)
+    float_accuracy = _float_accuracy(graph, images.test, preprocessing, stage)
     drop_points = None
     if budget.kind is BudgetKind.MAX_DROP:
         train, held_out = _split(images.train, n_calibration, seed=seed)
@@ -132,7 +150,7 @@ def build(
     else:
         train = draw(images.train, n_calibration, seed=seed)
     batches = _batches(graph, train, preprocessing)
-    relevance, ranges = _explain(graph, batches, train.labels, rule, start, stage)
+    relevance, ranges = _explain(graph, batches, train.labels, class_weights, scoring, seed, stage)
     keep = planner.irrelevant_channels(graph, relevance)
     with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
         if reconstruction:
@@ -187,9 +205,9 @@ def build(
         "classes": list(images.classes),
         "io": io.value,
         "budget": {"kind": budget.kind.value, "asked": budget.asked, "got": spent.got, "met": spent.met},
-        "float": manifest.float_entry(graph, float_accuracy, len(images.test)),
+        "float": manifest.float_entry(original, float_accuracy, len(images.test)),
         "artifacts": [manifest.artifact_entry(e, quantized, m) for e, m in zip(exported, measured, strict=True)],
-        "layers": manifest.layer_entries(graph, quantized, plan, relevance, exported),
+        "layers": manifest.layer_entries(original, quantized, plan, relevance, exported),
         "graph_digest": plan.graph_digest,
         "plan_sha256": hashlib.sha256(plan_text.encode()).hexdigest(),
         "seed": seed,
@@ -251,12 +269,10 @@ def _capture(
     weights: Path | None,
     shape: tuple[int, int, int],
     images: DataSet,
-    preprocessing: Preprocessing,
     stage: Stage,
-) -> tuple[Graph, float]:
+) -> Graph:
     from edgecomp.pytorch.capture import capture
     from edgecomp.pytorch.load import load_module
-    from edgecomp.pytorch.network import accuracy
 
     with stage("reading the model", 2) as advance:
         module = load_module(model, weights)
@@ -267,8 +283,22 @@ def _capture(
     labels = 1 + max(int(images.train.labels.max()), int(images.test.labels.max()))
     if labels > outputs:
         raise DataError(f"labels go up to {labels - 1}, the model has {outputs} outputs; are these its images?")
-    with stage("float accuracy", len(images.test)) as advance:
-        return graph, accuracy(graph, images.test, preprocessing, progress=advance)
+    return graph
+
+
+def _select(graph: Graph, images: DataSet, classes: str | None) -> tuple[Graph, DataSet, Array | None]:
+    """Keep what the chosen classes need: their outputs, their images, and their weights where these differ."""
+    if classes is None:
+        return graph, images, None
+    chosen = parse_classes(classes, images.classes)
+    return select_classes(graph, chosen.indices), images.of_classes(chosen.indices), chosen.class_weights()
+
+
+def _float_accuracy(graph: Graph, test: LabelledImages, preprocessing: Preprocessing, stage: Stage) -> float:
+    from edgecomp.pytorch.network import accuracy
+
+    with stage("float accuracy", len(test)) as advance:
+        return accuracy(graph, test, preprocessing, progress=advance)
 
 
 def _split(train: LabelledImages, n_calibration: int, *, seed: int) -> tuple[LabelledImages, LabelledImages]:
@@ -296,17 +326,32 @@ def _batches(graph: Graph, train: LabelledImages, preprocessing: Preprocessing) 
 
 
 def _explain(
-    graph: Graph, batches: Sequence[Array], labels: Array, rule: str, start: str, stage: Stage
+    graph: Graph,
+    batches: Sequence[Array],
+    labels: Array,
+    class_weights: Array | None,
+    scoring: Scoring,
+    seed: int,
+    stage: Stage,
 ) -> tuple[Relevance, Mapping[str, ActRange]]:
     from edgecomp.pytorch.calibrate import calibrate
     from edgecomp.pytorch.propagate import Start
-    from edgecomp.pytorch.relevance import score
     from edgecomp.pytorch.rules import parse_composite
+    from edgecomp.pytorch.scores import Score, score_by
 
     starts = np.cumsum([0, *(len(x) for x in batches)])
     labelled = [(x, labels[start : start + len(x)]) for x, start in zip(batches, starts, strict=False)]
     with stage("relevance", len(labels)) as advance:
-        relevance = score(graph, labelled, composite=parse_composite(rule), start=Start(start), progress=advance)
+        relevance = score_by(
+            Score(scoring.score),
+            graph,
+            labelled,
+            composite=parse_composite(scoring.rule),
+            start=Start(scoring.start),
+            class_weights=class_weights,
+            seed=seed,
+            progress=advance,
+        )
     with stage("activation ranges", 2 * len(labels)) as advance:
         return relevance, calibrate(graph, batches, progress=advance)
 

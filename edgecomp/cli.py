@@ -34,6 +34,8 @@ EXIT_CODES: tuple[tuple[type[errors.EdgecompError], int], ...] = (
 )
 """The first row whose class fits counts."""
 INTERRUPTED = 130
+SCORES = ("lrp", "magnitude", "taylor", "hessian", "wanda", "deeplift", "random")
+"""What --score takes: `pytorch.scores.Score`, which this file must not import before it is needed."""
 OPTIONAL = frozenset(
     {"torch", "torchvision", "safetensors", "PIL", "onnx", "onnxruntime", "ai_edge_litert", "flatbuffers"}
 )
@@ -172,12 +174,16 @@ def _add_build(verbs: Any) -> None:
     p.add_argument("--crop", type=int, metavar="N", help="the centre N x N of what --resize gives")
     p.add_argument("--pad", type=int, metavar="N", help="black pixels on each side, before normalisation")
     p.add_argument("--calib", type=int, default=512, metavar="N", help="training images to look at (default 512)")
+    p.add_argument(
+        "--classes", metavar="A,B,C", help="names or numbers of the classes the device is for, each with =WEIGHT or not"
+    )
     limits = p.add_mutually_exclusive_group()
-    limits.add_argument("--avg-bits", type=_number, metavar="X", help="mean bits a weight, 2 to 8 (default 4)")
+    limits.add_argument("--avg-bits", type=_number, metavar="X", help="mean bits a weight on disk (default 4)")
     limits.add_argument("--max-size", type=_size, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
     limits.add_argument("--max-drop", type=_number, metavar="P", help="points of accuracy, on held-out training images")
     p.add_argument("--format", type=_formats, default=("onnx", "tflite"), metavar="onnx,tflite", help="default both")
     p.add_argument("--io", choices=("float", "int8"), default="float", help="what the files take and give")
+    p.add_argument("--score", choices=SCORES, default="lrp", help="what tells important from unimportant")
     p.add_argument("--rule", default="epsilon", metavar="R", help="of relevance: epsilon-plus-flat, gamma:0.5, ...")
     p.add_argument("--start", choices=("logit", "one", "softmax"), default="logit", help="what relevance starts with")
     p.add_argument("--no-reconstruct", action="store_true", help="round to nearest: faster, worse below 6 bits")
@@ -318,7 +324,7 @@ def _budget(args: argparse.Namespace) -> Budget:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from edgecomp.build import build
+    from edgecomp.build import Scoring, build
     from edgecomp.overview import results_table
     from edgecomp.plan import Io
 
@@ -334,12 +340,12 @@ def _build(args: argparse.Namespace) -> int:
         budget=_budget(args),
         formats=args.format,
         io=Io(args.io),
-        rule=args.rule,
-        start=args.start,
+        scoring=Scoring(score=args.score, rule=args.rule, start=args.start),
         reconstruction=not args.no_reconstruct,
         seed=args.seed,
         folder=args.output,
         force=args.force,
+        classes=args.classes,
         stage=_stage,
     )
     print(results_table(built.manifest))

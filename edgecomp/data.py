@@ -19,7 +19,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -87,6 +87,21 @@ class LabelledImages:
         """Pick images by index, in the order given."""
         return LabelledImages(images=self.images[indices], labels=self.labels[indices])
 
+    def of_classes(self, indices: Sequence[int]) -> LabelledImages:
+        """Pick the images of some classes, in their order here; class indices[k] gets the label k.
+
+        Raises:
+            DataError: a class has no image here.
+        """
+        number = np.full(max(*indices, int(self.labels.max())) + 1, -1)
+        number[list(indices)] = np.arange(len(indices))
+        labels = number[self.labels]
+        for k, index in enumerate(indices):
+            if not (labels == k).any():
+                raise DataError(f"no image of class {index}; leave that class out")
+        chosen = labels >= 0
+        return LabelledImages(images=self.images[chosen], labels=labels[chosen])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DataSet:
@@ -114,6 +129,18 @@ class DataSet:
         a, b = self.train.images, self.test.images
         if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
             raise DataError(f"train images are {a.dtype} {a.shape[1:]}, test images {b.dtype} {b.shape[1:]}")
+
+    def of_classes(self, indices: Sequence[int]) -> DataSet:
+        """Keep the images of some classes, renumbered in the order given.
+
+        Raises:
+            DataError: a split has no image of one of them.
+        """
+        try:
+            train, test = self.train.of_classes(indices), self.test.of_classes(indices)
+        except DataError as error:
+            raise DataError(f"{self.spec}: {error}") from error
+        return DataSet(train=train, test=test, classes=tuple(self.classes[i] for i in indices), spec=self.spec)
 
 
 def _checked_images(images: Array) -> Array:

@@ -97,7 +97,7 @@ def layer_entries(
     """Describe every layer; relevance is the layer's share of all absolute relevance at layer outputs, in percent.
 
     Args:
-        graph: the float graph.
+        graph: the float graph before anything was cut.
         quantized: what was made of it.
         plan: what was decided.
         relevance: what it was decided by.
@@ -119,7 +119,7 @@ def layer_entries(
                 "weights": int(weight.data.size),
                 "weights_before": int(np.prod(graph.weight(node).shape)),
                 "kept_channels": int(sum(plan.layers[node.name].keep)),
-                "channels_before": len(plan.layers[node.name].keep),
+                "channels_before": graph.weight(node).shape[0],
                 "can_cut": bool((~channels.locked[numbers]).any()),
                 "bits": plan.layers[node.name].weight_bits,
                 "zero_percent": round(100 * float((weight.data == 0).mean()), 3),

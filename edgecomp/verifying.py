@@ -171,11 +171,22 @@ def _images(folder: BuiltFolder, data: str | None) -> DataSet:
     seed, share = folder.record["seed"], folder.record["test_share"]
     resize = folder.plan.preprocessing.resize
     if data is not None:
-        return load(data, seed=seed, resize=resize, test_share=share)
+        return _of_the_model(load(data, seed=seed, resize=resize, test_share=share), folder.plan.classes)
     try:
-        return load(folder.record["data"], seed=seed, resize=resize, test_share=share)
+        return _of_the_model(load(folder.record["data"], seed=seed, resize=resize, test_share=share), folder.plan.classes)
     except DataError as e:
         raise DataError(f"{e}; when the images have moved, or you have, say where they are with --data") from e
+
+
+def _of_the_model(images: DataSet, classes: tuple[str, ...]) -> DataSet:
+    """Keep the classes of a model that was made for some of the data's."""
+    if len(classes) in (0, len(images.classes)) and set(classes) != set(images.classes):
+        return images  # the same classes by other names, as far as one can tell
+    if classes == images.classes:
+        return images
+    if unknown := [name for name in classes if name not in images.classes]:
+        raise DataError(f"{images.spec}: has no class {unknown[0]!r:.60}, which the model was made for")
+    return images.of_classes([images.classes.index(name) for name in classes])
 
 
 def _same_bytes(folder: BuiltFolder, format_name: str, data: bytes) -> bool | None:

@@ -23,7 +23,7 @@ FOLDERS = {
 LEVELS = (
     ("edgecomp", "errors"),
     ("graph", "quantmath", "packing", "words", "coding", "target", "preprocessing", "imagefolder", "data"),
-    ("ops", "verify", "reference", "groups", "plan"),
+    ("ops", "verify", "reference", "groups", "plan", "selection"),
     ("artifact", "files", "compress", "planner", "bundle", "report", "manifest", "folder", "overview", "samples"),
     ("pytorch", "pytorch.torchvision_ops", "pytorch.pt2", "pytorch.load", "pytorch.networks", "pytorch.calls",
      "pytorch.aten", "pytorch.capture", "pytorch.network", "pytorch.sharing", "pytorch.checkpoint", "pytorch.rules",

@@ -197,8 +197,8 @@ def test_a_method_that_fails_does_not_stop_the_others(place: Place) -> None:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"bits": [4, 1.5]}, "--bits 1.5: expected 2 to 8"),
-        ({"bits": [float("nan")]}, "--bits nan: expected 2 to 8"),
+        ({"bits": [4, 1.5]}, "--bits 1.5: expected 0.1 to 8"),
+        ({"bits": [float("nan")]}, "--bits nan: expected 0.1 to 8"),
         ({"seeds": []}, "--seeds : expected whole numbers from 0"),
         ({"seeds": [-1]}, "--seeds -1"),
     ],

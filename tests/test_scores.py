@@ -134,3 +134,9 @@ def test_every_score_fills_every_layer(kind: Score) -> None:
         assert min(layer.weight_cost.min(), layer.weight_abs.min(), layer.output_cost.min()) >= 0
     with pytest.raises(DataError, match="expected at least one"):
         score_by(kind, graph, [])
+
+
+def test_the_command_line_knows_every_score() -> None:
+    from edgecomp.cli import SCORES
+
+    assert tuple(Score) == SCORES

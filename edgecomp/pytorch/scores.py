@@ -52,6 +52,7 @@ def score_by(
     *,
     composite: Composite | None = None,
     start: Start = Start.LOGIT,
+    class_weights: Array | None = None,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> Relevance:
@@ -65,6 +66,7 @@ def score_by(
         batches: pairs of images float32 (N, C, H, W), preprocessed, and labels int64 (N,).
         composite: of LRP.
         start: of LRP.
+        class_weights: of LRP, Taylor and Hessian: (n_classes,), see `relevance.score`.
         seed: of RANDOM.
         progress: called after each batch with the number of images in it.
 
@@ -73,10 +75,13 @@ def score_by(
     """
     match kind:
         case Score.LRP:
-            return score(graph, batches, composite=composite, start=start, progress=progress)
+            return score(
+                graph, batches, composite=composite, start=start, class_weights=class_weights, progress=progress
+            )
         case Score.TAYLOR | Score.HESSIAN:
             begun = Start.LOSS if kind is Score.TAYLOR else Start.FISHER
-            return replace(score(graph, batches, start=begun, progress=progress), rule=kind.value)
+            found = score(graph, batches, start=begun, class_weights=class_weights, progress=progress)
+            return replace(found, rule=kind.value)
         case Score.DEEPLIFT:
             return _deeplift(graph, batches, progress)
         case _:

@@ -154,9 +154,10 @@ def build(
     keep = planner.irrelevant_channels(graph, relevance)
     with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
         if reconstruction:
-            from edgecomp.pytorch.trial import trial_choices
+            from edgecomp.pytorch.trial import trial_choices, try_grids
 
-            choices = trial_choices(graph, relevance, batches, formats, progress=advance)
+            trials = try_grids(graph, batches, formats, progress=advance)
+            choices = trial_choices(graph, trials, relevance, formats)
         else:
             choices = planner.layer_choices(graph, relevance, keep, formats, progress=advance)
 

@@ -173,9 +173,10 @@ def _images(folder: BuiltFolder, data: str | None) -> DataSet:
     if data is not None:
         return _of_the_model(load(data, seed=seed, resize=resize, test_share=share), folder.plan.classes)
     try:
-        return _of_the_model(load(folder.record["data"], seed=seed, resize=resize, test_share=share), folder.plan.classes)
+        found = load(folder.record["data"], seed=seed, resize=resize, test_share=share)
     except DataError as e:
         raise DataError(f"{e}; when the images have moved, or you have, say where they are with --data") from e
+    return _of_the_model(found, folder.plan.classes)
 
 
 def _of_the_model(images: DataSet, classes: tuple[str, ...]) -> DataSet:

@@ -54,7 +54,7 @@ BAD = {
     "wrong channels": (["--data", "npz:rgb.npz"], 2, "3"),
     "label beyond the outputs": (["--data", "npz:labels.npz"], 2, "4"),
     "input shape of another size": (["--input-shape", "1,9,9"], 2, "--input-shape"),
-    "too few bits": (["--avg-bits", "0.5"], 2, "0.1 to 8"),
+    "too few bits": (["--avg-bits", "0.05"], 2, "0.1 to 8"),
     "too many bits": (["--avg-bits", "9"], 2, "0.1 to 8"),
     "bits that formats cannot store": (["--avg-bits", "3", "--format", "tflite"], 3, "4.00 bits"),
     "impossible size": (["--max-size", "1000"], 3, "the smallest possible has"),

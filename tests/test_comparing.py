@@ -94,8 +94,8 @@ def test_uniform_at_eight_bits_is_the_yardstick(place: Place) -> None:
 def test_what_belongs_to_a_seed_is_made_once(place: Place) -> None:
     context = Context(SUBJECT)
     assert context.ranges(0) is context.ranges(0)
-    relevance, labels = context.relevance(1), context.calibration(1).labels
-    assert context.relevance(1) is relevance
+    relevance, labels = context.scored(1, "lrp"), context.calibration(1).labels
+    assert context.scored(1, "lrp") is relevance
     images = load(SUBJECT.data).train
     expected = draw(images, 64, seed=1)
     assert np.array_equal(np.concatenate(context.batches(1)), expected.inputs(SUBJECT.preprocessing))
@@ -197,7 +197,7 @@ def test_a_method_that_fails_does_not_stop_the_others(place: Place) -> None:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"bits": [4, 1.5]}, "--bits 1.5: expected 0.1 to 8"),
+        ({"bits": [4, 0.05]}, "--bits 0.05: expected 0.1 to 8"),
         ({"bits": [float("nan")]}, "--bits nan: expected 0.1 to 8"),
         ({"seeds": []}, "--seeds : expected whole numbers from 0"),
         ({"seeds": [-1]}, "--seeds -1"),

@@ -10,8 +10,9 @@ from edgecomp import quantmath
 from edgecomp.compress import on_grids
 from edgecomp.graph import Graph, Node, Op, Tensor
 from edgecomp.plan import LayerRelevance, Relevance
+from edgecomp.planner import LayerChoices
 from edgecomp.pytorch.rounding import basis, choose_scale, round_columns
-from edgecomp.pytorch.trial import trial_choices
+from edgecomp.pytorch.trial import trial_choices, try_grids
 from edgecomp.quantmath import Grid
 from tests.graphs import GRAPHS, images
 
@@ -49,12 +50,16 @@ def relevance_of(graph: Graph, seed: int = 1) -> Relevance:
     return Relevance(rule="made up", n_samples=1, layers=layers)
 
 
+def choices_of(graph: Graph, relevance: Relevance, batches: list[np.ndarray], formats: list[str]) -> list[LayerChoices]:
+    return trial_choices(graph, try_grids(graph, batches, formats), relevance, formats)
+
+
 def test_errors_are_those_of_the_outputs() -> None:
     graph = wide()
     relevance = relevance_of(graph)
     mix = np.random.default_rng(2).standard_normal((400, 400)) / 20
     x = (np.random.default_rng(3).standard_normal((6400, 400)) @ mix).astype(np.float32)
-    (choices,) = trial_choices(graph, relevance, [x.reshape(-1, 400, 1, 1)], ["onnx"])
+    (choices,) = choices_of(graph, relevance, [x.reshape(-1, 400, 1, 1)], ["onnx"])
     coarse = [grid for grid in choices.error if grid.step is not None]
     assert len(coarse) >= 5
     weight = np.asarray(graph.tensors["fc.weight"].data)
@@ -74,7 +79,7 @@ def test_errors_are_those_of_the_outputs() -> None:
 
 
 def test_coarser_grids_take_less_room_and_err_more() -> None:
-    (choices,) = trial_choices(wide(64, 900), relevance_of(wide(64, 900)), [np.ones((9, 900, 1, 1), "f4")], ["onnx"])
+    (choices,) = choices_of(wide(64, 900), relevance_of(wide(64, 900)), [np.ones((9, 900, 1, 1), "f4")], ["onnx"])
     steps = sorted((grid for grid in choices.error if grid.step is not None), key=lambda grid: grid.step or 0)
     bits = [choices.stored_bits[grid] / choices.n_weights for grid in steps]
     assert bits == sorted(bits, reverse=True)
@@ -86,13 +91,14 @@ def test_every_layer_has_choices_that_formats_can_store(name: str) -> None:
     graph = GRAPHS[name]()
     x = images(graph, 24, seed=1)
     steps: list[int] = []
-    found = trial_choices(graph, relevance_of(graph), [x[:16], x[16:]], ["onnx", "tflite"], progress=steps.append)
+    trials = try_grids(graph, [x[:16], x[16:]], ["onnx", "tflite"], progress=steps.append)
+    found = trial_choices(graph, trials, relevance_of(graph), ["onnx", "tflite"])
     assert [c.name for c in found] == [node.name for node in graph.layers()]
     assert steps == [c.n_weights for c in found]
     for c in found:
         assert min(c.error.values()) >= 0
         assert all(per_format[1] in (4 * c.n_weights, 8 * c.n_weights) for per_format in c.per_format.values())
-    again = trial_choices(graph, relevance_of(graph), [x[:16], x[16:]], ["onnx", "tflite"])
+    again = choices_of(graph, relevance_of(graph), [x[:16], x[16:]], ["onnx", "tflite"])
     assert [dict(c.error) for c in found] == [dict(c.error) for c in again]
 
 

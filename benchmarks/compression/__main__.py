@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--pad", type=int, metavar="N", help="black pixels on each side, before normalisation")
     p.add_argument("--calib", type=int, default=512, metavar="N", help="training images to look at (default 512)")
     p.add_argument("--methods", nargs="+", default=[], metavar="NAME", help=f"some of: {', '.join(METHODS)}")
-    p.add_argument("--bits", nargs="+", type=float, default=[4.0], metavar="X", help="mean bits a weight, 2 to 8")
+    p.add_argument("--bits", nargs="+", type=float, default=[4.0], metavar="X", help="mean bits a weight, 0.1 to 8")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default 0 1 2")
     p.add_argument("--again", nargs="+", default=[], metavar="NAME", help="forget earlier results of these methods")
     p.add_argument("--keep-files", action="store_true", help="keep every ONNX file in DIR/files")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from edgecomp.errors import UsageError
 from edgecomp.graph import Array, Graph
 from edgecomp.plan import ActRange, Relevance
 from edgecomp.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from edgecomp.pytorch.trial import Trial
 
 BATCH = 64
 
@@ -125,17 +128,29 @@ class Context:
         batches: list[Array] = self._kept(seed, "batches", make)
         return batches
 
-    def relevance(self, seed: int) -> Relevance:
-        """Explain the images of a seed."""
+    def scored(self, seed: int, kind: str) -> Relevance:
+        """Score the images of a seed by one of `pytorch.scores.Score`."""
 
         def make() -> Relevance:
-            from edgecomp.pytorch.relevance import score
+            from edgecomp.pytorch.scores import Score, score_by
 
             labels, batches = self.calibration(seed).labels, self.batches(seed)
-            return score(self.graph, [(x, labels[i * BATCH : i * BATCH + len(x)]) for i, x in enumerate(batches)])
+            labelled = [(x, labels[i * BATCH : i * BATCH + len(x)]) for i, x in enumerate(batches)]
+            return score_by(Score(kind), self.graph, labelled, seed=seed)
 
-        relevance: Relevance = self._kept(seed, "relevance", make)
+        relevance: Relevance = self._kept(seed, f"scored {kind}", make)
         return relevance
+
+    def trials(self, seed: int) -> Mapping[str, Trial]:
+        """Round every layer to every grid on the images of a seed."""
+
+        def make() -> Mapping[str, Trial]:
+            from edgecomp.pytorch.trial import try_grids
+
+            return try_grids(self.graph, self.batches(seed), ("onnx",))
+
+        trials: Mapping[str, Trial] = self._kept(seed, "trials", make)
+        return trials
 
     def ranges(self, seed: int) -> Mapping[str, ActRange]:
         """Give the range of every activation on the images of a seed."""

@@ -79,7 +79,7 @@ def compare(
     Args:
         context: the checkpoint and its images.
         methods: what to run.
-        bits: mean bits a weight, 2 to 8.
+        bits: mean bits a weight, 0.1 to 8.
         seeds: whole numbers from 0.
         folder: where results are collected.
         order: names of methods, as rows of the table.
@@ -95,8 +95,8 @@ def compare(
         OSError: as the system reports it.
     """
     for b in bits:
-        if not 2 <= b <= 8:
-            raise UsageError(f"--bits {b:g}: expected 2 to 8")
+        if not 0.1 <= b <= 8:
+            raise UsageError(f"--bits {b:g}: expected 0.1 to 8")
     if not seeds or min(seeds) < 0:
         raise UsageError(f"--seeds {' '.join(map(str, seeds))}: expected whole numbers from 0")
     check_matplotlib()

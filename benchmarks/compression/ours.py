@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgecomp.build import build
-from edgecomp.compress import compress
+from edgecomp.cli import SCORES
+from edgecomp.compress import compress, narrowest_bits
 from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan, Io, LayerPlan
+from edgecomp.planner import mean_bits, solve_mean_bits
 from edgecomp.quantmath import Grid
 from edgecomp.spending import Budget, BudgetKind
 
@@ -29,6 +31,7 @@ def default(context: Context, bits: float, seed: int) -> Compressed:
             model=subject.model,
             weights=subject.weights,
             data=subject.data,
+            test_share=0.2,
             preprocessing=subject.preprocessing,
             input_shape=None,
             n_calibration=subject.n_calibration,
@@ -54,12 +57,54 @@ def uniform_nearest(context: Context, bits: float, seed: int) -> Compressed:
     return _exported(context.graph, _uniform_plan(context, bits, seed))
 
 
+def _scored(kind: str) -> Ours:
+    """Choose each layer's grid by a score and reconstruct: only the score differs, and no channel is cut."""
+
+    def method(context: Context, bits: float, seed: int) -> Compressed:
+        from edgecomp.pytorch.trial import trial_choices
+
+        choices = trial_choices(context.graph, context.trials(seed), context.scored(seed, kind), ("onnx",))
+        return _on_grids(context, solve_mean_bits(choices, bits), seed)
+
+    return method
+
+
+def same_step(context: Context, bits: float, seed: int) -> Compressed:
+    """Give every layer the same step in units of its weights, the finest that fits: grids without any score."""
+    from edgecomp.pytorch.trial import trial_choices
+
+    nothing = context.scored(seed, "wanda")
+    choices = trial_choices(context.graph, context.trials(seed), nothing, ("onnx",))
+    grids = sorted({grid for c in choices for grid in c.error}, key=lambda grid: (grid.step or 0.0, -grid.bits))
+    for grid in grids:
+        # A layer in which another grid is better and smaller has the next finer one it can have.
+        chosen = {
+            c.name: min(c.error, key=lambda g: (abs((g.step or 0.1) - (grid.step or 0.1)), -g.bits)) for c in choices
+        }
+        if mean_bits(choices, chosen) <= bits:
+            return _on_grids(context, chosen, seed)
+    return _on_grids(context, {c.name: c.cheapest() for c in choices}, seed)
+
+
+def _on_grids(context: Context, grids: Mapping[str, Grid], seed: int) -> Compressed:
+    from edgecomp.pytorch.recover import reconstruct
+
+    graph = reconstruct(context.graph, context.ranges(seed), grids, context.batches(seed))
+    widths = {name: narrowest_bits(graph, name, grid) for name, grid in grids.items()}
+    return _exported(graph, _plan(context, graph, widths, seed))
+
+
 def _uniform_plan(context: Context, bits: float, seed: int) -> CompressionPlan:
-    channels = {node.name: context.graph.weight(node).shape[0] for node in context.graph.layers()}
+    widths = {node.name: int(bits) for node in context.graph.layers()}
+    return _plan(context, context.graph, widths, seed)
+
+
+def _plan(context: Context, graph: Graph, widths: Mapping[str, int], seed: int) -> CompressionPlan:
+    channels = {node.name: graph.weight(node).shape[0] for node in graph.layers()}
     return CompressionPlan(
-        graph_digest=context.graph.digest(),
+        graph_digest=graph.digest(),
         io=Io.FLOAT,
-        layers={name: LayerPlan(keep=(True,) * n, weight_bits=int(bits)) for name, n in channels.items()},
+        layers={name: LayerPlan(keep=(True,) * n, weight_bits=widths[name]) for name, n in channels.items()},
         ranges=context.ranges(seed),
         preprocessing=context.subject.preprocessing,
         classes=context.images.classes,
@@ -82,4 +127,10 @@ def _exported(graph: Graph, plan: CompressionPlan) -> Compressed:
     return Compressed(file=export(compress(graph, plan), "onnx").data, details={"bits": bits})
 
 
-OURS: Mapping[str, Ours] = {"edgecomp": default, "uniform": uniform, "uniform-nearest": uniform_nearest}
+OURS: Mapping[str, Ours] = {
+    "edgecomp": default,
+    "uniform": uniform,
+    "uniform-nearest": uniform_nearest,
+    "same-step": same_step,
+    **{f"score-{kind}": _scored(kind) for kind in SCORES},
+}

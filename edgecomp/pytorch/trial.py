@@ -6,7 +6,8 @@ error of an output channel counts by `LayerRelevance.output_cost`, the second-or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,41 +20,59 @@ from edgecomp.plan import Relevance
 from edgecomp.planner import LayerChoices, grids_of, weighed
 from edgecomp.pytorch.network import as_input, compute
 from edgecomp.pytorch.rounding import basis, choose_scale, enough, moments, round_columns
+from edgecomp.quantmath import Grid
 
 _ROWS = 64
 """Rows of a group of channels that are tried."""
 
 
-def trial_choices(
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trial:
+    """What became of a layer on each grid.
+
+    Attributes:
+        rows: int64 (R,): the output channels that were tried.
+        share: output channels for each that was tried.
+        errors: grid -> float64 (R,): sum of squares of each output's error, over positions, mean over images.
+        counts: grid -> (256,): how many codes of -128, -127, ... 127 the whole layer has, as the rows tell.
+    """
+
+    rows: Array
+    share: float
+    errors: Mapping[Grid, Array]
+    counts: Mapping[Grid, Array]
+
+
+def try_grids(
     graph: Graph,
-    relevance: Relevance,
     batches: Sequence[Array],
     formats: Sequence[str],
     *,
     progress: Callable[[int], object] | None = None,
-) -> list[LayerChoices]:
-    """Weigh the grids of every layer by rounding them on real inputs.
+) -> dict[str, Trial]:
+    """Round every layer to every grid that is worth weighing, on the inputs of the float network.
 
     Deterministic for a number of threads.
 
     Args:
         graph: float.
-        relevance: of the same graph.
         batches: preprocessed images float32 (N, C, H, W), one at least.
         formats: "onnx", "tflite".
         progress: called after each layer with the number of its weights.
+
+    Returns:
+        by layer name.
     """
     weights = {name: as_input(t.data, torch.float32) for name, t in graph.tensors.items() if t.data is not None}
     last_reader = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
     values = {graph.inputs[0]: [as_input(x, torch.float32) for x in batches]}
-    choices = []
+    trials = {}
     with torch.no_grad():
         for i, node in enumerate(graph.nodes):
             names = [name for name in node.inputs if name not in weights]
             parameters = [weights[name] for name in node.inputs if name in weights]
             if node.op in WEIGHTED:
-                cost = relevance.layers[node.name].output_cost
-                choices.append(_try(graph, node, parameters[0], values[names[0]], cost, formats))
+                trials[node.name] = _try(node, parameters[0], values[names[0]], grids_of(graph, node, formats))
                 if progress is not None:
                     progress(parameters[0].numel())
             output = node.outputs[0]
@@ -61,36 +80,59 @@ def trial_choices(
             for name in set(names):
                 if last_reader[name] == i:
                     del values[name]
+    return trials
+
+
+def trial_choices(
+    graph: Graph, trials: Mapping[str, Trial], relevance: Relevance, formats: Sequence[str]
+) -> list[LayerChoices]:
+    """Weigh the grids of every layer by what they did in trials.
+
+    Args:
+        graph: float.
+        trials: of the same graph, for the same formats.
+        relevance: of the same graph.
+        formats: "onnx", "tflite".
+    """
+    choices = []
+    for node in graph.layers():
+        trial = trials[node.name]
+        cost = relevance.layers[node.name].output_cost[trial.rows]
+        found = {
+            grid: (
+                trial.share * float(errors @ cost),
+                tuple(stored_bits(name, node, grid.bits, trial.counts[grid]) for name in formats),
+            )
+            for grid, errors in trial.errors.items()
+        }
+        choices.append(weighed(node.name, int(np.prod(graph.weight(node).shape)), found))
     return choices
 
 
-def _try(
-    graph: Graph, node: Node, weight: Tensor, inputs: list[Tensor], cost: Array, formats: Sequence[str]
-) -> LayerChoices:
+def _try(node: Node, weight: Tensor, inputs: list[Tensor], grids: Sequence[Grid]) -> Trial:
     groups = int(node.attrs["groups"]) if node.op is Op.CONV2D else 1  # type: ignore[arg-type]
     per = weight.shape[0] // groups
     used = enough(node, inputs, weight)
     n_images = sum(len(x) for x in used)
-    grids = grids_of(graph, node, formats)
+    pick = torch.linspace(0, per - 1, min(per, _ROWS)).long()
+    share = per / len(pick)
     steps = {grid: torch.from_numpy(quantmath.grid_scale(weight.numpy(), grid)) for grid in grids if grid.step}
-    error = dict.fromkeys(grids, 0.0)
+    errors: dict[Grid, list[Array]] = {grid: [] for grid in grids}
     counts = {grid: np.zeros(256) for grid in grids}
     for g in range(groups):
-        rows = weight[g * per : (g + 1) * per].flatten(1)
+        rows = weight[g * per : (g + 1) * per].flatten(1)[pick]
         found = basis(moments(node, used, g, groups, weight).energy)
-        pick = torch.linspace(0, per - 1, min(per, _ROWS)).long()
-        share = per / len(pick)
-        row_cost = cost[g * per : (g + 1) * per][pick.numpy()]
         for grid in grids:
             if grid.step is None:
-                scale = choose_scale(rows[pick], found.energy, grid.bits)
+                scale = choose_scale(rows, found.energy, grid.bits)
             else:
                 scale = steps[grid][g * per : (g + 1) * per][pick]
-            rounded = round_columns(rows[pick], found, scale, grid.bits)
-            error[grid] += share * float(rounded.error @ row_cost) / n_images
+            rounded = round_columns(rows, found, scale, grid.bits)
+            errors[grid].append(rounded.error / n_images)
             counts[grid] += share * np.bincount(rounded.codes.reshape(-1).astype(np.int64) + 128, minlength=256)
-    options = {
-        grid: (error[grid], tuple(stored_bits(name, node, grid.bits, counts[grid]) for name in formats))
-        for grid in grids
-    }
-    return weighed(node.name, weight.numel(), options)
+    return Trial(
+        rows=np.concatenate([g * per + pick.numpy() for g in range(groups)]),
+        share=share,
+        errors={grid: np.concatenate(of_grid) for grid, of_grid in errors.items()},
+        counts=counts,
+    )

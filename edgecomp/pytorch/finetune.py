@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil, cos, pi
 from pathlib import Path
@@ -38,7 +38,8 @@ _STEPS_A_STEP = 0.01
 _GAIN_RATE = 1e-3
 _ROOM_EVERY = 16
 _SAVE_EVERY = 200
-_CACHED_BYTES = 1 << 28
+_CACHED_BYTES = 1 << 26
+_MOST_HELD_OUT = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,7 +74,7 @@ def finetune(
     *,
     epochs: int,
     seed: int,
-    hold_room: bool,
+    room: float | None,
     checkpoint: Path,
     progress: Callable[[int], object] | None = None,
 ) -> Recovered:
@@ -87,7 +88,8 @@ def finetune(
         held_out: what decides whether the result is better; none of `train`.
         epochs: how often every image is used, at least 1.
         seed: of the order of the images.
-        hold_room: keep the entropy of the codes at what it is; False where a format stores every code in full.
+        room: the share of the entropy of the codes that they may have afterwards; None where it does not matter,
+            because every code is stored in full.
         checkpoint: a file to go on from after an interruption; written while training, removed at the end.
         progress: called after each batch with the number of its images, those of batches done earlier included.
 
@@ -103,8 +105,8 @@ def finetune(
     if len(teacher.inputs) != 1 or len(teacher.outputs) != 1:
         raise GraphError(f"graph {teacher.name!r}: recovery needs one input and one output")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    work = _Work(teacher, graph, plan, train, epochs=epochs, seed=seed, hold_room=hold_room, device=device)
-    key = _key(teacher, graph, plan, train, epochs=epochs, seed=seed, hold_room=hold_room)
+    work = _Work(teacher, graph, plan, train, epochs=epochs, seed=seed, room=room, device=device)
+    key = _key(teacher, graph, plan, train, epochs=epochs, seed=seed, room=room)
     saved = _read(checkpoint, key)
     if saved is not None:
         work.restore(saved, checkpoint)
@@ -146,7 +148,7 @@ class _Work:
         *,
         epochs: int,
         seed: int,
-        hold_room: bool,
+        room: float | None,
         device: torch.device,
     ) -> None:
         self.student = Rebuilt(graph, plan, original=teacher).to(device)
@@ -156,7 +158,11 @@ class _Work:
         self._a_epoch = ceil(len(train) / _BATCH)
         self.n_steps = epochs * self._a_epoch
         self._order: tuple[int, Array] | None = None
-        self._room = Room(self.student) if hold_room else None
+        n_answers = int(np.prod(teacher.tensors[self._answers_at].shape))
+        # Kept where they are asked for again; of many images with many classes it is cheaper to ask.
+        n_kept = len(train) if epochs > 1 and 4 * n_answers * len(train) <= _CACHED_BYTES else 0
+        self._answers, self._known = torch.zeros(n_kept, n_answers), torch.zeros(n_kept, dtype=torch.bool)
+        self._room = None if room is None else Room(self.student, room)
         layers = {node.name: self.student.layer(node.name) for node in self.student.quantized.layers()}
         latents = [layer.latent for layer in layers.values() if not layer.fixed]
         gains = [layer.gain for layer in layers.values() if not layer.fixed]
@@ -178,9 +184,10 @@ class _Work:
         epoch, place = divmod(self.done, self._a_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._train))
-        batch = self._train.take(self._order[1][place * _BATCH : (place + 1) * _BATCH])
+        rows = self._order[1][place * _BATCH : (place + 1) * _BATCH]
+        batch = self._train.take(rows)
         x = as_input(batch.inputs(self._plan.preprocessing), torch.float32).to(self._device)
-        wanted = self._answers(x)
+        wanted = self._answer(x, torch.from_numpy(rows))
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda"):
             found = self.student(x).flatten(1)
@@ -199,9 +206,15 @@ class _Work:
         self.whole = True
         return len(batch)
 
-    def _answers(self, x: Tensor) -> Tensor:
+    def _answer(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Give the teacher's logits for images x, which are these of the training images."""
+        if len(self._known) and bool(self._known[rows].all()):
+            return self._answers[rows].to(x.device)
         with torch.no_grad():
-            return next(value for name, value in self._teacher.steps(x) if name == self._answers_at).flatten(1)
+            found = next(value for name, value in self._teacher.steps(x) if name == self._answers_at).flatten(1)
+        if len(self._known):
+            self._answers[rows], self._known[rows] = found.cpu(), True
+        return found
 
     def finish(self) -> None:
         """Choose the codes for the last time."""
@@ -214,7 +227,9 @@ class _Work:
             "done": self.done,
             "student": self.student.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "schedule": {"last_epoch": self._schedule.last_epoch},
+            "schedule": self._schedule.state_dict(),
+            "answers": self._answers,
+            "known": self._known,
         }
 
     def restore(self, state: Mapping[str, Any], where: Path) -> None:
@@ -226,7 +241,10 @@ class _Work:
         try:
             self.student.load_state_dict(state["student"])
             self._optimizer.load_state_dict(state["optimizer"])
-            self.done = self._schedule.last_epoch = int(state["done"])
+            self._schedule.load_state_dict(state["schedule"])
+            self._answers.copy_(state["answers"])
+            self._known.copy_(state["known"])
+            self.done = int(state["done"])
         except (KeyError, ValueError, TypeError, RuntimeError) as e:
             raise BundleError(f"{where}: is damaged ({str(e)[:80]}); delete it to start over") from e
 
@@ -258,7 +276,7 @@ def _key(
     graph: Graph,
     plan: CompressionPlan,
     train: LabelledImages,
-    **settings: int,
+    **settings: float | None,
 ) -> dict[str, str]:
     images = hashlib.sha256(np.ascontiguousarray(train.images).data)
     images.update(train.labels.astype("<i8").tobytes())
@@ -280,11 +298,10 @@ def _write(path: Path, key: Mapping[str, str], state: Mapping[str, Any]) -> None
 def _read(path: Path, key: Mapping[str, str]) -> Mapping[str, Any] | None:
     if not path.exists():
         return None
+    content = io.BytesIO(path.read_bytes())
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(content, map_location="cpu", weights_only=True)
         schema, old, state = found["schema"], dict(found["key"]), dict(found["state"])
-    except OSError:
-        raise
     except Exception as e:
         # torch's reader has no list of what it raises.
         raise BundleError(f"{path}: is no checkpoint of a recovery, or damaged; name another --checkpoint") from e
@@ -299,6 +316,18 @@ def _read(path: Path, key: Mapping[str, str]) -> Mapping[str, Any] | None:
     return state
 
 
+def check(checkpoint: Path, teacher: Graph) -> None:
+    """Refuse a checkpoint that cannot be of this model, and a place where none can be written: before long work.
+
+    Raises:
+        UsageError: it is of another model, or its folder does not exist.
+        BundleError: it is damaged.
+    """
+    if not checkpoint.absolute().parent.is_dir():
+        raise UsageError(f"{checkpoint}: {checkpoint.absolute().parent} is no folder; name another --checkpoint")
+    _read(checkpoint, {"model": teacher.digest()})
+
+
 def split(train: LabelledImages, *, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """Divide training images: most to train with, an eighth but at most 2000 to judge by.
 
@@ -310,6 +339,3 @@ def split(train: LabelledImages, *, seed: int) -> tuple[LabelledImages, Labelled
         raise DataError(f"--recover needs at least 8 training images, there are {len(train)}")
     order = np.random.default_rng(seed).permutation(len(train))
     return train.take(order[n:]), train.take(order[:n])
-
-
-_MOST_HELD_OUT = 2000

@@ -221,12 +221,13 @@ class Room:
 
     Args:
         module: where it begins.
+        share: of what they take there.
     """
 
-    def __init__(self, module: Rebuilt) -> None:
+    def __init__(self, module: Rebuilt, share: float = 1.0) -> None:
         self._layers = [layer for layer in module.layers if isinstance(layer, Layer) and not layer.fixed]
         counts = [layer.histogram() for layer in self._layers]
-        self.bits = sum(entropy_bits(found) for found in counts)
+        self.bits = share * sum(entropy_bits(found) for found in counts)
         # Codes that were not there cost as if half a weight had them.
         lengths = [-np.log2(np.maximum(found, 0.5) / found.sum()) for found in counts]
         self._slopes = [np.append(np.diff(length), 0.0) / 2 for length in lengths]

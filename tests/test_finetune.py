@@ -20,7 +20,7 @@ from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.pytorch import finetune as tuning
-from edgecomp.pytorch.finetune import Interrupted, Recovered, check, divergence, finetune, split
+from edgecomp.pytorch.finetune import Recovered, check, divergence, finetune, split
 from edgecomp.pytorch.network import Network, accuracy
 from edgecomp.pytorch.rebuild import Layer, Rebuilt, entropy_bits
 from edgecomp.quantmath import Grid
@@ -69,7 +69,8 @@ def tuned(
 
 
 def test_it_recovers_at_the_same_entropy(tmp_path: Path) -> None:
-    graph, seen = plain(), []
+    graph = plain()
+    seen: list[int] = []
     start = rounded(graph, 4)
     found = tuned(tmp_path / "c", graph=graph, epochs=6, n=1024, progress=seen.append)
     assert found.kept
@@ -123,7 +124,7 @@ def test_interrupted_gives_the_same_as_not(make: Callable[[], Graph], tmp_path: 
         if next(calls) == 9:  # within the second epoch: the first call comes before all steps
             raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match=r"goes on from .*part, which holds 9 of 14 steps"):
+    with pytest.raises(KeyboardInterrupt, match=r"goes on from .*part, which holds 9 of 14 steps"):
         tuned(tmp_path / "part", graph=make(), progress=interrupt)
     seen: list[int] = []
     again = tuned(tmp_path / "part", graph=make(), progress=seen.append)
@@ -146,7 +147,7 @@ def part(tmp_path: Path) -> Path:
         if n:
             raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         tuned(path, progress=interrupt)
     return path
 

@@ -29,10 +29,10 @@ def as_if_trained(graph: Graph, plan: CompressionPlan, seed: int = 0) -> Rebuilt
         for layer in module.layers:
             assert isinstance(layer, Layer)
             if not layer.fixed:
-                layer.latent += 0.4 * torch.randn(layer.latent.shape, generator=generator)
-                layer.gain += 0.05 * torch.randn(layer.gain.shape, generator=generator)
+                layer.latent.add_(0.4 * torch.randn(layer.latent.shape, generator=generator))
+                layer.gain.add_(0.05 * torch.randn(layer.gain.shape, generator=generator))
             if layer.bias is not None:
-                layer.bias += 0.02 * torch.randn(layer.bias.shape, generator=generator)
+                layer.bias.add_(0.02 * torch.randn(layer.bias.shape, generator=generator))
     return module
 
 
@@ -141,7 +141,7 @@ def test_room_is_held(bits: int, spread: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in layers:
-            layer.latent += spread * torch.randn(layer.latent.shape, generator=generator)
+            layer.latent.add_(spread * torch.randn(layer.latent.shape, generator=generator))
         room.hold()
     assert room.bits == pytest.approx(before)
     assert sum(entropy_bits(layer.histogram()) for layer in layers) <= before * (1 + 1e-9)

@@ -61,10 +61,6 @@ class Recovered:
     kept: bool
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while training; the message says how to go on."""
-
-
 def finetune(
     teacher: Graph,
     graph: Graph,
@@ -97,7 +93,7 @@ def finetune(
         UsageError: the checkpoint is of other work.
         BundleError: the checkpoint is damaged.
         GraphError: several inputs or outputs.
-        Interrupted: Ctrl-C, after the checkpoint has been written.
+        KeyboardInterrupt: Ctrl-C, after the checkpoint has been written; its text says how to go on.
         OSError: the checkpoint cannot be written.
     """
     if epochs < 1:
@@ -122,7 +118,7 @@ def finetune(
             _write(checkpoint, key, work.state())
         if not checkpoint.exists():
             raise
-        raise Interrupted(
+        raise KeyboardInterrupt(
             f"interrupted; the same command goes on from {checkpoint}, which holds {work.done} of {work.n_steps} steps"
         ) from e
     work.finish()

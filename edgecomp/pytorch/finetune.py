@@ -27,17 +27,21 @@ from edgecomp.errors import BundleError, DataError, GraphError, UsageError
 from edgecomp.files import write_file
 from edgecomp.graph import Array, Graph
 from edgecomp.plan import CompressionPlan
-from edgecomp.pytorch.network import Network, as_input
+from edgecomp.pytorch.network import Network, as_input, batch_size
 from edgecomp.pytorch.rebuild import Layer, Rebuilt, Room, logits_name
 
 SCHEMA = "edgecomp-recovery/1"
 _BATCH = 64
+"""Images in an update, fewer where the activations are large; their gradients need three times the memory."""
 _TEMPERATURE = 2.0
 _STEPS_A_STEP = 0.01
 """How far a weight moves at most in one update at first, in steps of its grid; a bias, in tenths of its output's."""
-_GAIN_RATE = 1e-3
+_GAIN_RATE = 3e-3
+"""At first, how much of itself a scale changes at most in one update."""
 _ROOM_EVERY = 16
+"""Updates between two choices of thresholds."""
 _SAVE_EVERY = 200
+"""Updates between two checkpoints."""
 _CACHED_BYTES = 1 << 26
 _MOST_HELD_OUT = 2000
 
@@ -107,7 +111,7 @@ def finetune(
     if saved is not None:
         work.restore(saved, checkpoint)
     report = progress or (lambda n: None)
-    report(min(work.done * _BATCH, epochs * len(train)))
+    report(work.images_done())
     try:
         while work.done < work.n_steps:
             report(work.step())
@@ -151,7 +155,8 @@ class _Work:
         self.done, self.whole = 0, True
         self._teacher, self._answers_at = Network(teacher).to(device), logits_name(teacher)
         self._plan, self._train, self._seed, self._device = plan, train, seed, device
-        self._a_epoch = ceil(len(train) / _BATCH)
+        self._batch = batch_size(teacher, most=_BATCH)
+        self._a_epoch = ceil(len(train) / self._batch)
         self.n_steps = epochs * self._a_epoch
         self._order: tuple[int, Array] | None = None
         n_answers = int(np.prod(teacher.tensors[self._answers_at].shape))
@@ -175,12 +180,17 @@ class _Work:
             self._optimizer, lambda step: (1 + cos(pi * min(1.0, step / self.n_steps))) / 2
         )
 
+    def images_done(self) -> int:
+        """Count the images of the steps that are done, one that was used twice as two."""
+        epochs, steps = divmod(self.done, self._a_epoch)
+        return epochs * len(self._train) + steps * self._batch
+
     def step(self) -> int:
         """Train on the next batch: the number of its images."""
         epoch, place = divmod(self.done, self._a_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._train))
-        rows = self._order[1][place * _BATCH : (place + 1) * _BATCH]
+        rows = self._order[1][place * self._batch : (place + 1) * self._batch]
         batch = self._train.take(rows)
         x = as_input(batch.inputs(self._plan.preprocessing), torch.float32).to(self._device)
         wanted = self._answer(x, torch.from_numpy(rows))
@@ -188,7 +198,7 @@ class _Work:
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda"):
             found = self.student(x).flatten(1)
         divergence(found, wanted, _TEMPERATURE).backward()  # type: ignore[no-untyped-call]
-        # An interruption in here would leave a state that no training passes through.
+        # An interruption from here on would leave a state that no training passes through.
         self.whole = False
         self._optimizer.step()
         self._schedule.step()
@@ -254,13 +264,13 @@ def divergence(found: Tensor, wanted: Tensor, temperature: float) -> Tensor:
 
 def _judge(student: Rebuilt, images: LabelledImages, plan: CompressionPlan) -> float:
     """Give the percentage of images that a compressed network gets right."""
-    device = next(student.parameters()).device
+    device, n = next(student.parameters()).device, batch_size(student.graph, most=_BATCH)
     right = 0
     with torch.inference_mode():
-        for start in range(0, len(images), _BATCH):
-            x = as_input(images.inputs(plan.preprocessing, start, start + _BATCH), torch.float32)
+        for start in range(0, len(images), n):
+            x = as_input(images.inputs(plan.preprocessing, start, start + n), torch.float32)
             found = student(x.to(device)).flatten(1).argmax(1).cpu().numpy()
-            right += int((found == images.labels[start : start + _BATCH]).sum())
+            right += int((found == images.labels[start : start + n]).sum())
     return 100 * right / len(images)
 
 

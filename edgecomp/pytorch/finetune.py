@@ -36,8 +36,10 @@ _BATCH = 64
 _TEMPERATURE = 2.0
 _STEPS_A_STEP = 0.01
 """How far a weight moves at most in one update at first, in steps of its grid; a bias, in tenths of its output's."""
+_BIAS = 0.01
 _GAIN_RATE = 3e-3
 """At first, how much of itself a scale changes at most in one update."""
+_PRESS = 1.0
 _ROOM_EVERY = 16
 """Updates between two choices of thresholds."""
 _SAVE_EVERY = 200
@@ -171,7 +173,7 @@ class _Work:
         if latents:
             groups += [{"params": latents, "lr": _STEPS_A_STEP}, {"params": gains, "lr": _GAIN_RATE}]
         groups += [
-            {"params": [layer.bias], "lr": _STEPS_A_STEP * self.student.output_step(name)}
+            {"params": [layer.bias], "lr": _BIAS * self.student.output_step(name)}
             for name, layer in layers.items()
             if layer.bias is not None
         ]
@@ -207,8 +209,10 @@ class _Work:
                 assert isinstance(layer, Layer)
                 layer.latent.clamp_(-layer.limit - 0.5, layer.limit + 0.5)
             self.done += 1
-            if self._room is not None and self.done % _ROOM_EVERY == 0:
-                self._room.hold()
+            if self._room is not None:
+                self._room.press(_PRESS * self._schedule.get_last_lr()[0])
+                if self.done % _ROOM_EVERY == 0:
+                    self._room.hold()
         self.whole = True
         return len(batch)
 
@@ -236,6 +240,7 @@ class _Work:
             "schedule": self._schedule.state_dict(),
             "answers": self._answers,
             "known": self._known,
+            "price": 0.0 if self._room is None else self._room.price,
         }
 
     def restore(self, state: Mapping[str, Any], where: Path) -> None:
@@ -250,9 +255,11 @@ class _Work:
             self._schedule.load_state_dict(state["schedule"])
             self._answers.copy_(state["answers"])
             self._known.copy_(state["known"])
-            self.done = int(state["done"])
+            self.done, price = int(state["done"]), float(state["price"])
         except (KeyError, ValueError, TypeError, RuntimeError) as e:
             raise BundleError(f"{where}: is damaged ({str(e)[:80]}); delete it to start over") from e
+        if self._room is not None:
+            self._room.price = price
 
 
 def divergence(found: Tensor, wanted: Tensor, temperature: float) -> Tensor:

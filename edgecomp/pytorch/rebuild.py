@@ -26,8 +26,7 @@ MOST_BITS = 6
 """Weights of wider layers stay as they are, their biases are trained: `compress` keeps a grid of at most 6 bits."""
 _SLACK = 0.45
 _EXACT = frozenset({Op.MAX_POOL, Op.CONCAT, Op.FLATTEN, Op.RESHAPE})
-_LEAST_THRESHOLD = 0.02
-_DOUBLINGS = 8
+_DOUBLINGS = 12
 _HALVINGS = 12
 
 
@@ -43,7 +42,7 @@ class Layer(torch.nn.Module):
     """
 
     scale: Tensor
-    thresholds: Tensor
+    borders: Tensor
 
     def __init__(self, codes: Array, scale: Array, bits: int, original: Array, bias: Array | None) -> None:
         super().__init__()
@@ -58,14 +57,12 @@ class Layer(torch.nn.Module):
         self.gain = torch.nn.Parameter(torch.zeros_like(steps), requires_grad=not self.fixed)
         self.bias = None if bias is None else torch.nn.Parameter(as_input(bias, torch.float32))
         self.register_buffer("scale", steps)
-        # How far above a code a weight must be to be rounded up; the last is never reached.
-        self.register_buffer("thresholds", torch.full((2 * self.limit + 1,), 0.5))
+        # Where each code ends and the next one, higher by 1, begins.
+        self.register_buffer("borders", torch.arange(-self.limit, self.limit) + 0.5)
 
     def codes(self) -> Tensor:
         """Round: float32 (O, ...), whole numbers within +-limit."""
-        latent = self.latent.detach().clamp(-self.limit, self.limit)
-        lower = latent.floor()
-        return lower + (latent - lower > self.thresholds[(lower + self.limit).long()])
+        return (torch.bucketize(self.latent.detach(), self.borders) - self.limit).to(self.latent.dtype)
 
     def weight(self) -> Tensor:
         """Give the rounded weights (O, ...); their gradient reaches `latent` and, as in LSQ, `gain`."""
@@ -215,25 +212,29 @@ def entropy_bits(counts: Array) -> float:
 class Room:
     """The bits that the weights of a module take where codes are stored by frequency, held at what they were.
 
-    Rounding up or down by the nearer code alone spreads codes while they are trained. Each is chosen instead for the
-    least of (distance in steps)^2 + price x (bits of the code), bits by the first histogram; the price is the least
-    that brings all the weights together down to what they took at first. Bits may move from one layer to another.
+    Rounding each weight to the nearest code spreads codes while they are trained. Each gets instead the code with the
+    least (distance in steps)^2 + price x (bits of the code), bits by the first histogram; the price is the least that
+    brings all the weights together down to what they took at first. Bits may move from one layer to another.
 
     Args:
         module: where it begins.
         share: of what they take there.
+
+    Attributes:
+        bits: what they may take.
+        price: as above, squared steps a bit.
     """
 
     def __init__(self, module: Rebuilt, share: float = 1.0) -> None:
         self._layers = [layer for layer in module.layers if isinstance(layer, Layer) and not layer.fixed]
         counts = [layer.histogram() for layer in self._layers]
         self.bits = share * sum(entropy_bits(found) for found in counts)
-        # Codes that were not there cost as if half a weight had them.
-        lengths = [-np.log2(np.maximum(found, 0.5) / found.sum()) for found in counts]
-        self._slopes = [np.append(np.diff(length), 0.0) / 2 for length in lengths]
+        self.price = 0.0
+        # Codes that were not there cost as if half a weight had them. More bits from each code to the next one:
+        self._more = [np.diff(-np.log2(np.maximum(found, 0.5) / found.sum())) for found in counts]
 
     def hold(self) -> None:
-        """Set the thresholds of all layers, as low a price as does."""
+        """Set the borders between codes, at as low a price as does."""
         if self._taken(0.0) <= self.bits:
             return
         low, high = 0.0, 1 / 16
@@ -246,13 +247,38 @@ class Room:
             low, high = (low, middle) if self._taken(middle) <= self.bits else (middle, high)
         self._taken(high)
 
+    def press(self, rate: float) -> None:
+        """Move weights towards cheaper codes: by rate x price x (bits saved on the way to the next), in steps.
+
+        Without it training has weights cross borders, and the price drives others back: more and more of both.
+        """
+        if self.price == 0:
+            return
+        for layer, more in zip(self._layers, self._more, strict=True):
+            codes = layer.codes()
+            saved = torch.from_numpy(_saved_bits(more).astype(np.float32)).to(codes.device)
+            layer.latent.sub_(rate * self.price * saved[(codes + layer.limit).long()])
+
     def _taken(self, price: float) -> float:
-        total = 0.0
-        for layer, slope in zip(self._layers, self._slopes, strict=True):
-            thresholds = np.clip(0.5 + price * slope, _LEAST_THRESHOLD, 1 - _LEAST_THRESHOLD)
-            layer.thresholds.copy_(torch.from_numpy(thresholds.astype(np.float32)))
+        self.price, total = price, 0.0
+        for layer, more in zip(self._layers, self._more, strict=True):
+            borders = _borders(more, price, layer.limit)
+            layer.borders.copy_(torch.from_numpy(borders.astype(np.float32)))
             total += entropy_bits(layer.histogram())
         return total
+
+
+def _borders(more: Array, price: float, limit: int) -> Array:
+    """Place the borders (2 limit,) between neighbouring codes at equal cost; none lies beyond zero, or before another."""
+    borders = np.arange(-limit, limit) + 0.5 + price * more / 2
+    below, above = np.minimum(borders[:limit], 0), np.maximum(borders[limit:], 0)
+    return np.concatenate([np.minimum.accumulate(below[::-1])[::-1], np.maximum.accumulate(above)])
+
+
+def _saved_bits(more: Array) -> Array:
+    """Give, for each code (2 limit + 1,), the bits saved by one nearer zero, with its sign: 0 for code 0."""
+    limit = len(more) // 2
+    return np.concatenate([np.minimum(more[:limit], 0), [0.0], np.maximum(more[limit:], 0)])
 
 
 def _params(graph: Graph, name: str) -> QuantParams:

@@ -23,6 +23,7 @@ from edgecomp.overview import overview
 from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, write_json
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.quantmath import Grid
+from edgecomp.recovering import recover
 from edgecomp.selection import parse_classes, select_classes
 from edgecomp.spending import (
     Budget,
@@ -44,6 +45,7 @@ Stage = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 SAMPLE = "sample"
 _BATCH = 64
 _HELD_OUT = 2000
+_MOST_EPOCHS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,8 @@ def build(
     seed: int,
     folder: Path,
     force: bool,
+    epochs: int = 0,
+    checkpoint: Path | None = None,
     scoring: Scoring = Scoring(),
     classes: str | None = None,
     stage: Stage = silent,
@@ -118,6 +122,8 @@ def build(
         seed: of every random choice.
         folder: where to write.
         force: replace an earlier build there.
+        epochs: of recovery by fine-tuning on the training images; 0 for none.
+        checkpoint: where an interrupted recovery is kept and found again; None for `folder`.recover.
         scoring: what tells important from unimportant.
         classes: the classes the files are for, see `selection.parse_classes`; None for all.
         stage: shows how far the work is.
@@ -133,6 +139,10 @@ def build(
         raise UsageError("--data is missing: a model of your own needs labelled images, e.g. --data folder:PATH")
     if n_calibration < 1:
         raise UsageError(f"--calib {n_calibration}: expected at least 1")
+    if not 0 <= epochs <= _MOST_EPOCHS:
+        raise UsageError(f"--recover {epochs}: expected epochs, 0 to {_MOST_EPOCHS}")
+    if checkpoint is not None and not epochs:
+        raise UsageError("--checkpoint without --recover: only a recovery has one")
     _check_rule(scoring.rule)
     if model is None:
         model, weights, preprocessing = _sample(preprocessing)
@@ -143,9 +153,15 @@ def build(
     original = _capture(model, weights, shape, images, stage)
     graph, images, class_weights = _select(original, images, classes)
     float_accuracy = _float_accuracy(graph, images.test, preprocessing, stage)
-    drop_points = None
+    if epochs:
+        from edgecomp.pytorch import finetune
+
+        checkpoint = checkpoint or folder.absolute().with_name(f"{folder.absolute().name}.recover")
+        finetune.check(checkpoint, graph)
+    drop_points = held_out = None
+    rest = images.train
     if budget.kind is BudgetKind.MAX_DROP:
-        train, held_out = _split(images.train, n_calibration, seed=seed)
+        train, rest, held_out = _split(images.train, n_calibration, seed=seed)
         drop_points = _drop_measure(graph, held_out, preprocessing, formats)
     else:
         train = draw(images.train, n_calibration, seed=seed)
@@ -192,6 +208,23 @@ def build(
 
     make = reconstructed if reconstruction else draft
     spent = _spend(budget, choices, draft, make, formats, drop_points, stage)
+    if epochs:
+        assert checkpoint is not None
+        to_train, to_judge = (rest, held_out) if held_out is not None else finetune.split(rest, seed=seed)
+        with stage("fine-tuning", epochs * len(to_train)) as advance:
+            spent = recover(
+                spent,
+                graph,
+                to_train,
+                to_judge,
+                budget=budget,
+                formats=formats,
+                epochs=epochs,
+                seed=seed,
+                checkpoint=checkpoint,
+                drop_points=drop_points,
+                progress=advance,
+            )
     plan = spent.candidate.plan
     quantized = compress(spent.candidate.graph, plan)
     exported = _export(quantized, formats, stage)
@@ -302,15 +335,17 @@ def _float_accuracy(graph: Graph, test: LabelledImages, preprocessing: Preproces
         return accuracy(graph, test, preprocessing, progress=advance)
 
 
-def _split(train: LabelledImages, n_calibration: int, *, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Draw training images to calibrate with, and others to measure the loss of accuracy on."""
+def _split(
+    train: LabelledImages, n_calibration: int, *, seed: int
+) -> tuple[LabelledImages, LabelledImages, LabelledImages]:
+    """Draw training images to calibrate with; also give those they are of, and others to measure accuracy on."""
     n_calibration = min(n_calibration, len(train) // 2)
     if n_calibration < 1:
         raise DataError(f"--max-drop needs at least 2 training images, there are {len(train)}")
     order = np.random.default_rng(seed).permutation(len(train))
     held_out = train.take(order[: min(_HELD_OUT, len(train) - n_calibration)])
     rest = train.take(order[len(held_out) :])
-    return draw(rest, n_calibration, seed=seed), held_out
+    return draw(rest, n_calibration, seed=seed), rest, held_out
 
 
 def _check_rule(rule: str) -> None:

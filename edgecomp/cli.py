@@ -68,10 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return _run(_parser().parse_args(argv))
-    except BaseException:
+    except BaseException as e:
         # Native code in the middle of an import turns the interruption into an error of its own.
         if interrupted:
-            return _complain("interrupted; nothing was left half-written", INTERRUPTED)
+            how_to_go_on = str(e) if isinstance(e, KeyboardInterrupt) else ""
+            return _complain(how_to_go_on or "interrupted; nothing was left half-written", INTERRUPTED)
         raise
     finally:
         for number, handler in before.items():
@@ -187,6 +188,8 @@ def _add_build(verbs: Any) -> None:
     p.add_argument("--rule", default="epsilon", metavar="R", help="of relevance: epsilon-plus-flat, gamma:0.5, ...")
     p.add_argument("--start", choices=("logit", "one", "softmax"), default="logit", help="what relevance starts with")
     p.add_argument("--no-reconstruct", action="store_true", help="round to nearest: faster, worse below 6 bits")
+    p.add_argument("--recover", type=int, default=0, metavar="EPOCHS", help="of fine-tuning, on all training images")
+    p.add_argument("--checkpoint", type=Path, metavar="FILE", help="of --recover, to go on from (default DIR.recover)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (default 0)")
     p.add_argument("--force", action="store_true", help="replace an earlier build in DIR")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
@@ -346,6 +349,8 @@ def _build(args: argparse.Namespace) -> int:
         folder=args.output,
         force=args.force,
         classes=args.classes,
+        epochs=args.recover,
+        checkpoint=args.checkpoint,
         stage=_stage,
     )
     print(results_table(built.manifest))

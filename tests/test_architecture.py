@@ -29,7 +29,7 @@ LEVELS = (
      "pytorch.aten", "pytorch.capture", "pytorch.network", "pytorch.sharing", "pytorch.checkpoint", "pytorch.rules",
      "pytorch.propagate", "pytorch.sums", "pytorch.relevance", "pytorch.scores", "pytorch.calibrate",
      "pytorch.rounding",
-     "pytorch.trial", "pytorch.recover",
+     "pytorch.trial", "pytorch.recover", "pytorch.rebuild", "pytorch.finetune",
      "samples.train"),
     ("targets", "exporters.layout", "exporters.tflite_schema", "exporters.onnx_model",
      "exporters.onnx_weights", "exporters.to_onnx", "exporters.to_tflite", "exporters",
@@ -37,7 +37,7 @@ LEVELS = (
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
      "benchmarks.relevance_cost"),
-    ("check", "spending", "build", "verifying", "benching", "cli", "__main__"),
+    ("check", "spending", "recovering", "build", "verifying", "benching", "cli", "__main__"),
     ("benchmarks.compression", "benchmarks.compression.results", "benchmarks.compression.table",
      "benchmarks.compression.plot", "benchmarks.compression.peer_entry", "benchmarks.compression.peer_ort",
      "benchmarks.compression.peer_nncf", "benchmarks.compression.peer_mct", "benchmarks.compression.peer_torch_pruning",
@@ -177,7 +177,7 @@ def test_torch_is_reached_only_where_a_model_is_built() -> None:
     for name in modules():
         for found in imports(name):
             if (own(found.name) or "").startswith("pytorch") and not name.startswith("pytorch"):
-                assert name in ("build", *COMPARING, *SCRIPT), f"{name}:{found.line}"
+                assert name in ("build", "recovering", *COMPARING, *SCRIPT), f"{name}:{found.line}"
                 assert found.lazy or name in SCRIPT, f"{name}:{found.line}: at the top"
 
 

@@ -403,7 +403,7 @@ def _spend(
 ) -> Spent:
     match budget.kind:
         case BudgetKind.AVG_BITS:
-            return spend_mean_bits(choices, budget.asked, make)
+            return spend_mean_bits(choices, budget.asked, formats, make)
         case BudgetKind.MAX_SIZE:
             return spend_file_size(choices, int(budget.asked), formats, draft, make)
         case BudgetKind.MAX_DROP:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +19,6 @@ from edgecomp.errors import UsageError
 from edgecomp.graph import Array, Graph
 from edgecomp.plan import ActRange, Relevance
 from edgecomp.preprocessing import Preprocessing
-
-if TYPE_CHECKING:
-    from edgecomp.pytorch.trial import Trial
 
 BATCH = 64
 
@@ -141,15 +138,15 @@ class Context:
         relevance: Relevance = self._kept(seed, f"scored {kind}", make)
         return relevance
 
-    def trials(self, seed: int) -> Mapping[str, Trial]:
-        """Round every layer to every grid on the images of a seed."""
+    def trials(self, seed: int) -> Mapping[str, Any]:
+        """Round every layer to every grid on the images of a seed: layer name -> `pytorch.trial.Trial`."""
 
-        def make() -> Mapping[str, Trial]:
+        def make() -> Mapping[str, Any]:
             from edgecomp.pytorch.trial import try_grids
 
             return try_grids(self.graph, self.batches(seed), ("onnx",))
 
-        trials: Mapping[str, Trial] = self._kept(seed, "trials", make)
+        trials: Mapping[str, Any] = self._kept(seed, "trials", make)
         return trials
 
     def ranges(self, seed: int) -> Mapping[str, ActRange]:

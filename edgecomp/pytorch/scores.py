@@ -26,7 +26,7 @@ from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op
 from edgecomp.plan import LayerRelevance, Relevance
 from edgecomp.pytorch.network import Network, as_input, compute
 from edgecomp.pytorch.propagate import Start, Step, logits_name
-from edgecomp.pytorch.relevance import score
+from edgecomp.pytorch.relevance import score, score_channels
 from edgecomp.pytorch.rules import Composite
 from edgecomp.pytorch.sums import Sums, WeightForm
 
@@ -86,6 +86,28 @@ def score_by(
             return _deeplift(graph, batches, progress)
         case _:
             return _by_energy(kind, graph, batches, seed, progress)
+
+
+def channel_scores(
+    kind: Score,
+    graph: Graph,
+    batches: Sequence[tuple[Array, Array]],
+    *,
+    composite: Composite | None = None,
+    start: Start = Start.LOGIT,
+    class_weights: Array | None = None,
+    seed: int = 0,
+) -> dict[str, Array]:
+    """Score channels alone: what `score_by` gives as channel_abs, by layer name, faster where it can be.
+
+    Arguments and errors as `score_by`.
+    """
+    walks = {Score.LRP: start, Score.TAYLOR: Start.LOSS, Score.HESSIAN: Start.FISHER}
+    if kind in walks:
+        rules = composite if kind is Score.LRP else None
+        return score_channels(graph, batches, composite=rules, start=walks[kind], class_weights=class_weights)
+    found = score_by(kind, graph, batches, seed=seed)
+    return {name: layer.channel_abs for name, layer in found.layers.items()}
 
 
 def _by_energy(

@@ -1,14 +1,16 @@
 """Which channels go next: all layers ranked together, coupled channels as one, none below its layer's floor.
 
-A score says what a channel is worth, usually its mean |relevance|. LRP hands about the same total through every layer,
-so scores compare across layers as they are, and wide layers give most; dividing them by the weights that a channel takes
-was tried and lost accuracy. Grouped convolutions that are not depthwise keep all their channels, as do those around them
-(`groups`).
+A score says what a channel is worth, usually its mean |relevance|. LRP hands about the same total through every
+layer, so scores compare across layers as they are, and wide layers give most; dividing them by the weights that a
+channel takes was tried and lost accuracy. Grouped convolutions that are not depthwise keep all their channels, as do
+those around them (`groups`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 
@@ -18,6 +20,66 @@ from edgecomp.groups import Channels, number_channels
 
 Scores = Mapping[str, Array]
 """Layer name -> float64 (O,): what each output channel is worth; the least goes first."""
+
+MOST_SHARE = 0.95
+"""As far as CutPolicy.AUTO goes."""
+
+
+class CutPolicy(StrEnum):
+    """Which channels go.
+
+    ZERO: those that got no relevance in any sample. NONPOSITIVE: those whose relevance is 0 or less on the mean.
+    SMALLEST: those worth least, up to a share of the weights. AUTO: the same, as far as measured accuracy allows.
+    """
+
+    ZERO = "zero"
+    NONPOSITIVE = "nonpositive"
+    SMALLEST = "smallest"
+    AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruning:
+    """What is to be cut.
+
+    Attributes:
+        policy: which channels.
+        share: of the weights, for SMALLEST.
+    """
+
+    policy: CutPolicy = CutPolicy.ZERO
+    share: float = 0.0
+
+    def slices(self) -> Sequence[float]:
+        """Give the shares of the weights to be gone after each round; one round for what is cut at once."""
+        if self.policy in (CutPolicy.ZERO, CutPolicy.NONPOSITIVE):
+            return (0.0,)
+        return slices(MOST_SHARE if self.policy is CutPolicy.AUTO else self.share)
+
+    def text(self) -> str:
+        """Say it as --prune takes it."""
+        return f"{self.share:g}" if self.policy is CutPolicy.SMALLEST else self.policy.value
+
+
+IRRELEVANT = Pruning()
+"""Only what got no relevance at all."""
+
+
+def parse_pruning(text: str) -> Pruning:
+    """Read what --prune takes: zero, nonpositive, auto, or a share of the weights from 0 to below 1.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text in ("zero", "nonpositive", "auto"):
+        return Pruning(policy=CutPolicy(text))
+    try:
+        share = float(text)
+    except ValueError:
+        share = float("nan")
+    if not 0 <= share < 1:
+        raise UsageError(f"--prune {text!r:.40}: expected zero, nonpositive, auto, or a share from 0 to below 1")
+    return Pruning(policy=CutPolicy.SMALLEST, share=share)
 
 
 def floors(graph: Graph, share: float) -> dict[str, int]:
@@ -133,6 +195,6 @@ def slices(share: float, step: float = 0.6) -> Sequence[float]:
         UsageError: the share is not within 0..1, or 1 itself.
     """
     if not 0 <= share < 1:
-        raise UsageError(f"--prune {share:g}: expected a share of the weights, from 0 to below 1")
+        raise UsageError(f"{share:g}: expected a share of the weights, from 0 to below 1")
     rounds = max(1, int(np.ceil(np.log(1 - share) / np.log(step) - 1e-9)))
     return [1 - (1 - share) ** (k / rounds) for k in range(1, rounds + 1)]

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edgecomp import reference
-from edgecomp.channels import floors, rank
+from edgecomp.channels import floors, parse_pruning, rank
+from edgecomp.cli import main
 from edgecomp.compress import cut
 from edgecomp.errors import DataError, UsageError
 from edgecomp.graph import Graph, Op
 from edgecomp.groups import number_channels
-from edgecomp.pytorch.prune import compensate, prune, with_biases
+from edgecomp.pytorch.prune import compensate, prune, prune_as_asked, with_biases
 from edgecomp.pytorch.relevance import score, score_channels
+from edgecomp.pytorch.scores import Score, Scorer
 from tests.graphs import GRAPHS, Build, dense, images, multiplied
 from tests.soak_graphs import random_graph, random_keep
+from tests.tiny import Place
 
 ALL = {**GRAPHS, "multiplied": multiplied, "dense": dense}
 
@@ -284,3 +291,89 @@ def test_channel_scores_are_those_of_the_whole_relevance(weights: np.ndarray | N
         np.testing.assert_allclose(found, whole.layers[name].channel_abs, rtol=1e-6)
     with pytest.raises(DataError, match="no images to explain"):
         score_channels(graph, [])
+
+
+# ---- as --prune asks -------------------------------------------------------------------------------------------------
+
+
+def scorer(graph: Graph, kind: Score = Score.LRP) -> Scorer:
+    return Scorer(kind=kind, batches=[(images(graph, 30), np.arange(30) % 10)])
+
+
+@pytest.mark.parametrize("kind", Score)
+def test_every_score_ranks_channels_as_its_relevance_does(kind: Score) -> None:
+    graph = GRAPHS["plain"]()
+    found = scorer(graph, kind).channels(graph)
+    whole = scorer(graph, kind).relevance(graph)
+    for name, layer in whole.layers.items():
+        np.testing.assert_allclose(found[name], layer.channel_abs, rtol=1e-5)
+
+
+def test_policies() -> None:
+    graph = GRAPHS["plain"]()
+    asked = scorer(graph)
+    assert prune_as_asked(graph, parse_pruning("zero"), asked) is graph
+    signed = asked.relevance(graph).layers
+    smaller = prune_as_asked(graph, parse_pruning("nonpositive"), asked, compensation=False)
+    for name in ("conv1", "conv2", "fc1"):
+        want = graph.tensors[f"{name}.bias"].data[signed[name].channel > 0]  # type: ignore[index]
+        np.testing.assert_array_equal(smaller.tensors[f"{name}.bias"].data, want)  # type: ignore[arg-type]
+    sizes: list[int] = []
+
+    def within(g: Graph) -> bool:
+        sizes.append(g.tensors["fc1.weight"].data.size)  # type: ignore[union-attr]
+        return len(sizes) < 3
+
+    last = prune_as_asked(graph, parse_pruning("auto"), asked, within=within)
+    assert len(sizes) == 3
+    assert last.tensors["fc1.weight"].data.size == sizes[1] >= sizes[2]  # type: ignore[union-attr]
+    half = prune_as_asked(graph, parse_pruning("0.5"), asked)
+    left, total = (sum(np.asarray(g.weight(n).data).size for n in g.layers()) for g in (half, graph))
+    assert 0.4 * total < left <= 0.5 * total
+
+
+@pytest.mark.parametrize("text", ["1", "-0.1", "half", "nan", "smallest", ""])
+def test_prunings_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="expected zero, nonpositive, auto, or a share"):
+        parse_pruning(text)
+
+
+def built(place: Place, *arguments: str) -> dict[str, Any]:
+    shutil.rmtree(place.folder / "out", ignore_errors=True)
+    assert main([*place.command(), *arguments]) == 0
+    found: dict[str, Any] = json.loads((place.folder / "out" / "manifest.json").read_text())
+    return found
+
+
+def test_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(tmp_path, monkeypatch)
+    found = built(place, "--prune", "0.5", "--avg-bits", "8", "--classes", "0,3")
+    before, left = (sum(layer[key] for layer in found["layers"]) for key in ("weights_before", "weights"))
+    assert before == 8 * 9 + 8 * 8 * 9 + 4 * 128
+    # A share of what the network for two classes has.
+    assert left <= 0.5 * (before - 2 * 128)
+    assert [layer["channels_before"] for layer in found["layers"]] == [8, 8, 4]
+    assert found["artifacts"][0]["accuracy"]["value"] > 95
+    assert main(["verify", "out"]) == 0
+    auto = built(place, "--prune", "auto", "--max-drop", "4", "--format", "onnx")
+    assert auto["budget"]["met"]
+    assert sum(layer["weights"] for layer in auto["layers"]) < before
+    built(place, "--prune", "nonpositive", "--no-reconstruct", "--format", "onnx", "--avg-bits", "8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [(["--prune", "1"], "a share from 0 to below 1"), (["--prune", "auto"], "--prune auto without --max-drop")],
+)
+def test_bad_prunings_are_one_line(
+    arguments: list[str],
+    found: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["build", "-o", "out", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert found in error

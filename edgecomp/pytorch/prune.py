@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgecomp.channels import Scores, floors, next_slice
+from edgecomp.channels import CutPolicy, Pruning, Scores, floors, next_slice, not_above
 from edgecomp.compress import cut
 from edgecomp.errors import DataError
 from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op
@@ -23,6 +23,7 @@ from edgecomp.graph import Tensor as Value
 from edgecomp.groups import kept_numbers, number_channels
 from edgecomp.ops import ints
 from edgecomp.pytorch.network import as_input, compute
+from edgecomp.pytorch.scores import Scorer
 
 _POSITIONS = 24
 """Positions of the output that are looked at, for each input of one output value."""
@@ -84,6 +85,46 @@ def prune(
         if progress is not None:
             progress(1)
         yield smaller, given
+
+
+def prune_as_asked(
+    graph: Graph,
+    pruning: Pruning,
+    scorer: Scorer,
+    *,
+    compensation: bool = True,
+    within: Callable[[Graph], bool] = lambda smaller: True,
+    progress: Callable[[int], object] | None = None,
+) -> Graph:
+    """Cut the channels that a policy names; NONPOSITIVE at once, by signed relevance, the others as `prune`.
+
+    Args:
+        graph: float.
+        pruning: what is asked; ZERO leaves the graph to `planner.irrelevant_channels`.
+        scorer: what ranks the channels; its images are those of the compensation.
+        compensation: solve the layers again after each slice.
+        within: for AUTO, whether a smaller graph is still good enough; the last that was is given back.
+        progress: called after each slice with 1.
+
+    Raises:
+        as `prune`.
+    """
+    if pruning.policy is CutPolicy.ZERO:
+        return graph
+    batches = [images for images, _ in scorer.batches]
+    if pruning.policy is CutPolicy.NONPOSITIVE:
+        signed = {name: layer.channel for name, layer in scorer.relevance(graph).layers.items()}
+        keep = not_above(graph, signed, floors(graph, FLOOR))
+        smaller = cut(graph, keep)
+        return compensate(graph, smaller, keep, batches) if compensation else smaller
+    shares, criterion = pruning.slices(), scorer.channels
+    for smaller, _ in prune(
+        graph, batches, shares=shares, criterion=criterion, compensation=compensation, progress=progress
+    ):
+        if pruning.policy is CutPolicy.AUTO and not within(smaller):
+            break
+        graph = smaller
+    return graph
 
 
 def compensate(

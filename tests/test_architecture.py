@@ -37,7 +37,7 @@ LEVELS = (
      "exporters.modelfacts", "exporters.read_onnx", "exporters.read_tflite", "exporters.describe"),
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
-     "benchmarks.relevance_cost"),
+     "benchmarks.relevance_cost", "benchmarks.classes"),
     ("check", "spending", "pruning", "recovering", "build", "verifying", "benching", "cli", "__main__"),
     ("benchmarks.compression", "benchmarks.compression.results", "benchmarks.compression.table",
      "benchmarks.compression.plot", "benchmarks.compression.peer_entry", "benchmarks.compression.peer_ort",
@@ -48,7 +48,7 @@ LEVELS = (
 RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}
 
 # Packages beside the standard library and numpy: the modules that may import them, and whether at the top of the file.
-SCRIPT = ("samples.train", "benchmarks.relevance_cost")  # run by hand; nobody imports them
+SCRIPT = ("samples.train", "benchmarks.relevance_cost", "benchmarks.classes")  # run by hand; nobody imports them
 PEER = "benchmarks.compression.peer_"  # scripts that run in environments of other tools; nobody imports them
 COMPARING = ("benchmarks.compression.context", "benchmarks.compression.ours")
 THIRD_PARTY = {

@@ -2,10 +2,11 @@
 
 python -m edgecomp.benchmarks.classes --weights ../shared/models/vgg16_bn_cifar.pt --data D
 
-with D = folder:../shared/data/cifar10-jpeg.zip takes VGG16-BN on CIFAR-10 and random triples of classes. Ours: `edgecomp build --classes ... --prune SHARE`, scored and
-made up for with training images of the triple. The rival cuts channels of the ten-class network by the mean size of
-their weights, in one global ranking, without images, and then answers with the triple alone. No training. Every row is
-an int8 ONNX file, measured in onnxruntime on all test images of the triple. A script: nobody imports it.
+with D = folder:../shared/data/cifar10-jpeg.zip takes VGG16-BN on CIFAR-10 and random triples of classes. Ours:
+`edgecomp build --classes ... --prune SHARE`, scored and made up for with training images of the triple. The rival cuts
+channels of the ten-class network by the mean size of their weights, in one global ranking, without images, and then
+answers with the triple alone. No training. Every row is an int8 ONNX file, measured in onnxruntime on all test images
+of the triple. A script: nobody imports it.
 """
 
 from __future__ import annotations

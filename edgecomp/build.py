@@ -13,6 +13,7 @@ import numpy as np
 
 from edgecomp import bundle, manifest, planner
 from edgecomp.artifact import Exported
+from edgecomp.channels import IRRELEVANT, Pruning
 from edgecomp.check import LEAST_AGREEMENT_PERCENT, measure_accuracy, measure_parity
 from edgecomp.compress import compress, narrowest_bits, on_grids
 from edgecomp.data import LabelledImages, draw, load
@@ -22,6 +23,7 @@ from edgecomp.graph import Array, Graph
 from edgecomp.overview import overview
 from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, write_json
 from edgecomp.preprocessing import Preprocessing
+from edgecomp.pruning import check_pruning, pruned
 from edgecomp.quantmath import Grid
 from edgecomp.recovering import recover
 from edgecomp.selection import parse_classes, select_classes
@@ -38,6 +40,7 @@ from edgecomp.spending import (
 
 if TYPE_CHECKING:
     from edgecomp.data import DataSet
+    from edgecomp.pytorch.scores import Scorer
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Opens a stage of known length: a name and a number of units; what it gives is told of each step."""
@@ -103,6 +106,7 @@ def build(
     checkpoint: Path | None = None,
     scoring: Scoring = Scoring(),
     classes: str | None = None,
+    pruning: Pruning = IRRELEVANT,
     stage: Stage = silent,
 ) -> Built:
     """Compress a model and write its folder.
@@ -126,6 +130,7 @@ def build(
         checkpoint: where an interrupted recovery is kept and found again; None for `folder`.recover.
         scoring: what tells important from unimportant.
         classes: the classes the files are for, see `selection.parse_classes`; None for all.
+        pruning: which channels are cut; what remains is then compressed like any other network.
         stage: shows how far the work is.
 
     Raises:
@@ -143,6 +148,7 @@ def build(
         raise UsageError(f"--recover {epochs}: expected epochs, 0 to {_MOST_EPOCHS}")
     if checkpoint is not None and not epochs:
         raise UsageError("--checkpoint without --recover: only a recovery has one")
+    check_pruning(pruning, budget)
     _check_rule(scoring.rule)
     if model is None:
         model, weights, preprocessing = _sample(preprocessing)
@@ -153,11 +159,6 @@ def build(
     original = _capture(model, weights, shape, images, stage)
     graph, images, class_weights = _select(original, images, classes)
     float_accuracy = _float_accuracy(graph, images.test, preprocessing, stage)
-    if epochs:
-        from edgecomp.pytorch import finetune
-
-        checkpoint = checkpoint or folder.absolute().with_name(f"{folder.absolute().name}.recover")
-        finetune.check(checkpoint, graph)
     drop_points = held_out = None
     rest = images.train
     if budget.kind is BudgetKind.MAX_DROP:
@@ -166,7 +167,24 @@ def build(
     else:
         train = draw(images.train, n_calibration, seed=seed)
     batches = _batches(graph, train, preprocessing)
-    relevance, ranges = _explain(graph, batches, train.labels, class_weights, scoring, seed, stage)
+    scorer = _scorer(scoring, batches, train.labels, class_weights, seed)
+    with stage("cutting channels", len(pruning.slices())) as advance:
+        graph = pruned(
+            graph,
+            pruning,
+            scorer,
+            held_out,
+            preprocessing,
+            budget=budget,
+            compensation=reconstruction,
+            progress=advance,
+        )
+    if epochs:
+        from edgecomp.pytorch import finetune
+
+        checkpoint = checkpoint or folder.absolute().with_name(f"{folder.absolute().name}.recover")
+        finetune.check(checkpoint, graph)
+    relevance, ranges = _explain(graph, scorer, batches, stage)
     keep = planner.irrelevant_channels(graph, relevance)
     with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
         if reconstruction:
@@ -188,7 +206,7 @@ def build(
             made_by={
                 "relevance": relevance.rule,
                 "samples": str(relevance.n_samples),
-                "pruning": "channels without any relevance",
+                "pruning": pruning.text(),
                 "reconstruction": "weights and biases, by layers" if reconstruction else "none",
                 "budget": f"{budget.kind} {budget.asked:g}",
                 "formats": ",".join(formats),
@@ -298,13 +316,7 @@ def _dims(shape: tuple[int, int, int]) -> str:
     return ",".join(map(str, shape))
 
 
-def _capture(
-    model: str,
-    weights: Path | None,
-    shape: tuple[int, int, int],
-    images: DataSet,
-    stage: Stage,
-) -> Graph:
+def _capture(model: str, weights: Path | None, shape: tuple[int, int, int], images: DataSet, stage: Stage) -> Graph:
     from edgecomp.pytorch.capture import capture
     from edgecomp.pytorch.load import load_module
 
@@ -361,34 +373,33 @@ def _batches(graph: Graph, train: LabelledImages, preprocessing: Preprocessing) 
     return [train.inputs(preprocessing, i, i + n) for i in range(0, len(train), n)]
 
 
-def _explain(
-    graph: Graph,
-    batches: Sequence[Array],
-    labels: Array,
-    class_weights: Array | None,
-    scoring: Scoring,
-    seed: int,
-    stage: Stage,
-) -> tuple[Relevance, Mapping[str, ActRange]]:
-    from edgecomp.pytorch.calibrate import calibrate
+def _scorer(
+    scoring: Scoring, batches: Sequence[Array], labels: Array, class_weights: Array | None, seed: int
+) -> Scorer:
     from edgecomp.pytorch.propagate import Start
     from edgecomp.pytorch.rules import parse_composite
-    from edgecomp.pytorch.scores import Score, score_by
+    from edgecomp.pytorch.scores import Score, Scorer
 
     starts = np.cumsum([0, *(len(x) for x in batches)])
-    labelled = [(x, labels[start : start + len(x)]) for x, start in zip(batches, starts, strict=False)]
-    with stage("relevance", len(labels)) as advance:
-        relevance = score_by(
-            Score(scoring.score),
-            graph,
-            labelled,
-            composite=parse_composite(scoring.rule),
-            start=Start(scoring.start),
-            class_weights=class_weights,
-            seed=seed,
-            progress=advance,
-        )
-    with stage("activation ranges", 2 * len(labels)) as advance:
+    return Scorer(
+        kind=Score(scoring.score),
+        batches=[(x, labels[start : start + len(x)]) for x, start in zip(batches, starts, strict=False)],
+        composite=parse_composite(scoring.rule),
+        start=Start(scoring.start),
+        class_weights=class_weights,
+        seed=seed,
+    )
+
+
+def _explain(
+    graph: Graph, scorer: Scorer, batches: Sequence[Array], stage: Stage
+) -> tuple[Relevance, Mapping[str, ActRange]]:
+    from edgecomp.pytorch.calibrate import calibrate
+
+    n_images = sum(map(len, batches))
+    with stage("relevance", n_images) as advance:
+        relevance = scorer.relevance(graph, progress=advance)
+    with stage("activation ranges", 2 * n_images) as advance:
         return relevance, calibrate(graph, batches, progress=advance)
 
 

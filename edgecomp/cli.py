@@ -178,6 +178,12 @@ def _add_build(verbs: Any) -> None:
     p.add_argument(
         "--classes", metavar="A,B,C", help="names or numbers of the classes the device is for, each with =WEIGHT or not"
     )
+    p.add_argument(
+        "--prune",
+        default="zero",
+        metavar="P",
+        help="whole channels: a share of the weights, e.g. 0.5; auto: as --max-drop allows; nonpositive; default zero",
+    )
     limits = p.add_mutually_exclusive_group()
     limits.add_argument("--avg-bits", type=_number, metavar="X", help="mean bits a weight on disk (default 4)")
     limits.add_argument("--max-size", type=_size, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
@@ -328,6 +334,7 @@ def _budget(args: argparse.Namespace) -> Budget:
 
 def _build(args: argparse.Namespace) -> int:
     from edgecomp.build import Scoring, build
+    from edgecomp.channels import parse_pruning
     from edgecomp.overview import results_table
     from edgecomp.plan import Io
 
@@ -351,6 +358,7 @@ def _build(args: argparse.Namespace) -> int:
         classes=args.classes,
         epochs=args.recover,
         checkpoint=args.checkpoint,
+        pruning=parse_pruning(args.prune),
         stage=_stage,
     )
     print(results_table(built.manifest))

@@ -13,7 +13,7 @@ outputs into one of the weights), to the other all outputs are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -26,7 +26,7 @@ from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op
 from edgecomp.plan import LayerRelevance, Relevance
 from edgecomp.pytorch.network import Network, as_input, compute
 from edgecomp.pytorch.propagate import Start, Step, logits_name
-from edgecomp.pytorch.relevance import score
+from edgecomp.pytorch.relevance import score, score_channels
 from edgecomp.pytorch.rules import Composite
 from edgecomp.pytorch.sums import Sums, WeightForm
 
@@ -86,6 +86,71 @@ def score_by(
             return _deeplift(graph, batches, progress)
         case _:
             return _by_energy(kind, graph, batches, seed, progress)
+
+
+def channel_scores(
+    kind: Score,
+    graph: Graph,
+    batches: Sequence[tuple[Array, Array]],
+    *,
+    composite: Composite | None = None,
+    start: Start = Start.LOGIT,
+    class_weights: Array | None = None,
+    seed: int = 0,
+) -> dict[str, Array]:
+    """Score channels alone: what `score_by` gives as channel_abs, by layer name, faster where it can be.
+
+    Arguments and errors as `score_by`.
+    """
+    walks = {Score.LRP: start, Score.TAYLOR: Start.LOSS, Score.HESSIAN: Start.FISHER}
+    if kind in walks:
+        rules = composite if kind is Score.LRP else None
+        return score_channels(graph, batches, composite=rules, start=walks[kind], class_weights=class_weights)
+    found = score_by(kind, graph, batches, seed=seed)
+    return {name: layer.channel_abs for name, layer in found.layers.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scorer:
+    """A score with all that it asks for but the network: to rank one that gets smaller again and again.
+
+    Attributes:
+        kind: which score.
+        batches: pairs of images float32 (N, C, H, W), preprocessed, and labels int64 (N,).
+        composite, start, class_weights, seed: see `score_by`.
+    """
+
+    kind: Score
+    batches: Sequence[tuple[Array, Array]]
+    composite: Composite | None = None
+    start: Start = Start.LOGIT
+    class_weights: Array | None = None
+    seed: int = 0
+
+    def relevance(self, graph: Graph, *, progress: Callable[[int], object] | None = None) -> Relevance:
+        """Score a network as `score_by`."""
+        return score_by(
+            self.kind,
+            graph,
+            self.batches,
+            composite=self.composite,
+            start=self.start,
+            class_weights=self.class_weights,
+            seed=self.seed,
+            progress=progress,
+        )
+
+    def channels(self, graph: Graph) -> dict[str, Array]:
+        """Score the channels of a network alone, as `channel_scores`."""
+        return channel_scores(
+            self.kind,
+            graph,
+            self.batches,
+            composite=self.composite,
+            start=self.start,
+            class_weights=self.class_weights,
+            seed=self.seed,
+        )
 
 
 def _by_energy(

@@ -1,0 +1,45 @@
+"""The benchmark of chosen classes: its verdict by hand, its file against the float network."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from edgecomp import reference
+from edgecomp.benchmarks.classes import Point, int8_file, judge, mean_sizes
+from edgecomp.graph import Op
+from tests.graphs import Build, images
+
+
+def points(*rows: tuple[int, float]) -> list[Point]:
+    return [Point(share=0.0, n_bytes=n, percent=percent) for n, percent in rows]
+
+
+def test_the_verdict_by_hand() -> None:
+    rival = points((1000, 95.0), (800, 94.0), (600, 88.0))  # has lost 5 at 800 - 4/6 * 200
+    ours = points((990, 95.0), (700, 94.8), (660, 94.5), (300, 94.0), (240, 93.0))
+    verdict = judge(95.0, 1000, ours, rival)
+    assert verdict.rival_bytes == 667
+    assert verdict.lost_there == pytest.approx(0.5)
+    assert verdict.lost_at_quarter == pytest.approx(2.0)
+
+
+def test_a_rival_that_never_loses_is_compared_at_its_smallest() -> None:
+    verdict = judge(90.0, 4000, points((1000, 90.0), (400, 80.0)), points((1000, 90.0), (500, 89.0)))
+    assert verdict.rival_bytes == 500
+    assert verdict.lost_there == pytest.approx(10.0)
+
+
+def test_files_of_the_benchmark_are_the_network() -> None:
+    b = Build(0, (3, 8, 8))
+    x = b.clip("relu", b.conv("conv", "input", 4))
+    graph = b.graph(b.linear("fc", b.node(Op.FLATTEN, "flatten", (x,), {}), 3))
+    x = images(graph, 16)
+    session = onnxruntime.InferenceSession(int8_file(graph, [x]))
+    got = session.run(None, {session.get_inputs()[0].name: x})[0]
+    want = reference.run(graph, {"input": x})["fc"]
+    assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+    weight = graph.tensors["conv.weight"].data
+    assert weight is not None
+    np.testing.assert_allclose(mean_sizes(graph)["conv"], [np.mean(np.abs(w)) for w in weight], rtol=1e-6)

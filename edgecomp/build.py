@@ -254,6 +254,8 @@ def build(
         write_file(work / PLAN_FILE, plan_text.encode())
         write_file(work / "README.md", overview(record).encode())
         write_file(work / MANIFEST, write_json(record).encode())
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     return Built(folder=folder, manifest=record, budget_met=spent.met)
 
 

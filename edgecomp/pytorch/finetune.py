@@ -92,7 +92,8 @@ def finetune(
         seed: of the order of the images.
         room: the share of the entropy of the codes that they may have afterwards; None where it does not matter,
             because every code is stored in full.
-        checkpoint: a file to go on from after an interruption; written while training, removed at the end.
+        checkpoint: a file to go on from after an interruption. At the end it holds all of training: whoever has the
+            result in safety removes it.
         progress: called after each batch with the number of its images, those of batches done earlier included.
 
     Raises:
@@ -112,27 +113,28 @@ def finetune(
     saved = _read(checkpoint, key)
     if saved is not None:
         work.restore(saved, checkpoint)
-    report = progress or (lambda n: None)
+    report, n_saved = progress or (lambda n: None), work.done
     report(work.images_done())
     try:
         while work.done < work.n_steps:
             report(work.step())
-            if work.done % _SAVE_EVERY == 0 and work.done < work.n_steps:
+            if work.done % _SAVE_EVERY == 0 or work.done == work.n_steps:
                 _write(checkpoint, key, work.state())
+                n_saved = work.done
     except KeyboardInterrupt as e:
-        if work.whole:
+        if work.whole and work.done:
             _write(checkpoint, key, work.state())
-        if not checkpoint.exists():
+            n_saved = work.done
+        if n_saved == 0:
             raise
         raise KeyboardInterrupt(
-            f"interrupted; the same command goes on from {checkpoint}, which holds {work.done} of {work.n_steps} steps"
+            f"interrupted; the same command goes on from {checkpoint}, which holds {n_saved} of {work.n_steps} steps"
         ) from e
     work.finish()
     new_graph, new_plan = work.student.trained()
     before = _judge(Rebuilt(graph, plan).to(device), held_out, plan)
     after = _judge(Rebuilt(new_graph, new_plan).to(device), held_out, plan)
     kept = after >= before
-    checkpoint.unlink(missing_ok=True)
     return Recovered(
         graph=new_graph if kept else graph, plan=new_plan if kept else plan, before=before, after=after, kept=kept
     )

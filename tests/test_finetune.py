@@ -103,7 +103,8 @@ def test_codes_may_spread_where_each_is_stored_in_full(tmp_path: Path) -> None:
 
 
 def test_what_is_worse_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_STEPS_A_STEP", 5.0)
+    monkeypatch.setattr(tuning, "_SLOWEST", 5.0)
+    monkeypatch.setattr(tuning, "_FASTEST", 5.0)
     graph = plain()
     train, held_out = split(labelled(graph, 512), seed=0)
     found = finetune(

@@ -108,6 +108,14 @@ def test_weights_lean_to_where_they_came_from() -> None:
     assert off.max() < 0.5
 
 
+def test_without_a_price_weights_are_rounded_to_the_nearest_code() -> None:
+    layer = Rebuilt(plain(), plan_for(plain(), 4)).layer("fc1")
+    values = np.random.default_rng(0).uniform(-9, 9, layer.latent.shape).astype(np.float32)
+    with torch.no_grad():
+        layer.latent.copy_(torch.from_numpy(values))
+    np.testing.assert_array_equal(layer.codes().numpy(), np.clip(np.rint(values), -7, 7))
+
+
 def test_gradients_pass_rounding() -> None:
     graph = plain()
     layer = Rebuilt(graph, plan_for(graph, 3)).layer("fc2")

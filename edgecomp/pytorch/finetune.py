@@ -34,12 +34,16 @@ SCHEMA = "edgecomp-recovery/1"
 _BATCH = 64
 """Images in an update, fewer where the activations are large; their gradients need three times the memory."""
 _TEMPERATURE = 2.0
-_STEPS_A_STEP = 0.01
-"""How far a weight moves at most in one update at first, in steps of its grid; a bias, in tenths of its output's."""
-_BIAS = 0.01
-_GAIN_RATE = 3e-3
-"""At first, how much of itself a scale changes at most in one update."""
+_WAY = 0.8
+"""How far a weight may go in all updates, in steps of its grid and at twice the mean rate: few updates are larger."""
+_SLOWEST, _FASTEST = 0.003, 0.02
+"""Limits of the first update of a weight, in steps of its grid."""
+_BIAS_SHARE = 10.0
+"""The first update of a bias, in steps of its layer's output, to that of a weight."""
+_SCALE_SHARE = 0.2
+"""The same of a scale, as a share of it."""
 _PRESS = 1.0
+"""Rate of `Room.press` in an update, in that of weights."""
 _ROOM_EVERY = 16
 """Updates between two choices of thresholds."""
 _SAVE_EVERY = 200
@@ -167,22 +171,26 @@ class _Work:
         # Kept where they are asked for again; of many images with many classes it is cheaper to ask.
         n_kept = len(train) if epochs > 1 and 4 * n_answers * len(train) <= _CACHED_BYTES else 0
         self._answers, self._known = torch.zeros(n_kept, n_answers), torch.zeros(n_kept, dtype=torch.bool)
+        rate = min(max(_WAY / self.n_steps, _SLOWEST), _FASTEST)
+        self._pressing = _PRESS * rate
         self._room = None if room is None else Room(self.student, room)
         layers = {node.name: self.student.layer(node.name) for node in self.student.quantized.layers()}
         latents = [layer.latent for layer in layers.values() if not layer.fixed]
         gains = [layer.gain for layer in layers.values() if not layer.fixed]
         groups: list[dict[str, Any]] = []
         if latents:
-            groups += [{"params": latents, "lr": _STEPS_A_STEP}, {"params": gains, "lr": _GAIN_RATE}]
+            groups += [{"params": latents, "lr": rate}, {"params": gains, "lr": _SCALE_SHARE * rate}]
         groups += [
-            {"params": [layer.bias], "lr": _BIAS * self.student.output_step(name)}
+            {"params": [layer.bias], "lr": _BIAS_SHARE * rate * self.student.output_step(name)}
             for name, layer in layers.items()
             if layer.bias is not None
         ]
-        self._optimizer = torch.optim.Adam(groups, lr=_STEPS_A_STEP)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: (1 + cos(pi * min(1.0, step / self.n_steps))) / 2
-        )
+        self._optimizer = torch.optim.Adam(groups, lr=rate)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._share)
+
+    def _share(self, step: int) -> float:
+        """Let rates fall from 1 to 0 along half a cosine."""
+        return (1 + cos(pi * min(1.0, step / self.n_steps))) / 2
 
     def images_done(self) -> int:
         """Count the images of the steps that are done, one that was used twice as two."""
@@ -212,7 +220,7 @@ class _Work:
                 layer.latent.clamp_(-layer.limit - 0.5, layer.limit + 0.5)
             self.done += 1
             if self._room is not None:
-                self._room.press(_PRESS * self._schedule.get_last_lr()[0])
+                self._room.press(self._pressing * self._share(self.done))
                 if self.done % _ROOM_EVERY == 0:
                     self._room.hold()
         self.whole = True

@@ -28,6 +28,12 @@ from tests.graphs import images, plain, plan_for, separable
 from tests.tiny import Place
 
 
+@pytest.fixture(autouse=True)
+def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests have time for few updates: each goes further."""
+    monkeypatch.setattr(tuning, "_WEIGHT_RATE", 0.02)
+
+
 def labelled(graph: Graph, n: int, seed: int = 7) -> LabelledImages:
     """Noise, labelled by the float network itself: what is lost by rounding can be seen in it."""
     x = images(graph, n, seed=seed)
@@ -103,8 +109,7 @@ def test_codes_may_spread_where_each_is_stored_in_full(tmp_path: Path) -> None:
 
 
 def test_what_is_worse_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_SLOWEST", 5.0)
-    monkeypatch.setattr(tuning, "_FASTEST", 5.0)
+    monkeypatch.setattr(tuning, "_WEIGHT_RATE", 5.0)
     graph = plain()
     train, held_out = split(labelled(graph, 512), seed=0)
     found = finetune(

@@ -34,10 +34,9 @@ SCHEMA = "edgecomp-recovery/1"
 _BATCH = 64
 """Images in an update, fewer where the activations are large; their gradients need three times the memory."""
 _TEMPERATURE = 2.0
-_WAY = 0.8
-"""How far a weight may go in all updates, in steps of its grid and at twice the mean rate: few updates are larger."""
-_SLOWEST, _FASTEST = 0.003, 0.02
-"""Limits of the first update of a weight, in steps of its grid."""
+_WEIGHT_RATE = 0.003
+"""The first update of a weight, in steps of its grid. Weights rounded for each other's errors bear no haste: at 0.02,
+few updates undo a reconstruction, and more do not make up for it."""
 _BIAS_SHARE = 10.0
 """The first update of a bias, in steps of its layer's output, to that of a weight."""
 _SCALE_SHARE = 0.2
@@ -171,8 +170,7 @@ class _Work:
         # Kept where they are asked for again; of many images with many classes it is cheaper to ask.
         n_kept = len(train) if epochs > 1 and 4 * n_answers * len(train) <= _CACHED_BYTES else 0
         self._answers, self._known = torch.zeros(n_kept, n_answers), torch.zeros(n_kept, dtype=torch.bool)
-        rate = min(max(_WAY / self.n_steps, _SLOWEST), _FASTEST)
-        self._pressing = _PRESS * rate
+        rate = _WEIGHT_RATE
         self._room = None if room is None else Room(self.student, room)
         layers = {node.name: self.student.layer(node.name) for node in self.student.quantized.layers()}
         latents = [layer.latent for layer in layers.values() if not layer.fixed]
@@ -220,7 +218,7 @@ class _Work:
                 layer.latent.clamp_(-layer.limit - 0.5, layer.limit + 0.5)
             self.done += 1
             if self._room is not None:
-                self._room.press(self._pressing * self._share(self.done))
+                self._room.press(_PRESS * _WEIGHT_RATE * self._share(self.done))
                 if self.done % _ROOM_EVERY == 0:
                     self._room.hold()
         self.whole = True

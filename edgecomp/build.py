@@ -158,13 +158,15 @@ def build(
 
         checkpoint = checkpoint or folder.absolute().with_name(f"{folder.absolute().name}.recover")
         finetune.check(checkpoint, graph)
-    drop_points = held_out = None
-    rest = images.train
+    drop_points, rest, held_out = None, images.train, None
     if budget.kind is BudgetKind.MAX_DROP:
         train, rest, held_out = _split(images.train, n_calibration, seed=seed)
         drop_points = _drop_measure(graph, held_out, preprocessing, formats)
     else:
-        train = draw(images.train, n_calibration, seed=seed)
+        if epochs:
+            # Reconstruction must not have seen what recovery is judged by.
+            rest, held_out = finetune.split(images.train, seed=seed)
+        train = draw(rest, n_calibration, seed=seed)
     batches = _batches(graph, train, preprocessing)
     relevance, ranges = _explain(graph, batches, train.labels, class_weights, scoring, seed, stage)
     keep = planner.irrelevant_channels(graph, relevance)
@@ -210,13 +212,13 @@ def build(
     spent = _spend(budget, choices, draft, make, formats, drop_points, stage)
     if epochs:
         assert checkpoint is not None
-        to_train, to_judge = (rest, held_out) if held_out is not None else finetune.split(rest, seed=seed)
-        with stage("fine-tuning", epochs * len(to_train)) as advance:
+        assert held_out is not None
+        with stage("fine-tuning", epochs * len(rest)) as advance:
             spent = recover(
                 spent,
                 graph,
-                to_train,
-                to_judge,
+                rest,
+                held_out,
                 budget=budget,
                 formats=formats,
                 epochs=epochs,

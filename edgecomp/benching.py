@@ -13,7 +13,7 @@ from edgecomp.folder import open_folder
 from edgecomp.report import BenchReport, Comparison, table
 
 if TYPE_CHECKING:
-    from edgecomp.build import Stage
+    from edgecomp.check import Stage
 
 COMPRESSED, INT8, FLOAT = "compressed", "plain int8", "float32"
 

@@ -14,10 +14,10 @@ import numpy as np
 from edgecomp import bundle, manifest, planner
 from edgecomp.artifact import Exported
 from edgecomp.channels import IRRELEVANT, Pruning
-from edgecomp.check import LEAST_AGREEMENT_PERCENT, measure_accuracy, measure_parity
+from edgecomp.check import Stage, measure, measure_accuracy
 from edgecomp.compress import compress, narrowest_bits, on_grids
 from edgecomp.data import LabelledImages, draw, load
-from edgecomp.errors import DataError, ParityError, UsageError
+from edgecomp.errors import DataError, UsageError
 from edgecomp.files import MANIFEST, MANIFEST_SCHEMA, PLAN_FILE, check_output_folder, new_folder, write_file
 from edgecomp.graph import Array, Graph
 from edgecomp.overview import overview
@@ -41,9 +41,6 @@ from edgecomp.spending import (
 if TYPE_CHECKING:
     from edgecomp.data import DataSet
     from edgecomp.pytorch.scores import Scorer
-
-Stage = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
-"""Opens a stage of known length: a name and a number of units; what it gives is told of each step."""
 
 SAMPLE = "sample"
 _BATCH = 64
@@ -159,13 +156,17 @@ def build(
     original = _capture(model, weights, shape, images, stage)
     graph, images, class_weights = _select(original, images, classes)
     float_accuracy = _float_accuracy(graph, images.test, preprocessing, stage)
-    drop_points = held_out = None
-    rest = images.train
+    drop_points, rest, held_out = None, images.train, None
     if budget.kind is BudgetKind.MAX_DROP:
         train, rest, held_out = _split(images.train, n_calibration, seed=seed)
         drop_points = _drop_measure(graph, held_out, preprocessing, formats)
     else:
-        train = draw(images.train, n_calibration, seed=seed)
+        if epochs:
+            from edgecomp.pytorch.finetune import split
+
+            # Reconstruction must not have seen what recovery is judged by.
+            rest, held_out = split(images.train, seed=seed)
+        train = draw(rest, n_calibration, seed=seed)
     batches = _batches(graph, train, preprocessing)
     scorer = _scorer(scoring, batches, train.labels, class_weights, seed)
     with stage("cutting channels", len(pruning.slices())) as advance:
@@ -228,13 +229,13 @@ def build(
     spent = _spend(budget, choices, draft, make, formats, drop_points, stage)
     if epochs:
         assert checkpoint is not None
-        to_train, to_judge = (rest, held_out) if held_out is not None else finetune.split(rest, seed=seed)
-        with stage("fine-tuning", epochs * len(to_train)) as advance:
+        assert held_out is not None
+        with stage("fine-tuning", epochs * len(rest)) as advance:
             spent = recover(
                 spent,
                 graph,
-                to_train,
-                to_judge,
+                rest,
+                held_out,
                 budget=budget,
                 formats=formats,
                 epochs=epochs,
@@ -246,7 +247,7 @@ def build(
     plan = spent.candidate.plan
     quantized = compress(spent.candidate.graph, plan)
     exported = _export(quantized, formats, stage)
-    measured = [_measure(e, quantized, images.test, preprocessing, stage) for e in exported]
+    measured = [measure(e, quantized, images.test, preprocessing, stage) for e in exported]
     plan_text = plan.to_json()
     record: dict[str, object] = {
         "schema": MANIFEST_SCHEMA,
@@ -272,6 +273,8 @@ def build(
         write_file(work / PLAN_FILE, plan_text.encode())
         write_file(work / "README.md", overview(record).encode())
         write_file(work / MANIFEST, write_json(record).encode())
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     return Built(folder=folder, manifest=record, budget_met=spent.met)
 
 
@@ -452,34 +455,6 @@ def _export(quantized: Graph, formats: Sequence[str], stage: Stage) -> list[Expo
             exported.append(export(quantized, name))
             advance(1)
     return exported
-
-
-def _measure(
-    exported: Exported, quantized: Graph, test: LabelledImages, preprocessing: Preprocessing, stage: Stage
-) -> dict[str, object]:
-    """Measure accuracy on the whole test split and parity on some of it, through the file's runtime."""
-    from edgecomp.benchmarks.runners import default_runtime, runner_class
-
-    runtime = default_runtime(exported.format)
-    with stage(f"accuracy in {runtime}", len(test)) as advance:
-        value, n = measure_accuracy(exported.data, runtime, test, preprocessing, progress=advance)
-    close, agreement = measure_parity(exported.data, runtime, quantized, test, preprocessing)
-    if agreement < LEAST_AGREEMENT_PERCENT:
-        raise ParityError(
-            f"model.{exported.format}: {runtime} names another class than the reference, beyond ties, on "
-            f"{100 - agreement:.1f} % of images, at most {100 - LEAST_AGREEMENT_PERCENT:.0f} % are allowed; "
-            "nothing was written"
-        )
-    version = runner_class(runtime)(exported.data).version
-    return {
-        "accuracy": {"value": round(value, 4), "n": n, "runtime": f"{runtime} {version}"},
-        "parity": {
-            "equal_percent": round(close.equal_percent, 4),
-            "max_steps": close.max_steps,
-            "n": close.n,
-            "agree_percent": round(agreement, 4),
-        },
-    }
 
 
 def rewritten(plan: CompressionPlan, graph: Graph, format_name: str) -> Exported:

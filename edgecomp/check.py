@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgecomp import reference
+from edgecomp.artifact import Exported
 from edgecomp.data import LabelledImages
-from edgecomp.errors import GraphError
+from edgecomp.errors import GraphError, ParityError
 from edgecomp.graph import Array, Graph, Op
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.report import Parity
 
 if TYPE_CHECKING:
     from edgecomp.benchmarks.runtime import Runner
+
+Stage = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+"""Opens a stage of known length: a name and a number of units; what it gives is told of each step."""
 
 PARITY_IMAGES = 128
 """Images of the test split whose outputs are compared one by one."""
@@ -116,6 +121,42 @@ def measure_parity(
     step = output_step(graph)
     behind = scores.max(axis=1).astype(np.float64) - chosen
     return parity(expected, got, step=step), 100 * float((behind <= (CLOSE_STEPS + 0.5) * step).mean())
+
+
+def measure(
+    exported: Exported, quantized: Graph, test: LabelledImages, preprocessing: Preprocessing, stage: Stage
+) -> dict[str, object]:
+    """Measure accuracy on the whole test split and parity on some of it, through the file's runtime.
+
+    Returns:
+        the entries "accuracy" and "parity" of the manifest.
+
+    Raises:
+        ParityError: the runtime names other classes than the reference.
+        EdgecompError: as `measure_accuracy`.
+    """
+    from edgecomp.benchmarks.runners import default_runtime, runner_class
+
+    runtime = default_runtime(exported.format)
+    with stage(f"accuracy in {runtime}", len(test)) as advance:
+        value, n = measure_accuracy(exported.data, runtime, test, preprocessing, progress=advance)
+    close, agreement = measure_parity(exported.data, runtime, quantized, test, preprocessing)
+    if agreement < LEAST_AGREEMENT_PERCENT:
+        raise ParityError(
+            f"model.{exported.format}: {runtime} names another class than the reference, beyond ties, on "
+            f"{100 - agreement:.1f} % of images, at most {100 - LEAST_AGREEMENT_PERCENT:.0f} % are allowed; "
+            "nothing was written"
+        )
+    version = runner_class(runtime)(exported.data).version
+    return {
+        "accuracy": {"value": round(value, 4), "n": n, "runtime": f"{runtime} {version}"},
+        "parity": {
+            "equal_percent": round(close.equal_percent, 4),
+            "max_steps": close.max_steps,
+            "n": close.n,
+            "agree_percent": round(agreement, 4),
+        },
+    }
 
 
 def parity_by_layer(

@@ -10,8 +10,10 @@ from edgecomp.data import LabelledImages
 from edgecomp.graph import Graph
 from edgecomp.spending import Budget, BudgetKind, Candidate, Spent, largest_file
 
-_SPARE = 0.99
-"""Share of the room that weights get when a file must not grow: what its coder makes of other codes varies a little."""
+_ROOM = 0.997
+"""Share of the entropy of their codes that weights may have afterwards: what a coder makes of it varies a little."""
+_ROOM_IN_FILE = 0.99
+"""The same where a file must not grow."""
 
 
 def recover(
@@ -60,7 +62,7 @@ def recover(
         epochs=epochs,
         seed=seed,
         # Only ONNX stores codes by their frequency.
-        room=None if "onnx" not in formats else _SPARE if budget.kind is BudgetKind.MAX_SIZE else 1.0,
+        room=None if "onnx" not in formats else _ROOM_IN_FILE if budget.kind is BudgetKind.MAX_SIZE else _ROOM,
         checkpoint=checkpoint,
         progress=progress,
     )

@@ -14,7 +14,6 @@ from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan
 from edgecomp.quantmath import Grid
 
-
 _MEAN_BITS_STEPS = 3
 _NEAR_ENOUGH = 1.01
 """How far above a mean width that was asked for what is written may lie."""
@@ -111,7 +110,8 @@ def least_mean_bits(candidate: Candidate, formats: Sequence[str]) -> float:
 
     quantized = compress(candidate.graph, candidate.plan)
     n_weights = sum(math.prod(quantized.weight(node).shape) for node in quantized.layers())
-    return min(8 * sum(w.stored_bytes for w in export(quantized, name).weights) for name in formats) / n_weights
+    n_bytes: int = min(sum(w.stored_bytes for w in export(quantized, name).weights) for name in formats)
+    return 8 * n_bytes / n_weights
 
 
 def spend_file_size(

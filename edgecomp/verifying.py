@@ -16,7 +16,7 @@ from edgecomp.folder import BuiltFolder, open_folder
 from edgecomp.report import Parity, table
 
 if TYPE_CHECKING:
-    from edgecomp.build import Stage
+    from edgecomp.check import Stage
 
 ACCURACY_TOLERANCE_POINTS = 0.2
 """How far accuracy may be from the manifest's: another processor's kernels may round single values otherwise."""

@@ -15,7 +15,7 @@ from edgecomp import quantmath, reference
 from edgecomp.compress import compress
 from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan, Io
-from edgecomp.pytorch.rebuild import Layer, Rebuilt, Room, entropy_bits
+from edgecomp.pytorch.rebuild import Layer, Rebuilt, Room, _borders, entropy_bits
 from tests.graphs import GRAPHS, dense, images, multiplied, plain, plan_for, residual
 
 ALL = {**GRAPHS, "multiplied": multiplied, "dense": dense}
@@ -108,6 +108,14 @@ def test_weights_lean_to_where_they_came_from() -> None:
     assert off.max() < 0.5
 
 
+def test_without_a_price_weights_are_rounded_to_the_nearest_code() -> None:
+    layer = Rebuilt(plain(), plan_for(plain(), 4)).layer("fc1")
+    values = np.random.default_rng(0).uniform(-9, 9, layer.latent.shape).astype(np.float32)
+    with torch.no_grad():
+        layer.latent.copy_(torch.from_numpy(values))
+    np.testing.assert_array_equal(layer.codes().numpy(), np.clip(np.rint(values), -7, 7))
+
+
 def test_gradients_pass_rounding() -> None:
     graph = plain()
     layer = Rebuilt(graph, plan_for(graph, 3)).layer("fc2")
@@ -145,3 +153,38 @@ def test_room_is_held(bits: int, spread: float, seed: int) -> None:
         room.hold()
     assert room.bits == pytest.approx(before)
     assert sum(entropy_bits(layer.histogram()) for layer in layers) <= before * (1 + 1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.floats(0, 6), min_size=3, max_size=3),
+    st.lists(st.floats(0, 6), min_size=3, max_size=3),
+    st.floats(0, 2),
+    st.integers(0, 99),
+)
+def test_borders_give_the_cheapest_code(up: list[float], down: list[float], price: float, seed: int) -> None:
+    """Where codes cost more and more towards both ends, no code is better than the one the borders give."""
+    lengths = np.concatenate([np.cumsum(sorted(down))[::-1], [0.0], np.cumsum(sorted(up))])
+    borders = _borders(np.diff(lengths), price, 3)
+    latent = np.random.default_rng(seed).uniform(-4, 4, 200)
+    found = np.searchsorted(borders, latent) - 3
+    cost = np.square(latent[:, None] - np.arange(-3, 4)) + price * lengths
+    np.testing.assert_allclose(cost[np.arange(200), found + 3], cost.min(axis=1), atol=1e-9)
+
+
+def test_weights_are_pressed_towards_cheaper_codes() -> None:
+    module = Rebuilt(plain(), plan_for(plain(), 3))
+    layer = module.layer("fc1")
+    room = Room(module)
+    before, codes = layer.latent.detach().clone(), layer.codes().numpy()
+    counts = layer.histogram()
+    with torch.no_grad():
+        room.press(0.1)
+        np.testing.assert_array_equal(layer.latent, before)  # nothing costs anything yet
+        room.price = 0.5
+        room.press(0.1)
+    moved = (layer.latent.detach() - before).numpy()
+    for code in range(-3, 4):
+        nearer = code - np.sign(code)
+        saved = max(0.0, np.log2(counts[nearer + 3] / counts[code + 3]))
+        np.testing.assert_allclose(moved[codes == code], -0.1 * 0.5 * saved * np.sign(code), atol=1e-6)

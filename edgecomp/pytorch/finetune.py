@@ -34,12 +34,15 @@ SCHEMA = "edgecomp-recovery/1"
 _BATCH = 64
 """Images in an update, fewer where the activations are large; their gradients need three times the memory."""
 _TEMPERATURE = 2.0
-_STEPS_A_STEP = 0.01
-"""How far a weight moves at most in one update at first, in steps of its grid; a bias, in tenths of its output's."""
-_BIAS = 0.01
-_GAIN_RATE = 3e-3
-"""At first, how much of itself a scale changes at most in one update."""
+_WEIGHT_RATE = 0.003
+"""The first update of a weight, in steps of its grid. Weights rounded for each other's errors bear no haste: at 0.02,
+few updates undo a reconstruction, and more do not make up for it."""
+_BIAS_SHARE = 10.0
+"""The first update of a bias, in steps of its layer's output, to that of a weight."""
+_SCALE_SHARE = 0.2
+"""The same of a scale, as a share of it."""
 _PRESS = 1.0
+"""Rate of `Room.press` in an update, in that of weights."""
 _ROOM_EVERY = 16
 """Updates between two choices of thresholds."""
 _SAVE_EVERY = 200
@@ -92,7 +95,8 @@ def finetune(
         seed: of the order of the images.
         room: the share of the entropy of the codes that they may have afterwards; None where it does not matter,
             because every code is stored in full.
-        checkpoint: a file to go on from after an interruption; written while training, removed at the end.
+        checkpoint: a file to go on from after an interruption. At the end it holds all of training: whoever has the
+            result in safety removes it.
         progress: called after each batch with the number of its images, those of batches done earlier included.
 
     Raises:
@@ -112,27 +116,28 @@ def finetune(
     saved = _read(checkpoint, key)
     if saved is not None:
         work.restore(saved, checkpoint)
-    report = progress or (lambda n: None)
+    report, n_saved = progress or (lambda n: None), work.done
     report(work.images_done())
     try:
         while work.done < work.n_steps:
             report(work.step())
-            if work.done % _SAVE_EVERY == 0 and work.done < work.n_steps:
+            if work.done % _SAVE_EVERY == 0 or work.done == work.n_steps:
                 _write(checkpoint, key, work.state())
+                n_saved = work.done
     except KeyboardInterrupt as e:
-        if work.whole:
+        if work.whole and work.done:
             _write(checkpoint, key, work.state())
-        if not checkpoint.exists():
+            n_saved = work.done
+        if n_saved == 0:
             raise
         raise KeyboardInterrupt(
-            f"interrupted; the same command goes on from {checkpoint}, which holds {work.done} of {work.n_steps} steps"
+            f"interrupted; the same command goes on from {checkpoint}, which holds {n_saved} of {work.n_steps} steps"
         ) from e
     work.finish()
     new_graph, new_plan = work.student.trained()
     before = _judge(Rebuilt(graph, plan).to(device), held_out, plan)
     after = _judge(Rebuilt(new_graph, new_plan).to(device), held_out, plan)
     kept = after >= before
-    checkpoint.unlink(missing_ok=True)
     return Recovered(
         graph=new_graph if kept else graph, plan=new_plan if kept else plan, before=before, after=after, kept=kept
     )
@@ -165,22 +170,25 @@ class _Work:
         # Kept where they are asked for again; of many images with many classes it is cheaper to ask.
         n_kept = len(train) if epochs > 1 and 4 * n_answers * len(train) <= _CACHED_BYTES else 0
         self._answers, self._known = torch.zeros(n_kept, n_answers), torch.zeros(n_kept, dtype=torch.bool)
+        rate = _WEIGHT_RATE
         self._room = None if room is None else Room(self.student, room)
         layers = {node.name: self.student.layer(node.name) for node in self.student.quantized.layers()}
         latents = [layer.latent for layer in layers.values() if not layer.fixed]
         gains = [layer.gain for layer in layers.values() if not layer.fixed]
         groups: list[dict[str, Any]] = []
         if latents:
-            groups += [{"params": latents, "lr": _STEPS_A_STEP}, {"params": gains, "lr": _GAIN_RATE}]
+            groups += [{"params": latents, "lr": rate}, {"params": gains, "lr": _SCALE_SHARE * rate}]
         groups += [
-            {"params": [layer.bias], "lr": _BIAS * self.student.output_step(name)}
+            {"params": [layer.bias], "lr": _BIAS_SHARE * rate * self.student.output_step(name)}
             for name, layer in layers.items()
             if layer.bias is not None
         ]
-        self._optimizer = torch.optim.Adam(groups, lr=_STEPS_A_STEP)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: (1 + cos(pi * min(1.0, step / self.n_steps))) / 2
-        )
+        self._optimizer = torch.optim.Adam(groups, lr=rate)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._share)
+
+    def _share(self, step: int) -> float:
+        """Let rates fall from 1 to 0 along half a cosine."""
+        return (1 + cos(pi * min(1.0, step / self.n_steps))) / 2
 
     def images_done(self) -> int:
         """Count the images of the steps that are done, one that was used twice as two."""
@@ -210,7 +218,7 @@ class _Work:
                 layer.latent.clamp_(-layer.limit - 0.5, layer.limit + 0.5)
             self.done += 1
             if self._room is not None:
-                self._room.press(_PRESS * self._schedule.get_last_lr()[0])
+                self._room.press(_PRESS * _WEIGHT_RATE * self._share(self.done))
                 if self.done % _ROOM_EVERY == 0:
                     self._room.hold()
         self.whole = True

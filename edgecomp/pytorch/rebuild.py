@@ -269,7 +269,7 @@ class Room:
 
 
 def _borders(more: Array, price: float, limit: int) -> Array:
-    """Place the borders (2 limit,) between neighbouring codes at equal cost; none lies beyond zero, or before another."""
+    """Place the borders (2 limit,) between neighbours at equal cost; none lies beyond zero, or before another."""
     borders = np.arange(-limit, limit) + 0.5 + price * more / 2
     below, above = np.minimum(borders[:limit], 0), np.maximum(borders[limit:], 0)
     return np.concatenate([np.minimum.accumulate(below[::-1])[::-1], np.maximum.accumulate(above)])

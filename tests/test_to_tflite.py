@@ -286,7 +286,7 @@ def test_packed_1x1_convolutions_run_where_xnnpack_reads_them() -> None:
 
 @pytest.mark.parametrize("case", ["linear", "conv 1x1"])
 def test_two_bit_weights_when_the_table_has_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "stored_bits", lambda *_: 2)
+    monkeypatch.setattr(module, "field_bits", lambda *_: 2)
     graph = compress(made(case), plan_for(made(case), 2, io=Io.INT8))
     params = graph.tensors["input"].quant
     assert params is not None

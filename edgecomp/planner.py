@@ -34,11 +34,13 @@ def grids_of(graph: Graph, node: Node, formats: Sequence[str]) -> tuple[Grid, ..
     """List the grids worth weighing for a layer.
 
     Grids with a step of their own pay where a format stores frequent codes in fewer bits, and a layer is large enough
-    for that; in the layers with one input channel a group there is too little to gain.
+    for that; in layers with one input channel a group there is too little to gain. TFLite stores 5 to 7 bits as 8:
+    where it is asked for, what the other format would gain by them is not worth a file of twice the size.
     """
-    if "onnx" not in formats or graph.weight(node).shape[1] == 1:
+    if graph.weight(node).shape[1] == 1:
         return _DENSE
-    return (*_COARSE, *_DENSE)
+    grids = (*_COARSE, *_DENSE) if "onnx" in formats else _DENSE
+    return grids if "tflite" not in formats else tuple(grid for grid in grids if grid.bits in (2, 3, 4, 8))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -145,6 +145,8 @@ def build(
         raise UsageError(f"--recover {epochs}: expected epochs, 0 to {_MOST_EPOCHS}")
     if checkpoint is not None and not epochs:
         raise UsageError("--checkpoint without --recover: only a recovery has one")
+    if checkpoint is not None and checkpoint.absolute() == folder.absolute():
+        raise UsageError(f"--checkpoint {checkpoint}: is the output folder; name another file")
     check_pruning(pruning, budget)
     _check_rule(scoring.rule)
     if model is None:
@@ -470,4 +472,4 @@ def yardsticks(plan: CompressionPlan, graph: Graph, format_name: str) -> dict[st
     from edgecomp.exporters import export
 
     eight = plan.without_pruning().with_uniform_bits(8)
-    return {"fp32": export(graph, format_name), "int8": export(compress(graph, eight), format_name)}
+    return {"fp32": export(graph, format_name), "int8": export(compress(graph, eight), format_name, words=False)}

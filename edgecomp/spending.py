@@ -14,9 +14,9 @@ from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan
 from edgecomp.quantmath import Grid
 
-_MEAN_BITS_STEPS = 3
-_NEAR_ENOUGH = 1.01
-"""How far above a mean width that was asked for what is written may lie."""
+_MEAN_BITS_STEPS = 6
+_LITTLE_LESS = 0.99
+"""What is asked for next when more came of it than was asked: each attempt costs a reconstruction."""
 
 
 class BudgetKind(StrEnum):
@@ -93,15 +93,20 @@ def spend_mean_bits(
     Raises:
         BudgetError: the formats cannot store so few bits.
     """
-    room = asked
+    least = planner.mean_bits(choices, {c.name: c.cheapest() for c in choices})
+    room, got = asked, float("inf")
     for _ in range(_MEAN_BITS_STEPS):
         candidate = make(planner.solve_mean_bits(choices, room))
         got = least_mean_bits(candidate, formats)
-        if got <= asked * _NEAR_ENOUGH:
+        if got <= asked:
+            return Spent(candidate=candidate, got=round(got, 4), met=True)
+        if room <= least:
             break
         # Weights that make up for others end on less frequent codes than in their trial.
-        room *= asked / got
-    return Spent(candidate=candidate, got=round(got, 4), met=True)
+        room = max(least, room * asked / got * _LITTLE_LESS)
+    raise BudgetError(
+        f"budget: a mean of {asked:g} bits a weight asked for, the least that was found is {got:.2f}; allow more"
+    )
 
 
 def least_mean_bits(candidate: Candidate, formats: Sequence[str]) -> float:

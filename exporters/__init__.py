@@ -14,12 +14,13 @@ FORMATS = ("onnx", "tflite")
 """What `export` can write; the file's suffix is the same word."""
 
 
-def export(graph: Graph, format_name: str) -> Exported:
+def export(graph: Graph, format_name: str, *, words: bool = True) -> Exported:
     """Write a float or quantized graph in a format.
 
     Args:
         graph: see `edgecomp.verify` for what is legal.
         format_name: one of FORMATS.
+        words: in ONNX, let frequent codes take fewer bits; False for what other tools write.
 
     Raises:
         ExportError: the format is unknown, its writer library is missing, or it cannot express the graph.
@@ -28,7 +29,7 @@ def export(graph: Graph, format_name: str) -> Exported:
         case "onnx":
             from .to_onnx import to_onnx
 
-            return to_onnx(graph)
+            return to_onnx(graph, words=words)
         case "tflite":
             from .to_tflite import to_tflite
 

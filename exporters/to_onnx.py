@@ -35,11 +35,12 @@ OPSET = 18
 IR_VERSION = 8
 
 
-def to_onnx(graph: Graph) -> Exported:
+def to_onnx(graph: Graph, *, words: bool = True) -> Exported:
     """Write a graph as an ONNX model.
 
     Args:
         graph: float (gives a float32 model) or quantized, with float or int8 input and output.
+        words: let frequent codes take fewer bits; False for what other tools write.
 
     Returns:
         the file; input and output are (N, ...) with symbolic N. For int8 input and output the scales stand in the
@@ -56,6 +57,8 @@ def to_onnx(graph: Graph) -> Exported:
     weights = [graph.weight(node) for node in graph.layers()]
     coded = [(w.name, w.data, w.quant.bits) for w in weights if w.quant is not None and w.data is not None]
     plain = _written(graph, {name: dense(data, bits) for name, data, bits in coded})
+    if not words:
+        return plain
     encoded = {name: encode(data, bits) for name, data, bits in coded}
     if all(codes.words is None for codes in encoded.values()):
         return plain

@@ -59,7 +59,7 @@ BAD = {
     "bits that formats cannot store": (["--avg-bits", "3", "--format", "tflite"], 3, "4.00 bits"),
     "impossible size": (["--max-size", "1000"], 3, "the smallest possible has"),
     "unknown rule": (["--rule", "lrp"], 2, "epsilon-plus"),
-    "rule with a number out of range": (["--rule", "gamma:-1"], 2, "gamma is -1"),
+    "rule with a number out of range": (["--rule", "gamma:-1"], 2, "-1 is out of range"),
     "no calibration": (["--calib", "0"], 2, "--calib"),
     "std of zero": (["--std", "0"], 2, "std"),
     "three means for one channel": (["--mean", "0,0,0", "--std", "1,1,1"], 2, "3"),

@@ -324,3 +324,11 @@ def test_wrong_use_is_one_line(
     error = capsys.readouterr().err
     assert found in error
     assert error.count("\n") == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    graph = plain()
+    with pytest.raises(UsageError, match="is a folder, expected a file"):
+        check(tmp_path, graph)
+    with pytest.raises(UsageError, match="is no folder; name another --checkpoint"):
+        check(tmp_path / "missing" / "file", graph)

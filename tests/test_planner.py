@@ -428,3 +428,23 @@ def test_a_size_for_both_formats_is_used_up() -> None:
         assert spent.got == largest_file(spent.candidate, ["onnx", "tflite"]) <= limit
     roomy = spend_file_size(choices, sizes[4], ["onnx", "tflite"], make, make)
     assert max(layer.weight_bits for layer in roomy.candidate.plan.layers.values()) >= 4
+
+
+def test_a_mean_width_is_never_exceeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written may be more than the trials said: then less is asked for, down to the least there is."""
+    from edgecomp import spending
+
+    asked_for: list[float] = []
+
+    def make(grids: Mapping[str, Grid]) -> Mapping[str, Grid]:
+        asked_for.append(mean_bits(LADDER, grids))
+        return grids
+
+    for inflation in (1.0, 1.1, 1.4):
+        monkeypatch.setattr(spending, "least_mean_bits", lambda grids, _, by=inflation: by * mean_bits(LADDER, grids))
+        spent = spending.spend_mean_bits(LADDER, 4.0, ["onnx"], make)  # type: ignore[arg-type]
+        assert 3.3 <= spent.got <= 4.0
+        assert spent.met
+    with pytest.raises(BudgetError, match=r"a mean of 2\.5 bits a weight asked for, the least that was found is 2\.8"):
+        spending.spend_mean_bits(LADDER, 2.5, ["onnx"], make)  # type: ignore[arg-type]
+    assert asked_for[-1] == 2.0

@@ -425,3 +425,11 @@ def test_graphs_without_one_row_of_logits_are_refused() -> None:
     for graph, error, message in cases:
         with pytest.raises(error, match=message):
             score(graph, [(X, Y)])
+
+
+def test_relevance_that_is_zero_everywhere_is_refused() -> None:
+    """A stabiliser beside which every sum vanishes leaves nothing to rank by."""
+    graph = GRAPHS["plain"]()
+    x, labels = images(graph, 4), np.zeros(4, dtype=np.int64)
+    with pytest.raises(DataError, match="is zero everywhere; choose another --rule"):
+        score(graph, [(np.zeros_like(x), labels)], composite=Composite(epsilon=1e30))

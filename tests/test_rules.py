@@ -283,9 +283,9 @@ def test_what_is_no_name_is_refused(text: str) -> None:
         ("lrp", "rule 'lrp' is unknown; expected alpha2-beta1, epsilon:X, epsilon-alpha2-beta1"),
         ("plus:1", "rule 'plus:1' is unknown"),
         ("gamma:much", "'much' is not a number; expected e.g. gamma:0.1"),
-        ("gamma:-1", "gamma is -1.0, expected a number of 0 or more"),
-        ("gamma:nan", "gamma is nan"),
-        ("epsilon:0", "epsilon is 0.0, expected a number above 0"),
+        ("gamma:-1", "-1 is out of range; expected 1e-12 to"),
+        ("gamma:nan", "nan is out of range"),
+        ("epsilon:0", "0 is out of range; expected 1e-12 to"),
         ("flat", "rule 'flat' is unknown"),
     ],
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil, cos, pi
@@ -346,6 +347,10 @@ def check(checkpoint: Path, teacher: Graph) -> None:
     """
     if not checkpoint.absolute().parent.is_dir():
         raise UsageError(f"{checkpoint}: {checkpoint.absolute().parent} is no folder; name another --checkpoint")
+    if checkpoint.is_dir():
+        raise UsageError(f"{checkpoint}: is a folder, expected a file; name another --checkpoint")
+    if not os.access(checkpoint.absolute().parent, os.W_OK):
+        raise UsageError(f"{checkpoint}: its folder cannot be written; name another --checkpoint")
     _read(checkpoint, {"model": teacher.digest()})
 
 

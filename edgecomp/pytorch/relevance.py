@@ -117,13 +117,20 @@ def score(
     if n_samples == 0:
         of_weight = "" if class_weights is None else " of a class with weight"
         raise DataError(f"no images to explain; expected at least one{of_weight}")
+    layers = sums.layers()
+    totals = [float(layer.channel_abs.sum()) for layer in layers.values()]
+    if not np.isfinite(totals).all():
+        raise DataError(f"relevance by {rule} is not finite; choose another --rule")
+    # The last layer has what the start gave it, whatever the rule.
+    if not any(totals[:-1] or totals):
+        raise DataError(f"relevance by {rule} is zero everywhere; choose another --rule")
     return Relevance(
         rule=rule,
         n_samples=n_samples,
         conservation=sums.conservation(),
         per_class=sums.classes(),
         activations=sums.activations(),
-        layers=sums.layers(),
+        layers=layers,
     )
 
 

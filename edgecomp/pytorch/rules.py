@@ -294,6 +294,9 @@ def _gamma(gamma: float | None) -> Gamma:
     return Gamma() if gamma is None else Gamma(gamma=gamma)
 
 
+_LEAST_NUMBER, _MOST_NUMBER = 1e-12, 1e6
+
+
 def parse_composite(text: str) -> Composite:
     """Read a composite by its name.
 
@@ -318,6 +321,8 @@ def parse_composite(text: str) -> Composite:
         value = float(number) if colon else None
     except ValueError as e:
         raise UsageError(f"rule {text!r}: {number!r} is not a number; expected e.g. {base}:0.1") from e
+    if value is not None and not _LEAST_NUMBER <= value <= _MOST_NUMBER:
+        raise UsageError(f"rule {text!r}: {number} is out of range; expected {_LEAST_NUMBER:g} to {_MOST_NUMBER:g}")
     choices = _NAMES[base](value)
     if suffix:
         choices = (Choice(rule=_FIRST[suffix], depth=0.0), *choices)

@@ -432,4 +432,4 @@ def test_relevance_that_is_zero_everywhere_is_refused() -> None:
     graph = GRAPHS["plain"]()
     x, labels = images(graph, 4), np.zeros(4, dtype=np.int64)
     with pytest.raises(DataError, match="is zero everywhere; choose another --rule"):
-        score(graph, [(np.zeros_like(x), labels)], composite=Composite(epsilon=1e30))
+        score(graph, [(np.zeros_like(x), labels)], composite=Composite(epsilon=1e39))

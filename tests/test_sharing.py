@@ -35,7 +35,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.M
     for name, value in expected.items():
         assert both[0][name].tobytes() == both[1][name].tobytes(), name
         largest = np.abs(value).max()
-        np.testing.assert_allclose(both[0][name], value, rtol=1e-6, atol=1e-7 * largest, err_msg=name)
+        # Sums of float32 products: with another number of threads the last bit of the largest differs.
+        np.testing.assert_allclose(both[0][name], value, rtol=1e-6, atol=1e-6 * largest, err_msg=name)
         if name.startswith(("ranges", "one batch")):
             assert both[0][name].tolist() == value.tolist()
 

@@ -46,9 +46,6 @@ class Grid:
     bits: int
     step: float | None = None
 
-    def __str__(self) -> str:
-        return f"{self.bits} bits" if self.step is None else f"{self.bits} bits, step {self.step:g}"
-
 
 def root_mean_square(weight: Array) -> np.float32:
     """Take the root of the mean square of float32 weights; the smallest scale there is where all are 0."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgecomp import bundle, manifest, planner
+from edgecomp import bundle, launched, manifest, planner
 from edgecomp.artifact import Exported
 from edgecomp.channels import IRRELEVANT, Pruning
 from edgecomp.check import Stage, measure, measure_accuracy
@@ -134,7 +134,7 @@ def build(
         EdgecompError: by kind, see `errors`.
         OSError: the folder cannot be written.
     """
-    check_output_folder(folder, force=force)
+    _check_folder(folder, force=force)
     if model is None and weights is not None:
         raise UsageError("--weights without MODEL: name the model they belong to")
     if model is not None and data is None:
@@ -153,11 +153,15 @@ def build(
         model, weights, preprocessing = _sample(preprocessing)
     preprocessing = preprocessing or Preprocessing(mean=(0.0,), std=(1.0,))
     data = data or SAMPLE
-    images = _load_images(data, test_share, seed, preprocessing, stage)
-    shape = _input_shape(images.test, preprocessing, input_shape)
-    original = _capture(model, weights, shape, images, stage)
-    graph, images, class_weights = _select(original, images, classes)
-    float_accuracy = _float_accuracy(graph, images.test, preprocessing, stage)
+    from edgecomp.pytorch.sharing import by_first, join, together
+
+    join()
+    with together():
+        images = _load_images(data, test_share, seed, preprocessing, stage)
+        shape = _input_shape(images.test, preprocessing, input_shape)
+        original = _capture(model, weights, shape, images, stage)
+        graph, images, class_weights = _select(original, images, classes)
+    float_accuracy = by_first(lambda: _float_accuracy(graph, images.test, preprocessing, stage))
     drop_points, rest, held_out = None, images.train, None
     if budget.kind is BudgetKind.MAX_DROP:
         train, rest, held_out = _split(images.train, n_calibration, seed=seed)
@@ -186,17 +190,18 @@ def build(
         from edgecomp.pytorch import finetune
 
         checkpoint = checkpoint or folder.absolute().with_name(f"{folder.absolute().name}.recover")
-        finetune.check(checkpoint, graph)
+        by_first(lambda: finetune.check(checkpoint, graph))
     relevance, ranges = _explain(graph, scorer, batches, stage)
     keep = planner.irrelevant_channels(graph, relevance)
-    with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
-        if reconstruction:
-            from edgecomp.pytorch.trial import trial_choices, try_grids
 
-            trials = try_grids(graph, batches, formats, progress=advance)
-            choices = trial_choices(graph, trials, relevance, formats)
-        else:
-            choices = planner.layer_choices(graph, relevance, keep, formats, progress=advance)
+    def choices() -> Sequence[planner.LayerChoices]:
+        with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
+            if reconstruction:
+                from edgecomp.pytorch.trial import trial_choices, try_grids
+
+                trials = try_grids(graph, batches, formats, progress=advance)
+                return trial_choices(graph, trials, relevance, formats)
+            return planner.layer_choices(graph, relevance, keep, formats, progress=advance)
 
     def planned(rounded: Graph, grids: Mapping[str, Grid]) -> Candidate:
         plan = CompressionPlan(
@@ -228,7 +233,7 @@ def build(
             return planned(reconstruct(graph, ranges, grids, batches, progress=advance), grids)
 
     make = reconstructed if reconstruction else draft
-    spent = _spend(budget, choices, draft, make, formats, drop_points, stage)
+    spent = by_first(lambda: _spend(budget, choices(), draft, make, formats, drop_points, stage))
     if epochs:
         assert checkpoint is not None
         assert held_out is not None
@@ -246,38 +251,52 @@ def build(
                 drop_points=drop_points,
                 progress=advance,
             )
-    plan = spent.candidate.plan
-    quantized = compress(spent.candidate.graph, plan)
-    exported = _export(quantized, formats, stage)
-    measured = [measure(e, quantized, images.test, preprocessing, stage) for e in exported]
-    plan_text = plan.to_json()
-    record: dict[str, object] = {
-        "schema": MANIFEST_SCHEMA,
-        "model": graph.name,
-        "data": data,
-        "test_share": float(test_share),
-        "preprocessing": preprocessing.to_json(),
-        "classes": list(images.classes),
-        "io": io.value,
-        "budget": {"kind": budget.kind.value, "asked": budget.asked, "got": spent.got, "met": spent.met},
-        "float": manifest.float_entry(original, float_accuracy, len(images.test)),
-        "artifacts": [manifest.artifact_entry(e, quantized, m) for e, m in zip(exported, measured, strict=True)],
-        "layers": manifest.layer_entries(original, quantized, plan, relevance, exported),
-        "graph_digest": plan.graph_digest,
-        "plan_sha256": hashlib.sha256(plan_text.encode()).hexdigest(),
-        "seed": seed,
-        "tools": manifest.tool_versions(),
-    }
-    with new_folder(folder, force=force) as work:
-        for e in exported:
-            write_file(work / f"model.{e.format}", e.data)
-        bundle.save(spent.candidate.graph, work / bundle.GRAPH_FILE)
-        write_file(work / PLAN_FILE, plan_text.encode())
-        write_file(work / "README.md", overview(record).encode())
-        write_file(work / MANIFEST, write_json(record).encode())
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    return Built(folder=folder, manifest=record, budget_met=spent.met)
+
+    def written() -> Mapping[str, object]:
+        plan = spent.candidate.plan
+        quantized = compress(spent.candidate.graph, plan)
+        exported = _export(quantized, formats, stage)
+        measured = [measure(e, quantized, images.test, preprocessing, stage) for e in exported]
+        plan_text = plan.to_json()
+        record: dict[str, object] = {
+            "schema": MANIFEST_SCHEMA,
+            "model": graph.name,
+            "data": data,
+            "test_share": float(test_share),
+            "preprocessing": preprocessing.to_json(),
+            "classes": list(images.classes),
+            "io": io.value,
+            "budget": {"kind": budget.kind.value, "asked": budget.asked, "got": spent.got, "met": spent.met},
+            "float": manifest.float_entry(original, float_accuracy, len(images.test)),
+            "artifacts": [manifest.artifact_entry(e, quantized, m) for e, m in zip(exported, measured, strict=True)],
+            "layers": manifest.layer_entries(original, quantized, plan, relevance, exported),
+            "graph_digest": plan.graph_digest,
+            "plan_sha256": hashlib.sha256(plan_text.encode()).hexdigest(),
+            "seed": seed,
+            "tools": manifest.tool_versions(),
+        }
+        with new_folder(folder, force=force) as work:
+            for e in exported:
+                write_file(work / f"model.{e.format}", e.data)
+            bundle.save(spent.candidate.graph, work / bundle.GRAPH_FILE)
+            write_file(work / PLAN_FILE, plan_text.encode())
+            write_file(work / "README.md", overview(record).encode())
+            write_file(work / MANIFEST, write_json(record).encode())
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        return record
+
+    return Built(folder=folder, manifest=by_first(written), budget_met=spent.met)
+
+
+def _check_folder(folder: Path, *, force: bool) -> None:
+    """Refuse a folder that may not be written; the first process alone writes, so it alone is asked."""
+    if launched.place()[1] == 1:
+        return check_output_folder(folder, force=force)
+    from edgecomp.pytorch.sharing import by_first, join
+
+    join()
+    return by_first(lambda: check_output_folder(folder, force=force))
 
 
 def _sample(preprocessing: Preprocessing | None) -> tuple[str, Path, Preprocessing]:
@@ -435,8 +454,9 @@ def _drop_measure(
     from edgecomp.benchmarks.runners import default_runtime
     from edgecomp.exporters import export
     from edgecomp.pytorch.network import accuracy
+    from edgecomp.pytorch.sharing import by_first
 
-    before = accuracy(graph, held_out, preprocessing)
+    before = by_first(lambda: accuracy(graph, held_out, preprocessing))
 
     def drop_points(candidate: Candidate) -> float:
         quantized = compress(candidate.graph, candidate.plan)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgecomp.data import LabelledImages
 from edgecomp.graph import Graph
 from edgecomp.spending import Budget, BudgetKind, Candidate, Spent, largest_file
+
+if TYPE_CHECKING:
+    from edgecomp.pytorch.finetune import Recovered
 
 _ROOM = 0.997
 """Share of the entropy of their codes that weights may have afterwards: what a coder makes of it varies a little."""
@@ -52,6 +56,7 @@ def recover(
         EdgecompError, KeyboardInterrupt, OSError: as `finetune`.
     """
     from edgecomp.pytorch.finetune import finetune
+    from edgecomp.pytorch.sharing import by_first
 
     found = finetune(
         teacher,
@@ -67,7 +72,20 @@ def recover(
         progress=progress,
     )
     what = f"{epochs} epochs of {len(train)} images"
-    result = f"{found.before:.2f} % to {found.after:.2f} % of {len(held_out)} images held out"
+    return by_first(lambda: _within(budget, spent, found, what, len(held_out), formats, drop_points))
+
+
+def _within(
+    budget: Budget,
+    spent: Spent,
+    found: Recovered,
+    what: str,
+    n_held_out: int,
+    formats: Sequence[str],
+    drop_points: Callable[[Candidate], float] | None,
+) -> Spent:
+    """Take what was trained where it gained something and keeps the budget."""
+    result = f"{found.before:.2f} % to {found.after:.2f} % of {n_held_out} images held out"
     if not found.kept:
         return _told(spent, f"{what}, left out: from {result}")
     after = replace(spent, candidate=Candidate(graph=found.graph, plan=found.plan))

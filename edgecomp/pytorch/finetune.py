@@ -5,6 +5,8 @@ their softened answers. No label is used but to judge the result, on training im
 bits than before where codes are stored by frequency (`rebuild.Room`).
 
 Deterministic for a seed, a device and a number of threads, interrupted or not: batches follow from seed and epoch.
+Under torchrun each process takes every n-th image of a batch and the gradients are added up: each update is that of
+one process with the same batch, but for rounding. Checkpoints are the first process's, and fit any number of them.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from edgecomp.graph import Array, Graph
 from edgecomp.plan import CompressionPlan
 from edgecomp.pytorch.network import Network, as_input, batch_size
 from edgecomp.pytorch.rebuild import Layer, Rebuilt, Room, logits_name
+from edgecomp.pytorch.sharing import all_sum, by_first, join, place
 
 SCHEMA = "edgecomp-recovery/1"
 _BATCH = 64
@@ -98,12 +101,14 @@ def finetune(
             because every code is stored in full.
         checkpoint: a file to go on from after an interruption. At the end it holds all of training: whoever has the
             result in safety removes it.
-        progress: called after each batch with the number of its images, those of batches done earlier included.
+        progress: called after each batch with the number of its images, those of batches done earlier included, and in
+            a group those of the other processes.
 
     Raises:
         UsageError: the checkpoint is of other work.
         BundleError: the checkpoint is damaged.
         GraphError: several inputs or outputs.
+        TargetError: another process of the group has ended.
         KeyboardInterrupt: Ctrl-C, after the checkpoint has been written; its text says how to go on.
         OSError: the checkpoint cannot be written.
     """
@@ -111,10 +116,11 @@ def finetune(
         raise UsageError(f"{epochs} epochs of recovery: expected at least 1")
     if len(teacher.inputs) != 1 or len(teacher.outputs) != 1:
         raise GraphError(f"graph {teacher.name!r}: recovery needs one input and one output")
+    join()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work = _Work(teacher, graph, plan, train, epochs=epochs, seed=seed, room=room, device=device)
     key = _key(teacher, graph, plan, train, epochs=epochs, seed=seed, room=room)
-    saved = _read(checkpoint, key)
+    saved = by_first(lambda: _read(checkpoint, key))
     if saved is not None:
         work.restore(saved, checkpoint)
     report, n_saved = progress or (lambda n: None), work.done
@@ -123,10 +129,10 @@ def finetune(
         while work.done < work.n_steps:
             report(work.step())
             if work.done % _SAVE_EVERY == 0 or work.done == work.n_steps:
-                _write(checkpoint, key, work.state())
+                by_first(lambda: _write(checkpoint, key, work.state()))
                 n_saved = work.done
     except KeyboardInterrupt as e:
-        if work.whole and work.done:
+        if place()[0] == 0 and work.whole and work.done:
             _write(checkpoint, key, work.state())
             n_saved = work.done
         if n_saved == 0:
@@ -136,12 +142,15 @@ def finetune(
         ) from e
     work.finish()
     new_graph, new_plan = work.student.trained()
-    before = _judge(Rebuilt(graph, plan).to(device), held_out, plan)
-    after = _judge(Rebuilt(new_graph, new_plan).to(device), held_out, plan)
-    kept = after >= before
-    return Recovered(
-        graph=new_graph if kept else graph, plan=new_plan if kept else plan, before=before, after=after, kept=kept
-    )
+
+    def judged() -> Recovered:
+        before = _judge(Rebuilt(graph, plan).to(device), held_out, plan)
+        after = _judge(Rebuilt(new_graph, new_plan).to(device), held_out, plan)
+        kept = after >= before
+        chosen = (new_graph, new_plan) if kept else (graph, plan)
+        return Recovered(graph=chosen[0], plan=chosen[1], before=before, after=after, kept=kept)
+
+    return by_first(judged)
 
 
 class _Work:
@@ -198,17 +207,24 @@ class _Work:
 
     def step(self) -> int:
         """Train on the next batch: the number of its images."""
-        epoch, place = divmod(self.done, self._a_epoch)
+        epoch, start = divmod(self.done, self._a_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._train))
-        rows = self._order[1][place * self._batch : (place + 1) * self._batch]
-        batch = self._train.take(rows)
-        x = as_input(batch.inputs(self._plan.preprocessing), torch.float32).to(self._device)
-        wanted = self._answer(x, torch.from_numpy(rows))
+        rows = self._order[1][start * self._batch : (start + 1) * self._batch]
+        rank, n = place()
+        own = np.arange(len(rows))[rank::n]
+        x = torch.empty(0)
+        if len(own):
+            x = as_input(self._train.take(rows[own]).inputs(self._plan.preprocessing), torch.float32).to(self._device)
+        wanted = self._answer(x, torch.from_numpy(rows), torch.from_numpy(own))
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda"):
-            found = self.student(x).flatten(1)
-        divergence(found, wanted, _TEMPERATURE).backward()  # type: ignore[no-untyped-call]
+        if len(own):
+            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda"):
+                found = self.student(x).flatten(1)
+            # A share of the whole batch's mean.
+            loss = divergence(found, wanted, _TEMPERATURE) * (len(own) / len(rows))
+            loss.backward()  # type: ignore[no-untyped-call]
+        self._add_gradients()
         # An interruption from here on would leave a state that no training passes through.
         self.whole = False
         self._optimizer.step()
@@ -223,17 +239,34 @@ class _Work:
                 if self.done % _ROOM_EVERY == 0:
                     self._room.hold()
         self.whole = True
-        return len(batch)
+        return len(rows)
 
-    def _answer(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Give the teacher's logits for images x, which are these of the training images."""
+    def _answer(self, x: Tensor, rows: Tensor, own: Tensor) -> Tensor:
+        """Give the teacher's logits for images x: of this batch of training images (`rows`) those at `own`."""
         if len(self._known) and bool(self._known[rows].all()):
-            return self._answers[rows].to(x.device)
-        with torch.no_grad():
-            found = next(value for name, value in self._teacher.steps(x) if name == self._answers_at).flatten(1)
+            return self._answers[rows[own]].to(x.device)
+        found = torch.empty(0)
+        if len(own):
+            with torch.no_grad():
+                found = next(value for name, value in self._teacher.steps(x) if name == self._answers_at).flatten(1)
         if len(self._known):
-            self._answers[rows], self._known[rows] = found.cpu(), True
+            # All processes know all answers: in the next epoch others will have these images.
+            whole = torch.zeros(len(rows), self._answers.shape[1])
+            whole[own] = found.cpu() if len(own) else whole[own]
+            all_sum([whole])
+            self._answers[rows], self._known[rows] = whole, True
         return found
+
+    def _add_gradients(self) -> None:
+        """Add up the gradients of all processes."""
+        if place()[1] == 1:
+            return
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([part.flatten() for part in parts])
+        all_sum([flat])
+        for p, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
 
     def finish(self) -> None:
         """Choose the codes for the last time."""

@@ -160,12 +160,12 @@ def build(
         images = _load_images(data, test_share, seed, preprocessing, stage)
         shape = _input_shape(images.test, preprocessing, input_shape)
         original = _capture(model, weights, shape, images, stage)
-        graph, images, class_weights = _select(original, images, classes)
-    float_accuracy = by_first(lambda: _float_accuracy(graph, images.test, preprocessing, stage))
+        uncut, images, class_weights = _select(original, images, classes)
+    float_accuracy = by_first(lambda: _float_accuracy(uncut, images.test, preprocessing, stage))
     drop_points, rest, held_out = None, images.train, None
     if budget.kind is BudgetKind.MAX_DROP:
         train, rest, held_out = _split(images.train, n_calibration, seed=seed)
-        drop_points = _drop_measure(graph, held_out, preprocessing, formats)
+        drop_points = _drop_measure(uncut, held_out, preprocessing, formats)
     else:
         if epochs:
             from edgecomp.pytorch.finetune import split
@@ -173,11 +173,11 @@ def build(
             # Reconstruction must not have seen what recovery is judged by.
             rest, held_out = split(images.train, seed=seed)
         train = draw(rest, n_calibration, seed=seed)
-    batches = _batches(graph, train, preprocessing)
+    batches = _batches(uncut, train, preprocessing)
     scorer = _scorer(scoring, batches, train.labels, class_weights, seed)
     with stage("cutting channels", len(pruning.slices())) as advance:
         graph = pruned(
-            graph,
+            uncut,
             pruning,
             scorer,
             held_out,
@@ -190,7 +190,7 @@ def build(
         from edgecomp.pytorch import finetune
 
         checkpoint = checkpoint or folder.absolute().with_name(f"{folder.absolute().name}.recover")
-        by_first(lambda: finetune.check(checkpoint, graph))
+        by_first(lambda: finetune.check(checkpoint, uncut))
     relevance, ranges = _explain(graph, scorer, batches, stage)
     keep = planner.irrelevant_channels(graph, relevance)
 
@@ -240,6 +240,7 @@ def build(
         with stage("fine-tuning", epochs * len(rest)) as advance:
             spent = recover(
                 spent,
+                uncut,
                 graph,
                 rest,
                 held_out,

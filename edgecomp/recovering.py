@@ -23,6 +23,7 @@ _ROOM_IN_FILE = 0.99
 def recover(
     spent: Spent,
     teacher: Graph,
+    original: Graph,
     train: LabelledImages,
     held_out: LabelledImages,
     *,
@@ -38,7 +39,8 @@ def recover(
 
     Args:
         spent: what the budget bought.
-        teacher: the float graph.
+        teacher: the float graph with all its channels.
+        original: the float graph that was compressed, its channels cut.
         train: what to train with.
         held_out: what to judge by; none of `train`.
         budget: that was spent.
@@ -60,6 +62,7 @@ def recover(
 
     found = finetune(
         teacher,
+        original,
         spent.candidate.graph,
         spent.candidate.plan,
         train,

@@ -91,7 +91,10 @@ def tuned(checkpoint: Path) -> Recovered:
     """Fine-tune for two epochs of three updates."""
     graph = plain()
     train, held_out = labelled(graph, N_TRAIN), labelled(graph, 64, seed=8)
-    return finetune(graph, *rounded(graph, 4), train, held_out, epochs=2, seed=0, room=1.0, checkpoint=checkpoint)
+    compressed = rounded(graph, 4)
+    return finetune(
+        graph, graph, *compressed, train, held_out, epochs=2, seed=0, room=1.0, checkpoint=checkpoint
+    )
 
 
 def built(arguments: list[str], folder: str) -> dict[str, object]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from edgecomp.cli import main
-from edgecomp.compress import on_grids
+from edgecomp.compress import cut, on_grids
 from edgecomp.data import LabelledImages
 from edgecomp.errors import BundleError, DataError, UsageError
 from edgecomp.graph import Graph
@@ -62,6 +62,7 @@ def tuned(
     graph = graph or plain()
     train, held_out = split(labelled(graph, n), seed=0)
     return finetune(
+        graph,
         graph,
         *rounded(graph, bits),
         train,
@@ -113,7 +114,7 @@ def test_what_is_worse_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     graph = plain()
     train, held_out = split(labelled(graph, 512), seed=0)
     found = finetune(
-        graph, graph, plan_for(graph, 6), train, held_out, epochs=1, seed=0, room=1.0, checkpoint=tmp_path / "c"
+        graph, graph, graph, plan_for(graph, 6), train, held_out, epochs=1, seed=0, room=1.0, checkpoint=tmp_path / "c"
     )
     assert not found.kept
     assert found.after < found.before
@@ -140,6 +141,24 @@ def test_interrupted_gives_the_same_as_not(make: Callable[[], Graph], tmp_path: 
     once_more = tuned(tmp_path / "part", graph=make(), progress=seen.append)
     assert seen[-1] == 2 * 448
     assert once_more.graph.digest() == whole.graph.digest()
+
+
+def test_answers_are_the_teachers_and_leanings_those_of_the_cut_graph(tmp_path: Path) -> None:
+    teacher = plain(seed=5)
+    keep = {node.name: (True,) * plain().weight(node).shape[0] for node in plain().layers()}
+    original = cut(plain(), {**keep, "conv1": (*keep["conv1"][1:], False)})
+    compressed, plan = rounded(original, 4)
+    train, cpu = labelled(teacher, 64), torch.device("cpu")
+    work = tuning._Work(teacher, original, compressed, plan, train, epochs=2, seed=0, room=None, device=cpu)
+    latent, layer = work.student.layer("conv1").latent.detach().numpy(), work.student.layer("conv1")
+    first, code = original.tensors["conv1.weight"].data, layer.codes().numpy()
+    assert first is not None
+    leaning = np.clip(first / layer.scale.numpy()[:, None, None, None] - code, -0.45, 0.45)
+    np.testing.assert_allclose(latent, code + leaning, atol=1e-6)
+    work.step()
+    with torch.no_grad():
+        answers = Network(teacher)(torch.from_numpy(np.array(train.images))).flatten(1)
+    np.testing.assert_allclose(work._answers.numpy(), answers.numpy(), atol=1e-5)
 
 
 def test_another_seed_is_another_result(tmp_path: Path) -> None:
@@ -242,7 +261,7 @@ def test_the_bundled_network_recovers(tmp_path: Path) -> None:
     test = draw(data.test, 300, seed=0)
     train, held_out = split(data.train, seed=0)
     assert accuracy(graph, test, p) > 88
-    found = finetune(graph, graph, plan, train, held_out, epochs=2, seed=0, room=1.0, checkpoint=tmp_path / "c")
+    found = finetune(graph, graph, graph, plan, train, held_out, epochs=2, seed=0, room=1.0, checkpoint=tmp_path / "c")
     before, after = (tuning._judge(Rebuilt(g, q), test, q) for g, q in ((graph, plan), (found.graph, found.plan)))
     assert after > before + 10
 
@@ -272,6 +291,29 @@ def test_build_recovers(budget: str, place: Place, tmp_path: Path, monkeypatch: 
     assert main(["verify", str(out)]) == 0
     if budget == "max size":
         assert (out / "model.onnx").stat().st_size <= 4800
+
+
+def test_the_uncut_network_teaches(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With channels cut and for some of the classes: the answers are those of the network before any channel went."""
+    monkeypatch.chdir(place.folder)
+    seen: list[tuple[Graph, Graph]] = []
+
+    def spied(teacher: Graph, original: Graph, *others: object, **more: object) -> Recovered:
+        seen.append((teacher, original))
+        return finetune(teacher, original, *others, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning, "finetune", spied)
+    argv = [*place.command()[:-1], str(tmp_path / "out"), "--avg-bits", "4", "--format", "onnx", "--recover", "1"]
+    assert main([*argv, "--classes", "0,2,3", "--prune", "0.4"]) == 0
+    (teacher, original), = seen
+    trained = torch.load(place.folder / "tiny.pt", weights_only=True)
+    shapes = {name: t.shape for name, t in teacher.tensors.items() if t.data is not None}
+    assert shapes["conv2.weight"] == trained["conv2.weight"].shape
+    found = teacher.tensors["fc.weight"].data
+    assert found is not None
+    np.testing.assert_array_equal(found, trained["fc.weight"][[0, 2, 3]].numpy())
+    cut_weights = sum(t.data.size for t in original.tensors.values() if t.data is not None and t.data.ndim > 1)
+    assert cut_weights < 0.61 * sum(np.prod(shape) for shape in shapes.values() if len(shape) > 1)
 
 
 def test_build_goes_on_after_ctrl_c(

@@ -1,8 +1,8 @@
 """Recovery by fine-tuning: a compressed network is trained to answer as the float network does.
 
-The teacher is the float graph, the student what `rebuild` makes of the compressed one; the loss is the divergence of
-their softened answers. No label is used but to judge the result, on training images held out. The weights take no more
-bits than before where codes are stored by frequency (`rebuild.Room`).
+The teacher is the float graph with all its channels, the student what `rebuild` makes of the compressed one; the loss
+is the divergence of their softened answers. No label is used but to judge the result, on training images held out. The
+weights take no more bits than before where codes are stored by frequency (`rebuild.Room`).
 
 Deterministic for a seed, a device and a number of threads, interrupted or not: batches follow from seed and epoch.
 Under torchrun each process takes every n-th image of a batch and the gradients are added up: each update is that of
@@ -76,6 +76,7 @@ class Recovered:
 
 def finetune(
     teacher: Graph,
+    original: Graph,
     graph: Graph,
     plan: CompressionPlan,
     train: LabelledImages,
@@ -90,8 +91,10 @@ def finetune(
     """Train the weights and biases of a compressed network on images, with the float network's answers.
 
     Args:
-        teacher: the float graph that was compressed.
-        graph: the same with weights rounded.
+        teacher: the float graph whose answers are learnt, of the same outputs.
+        original: the float graph that was compressed: the teacher, or what was left when its channels had been cut. It
+            says to which side of its code each weight leans.
+        graph: `original` with weights rounded.
         plan: made for `graph`.
         train: what to train with.
         held_out: what decides whether the result is better; none of `train`.
@@ -118,8 +121,8 @@ def finetune(
         raise GraphError(f"graph {teacher.name!r}: recovery needs one input and one output")
     join()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    work = _Work(teacher, graph, plan, train, epochs=epochs, seed=seed, room=room, device=device)
-    key = _key(teacher, graph, plan, train, epochs=epochs, seed=seed, room=room)
+    work = _Work(teacher, original, graph, plan, train, epochs=epochs, seed=seed, room=room, device=device)
+    key = _key(teacher, original, graph, plan, train, epochs=epochs, seed=seed, room=room)
     saved = by_first(lambda: _read(checkpoint, key))
     if saved is not None:
         work.restore(saved, checkpoint)
@@ -159,6 +162,7 @@ class _Work:
     def __init__(
         self,
         teacher: Graph,
+        original: Graph,
         graph: Graph,
         plan: CompressionPlan,
         train: LabelledImages,
@@ -168,7 +172,7 @@ class _Work:
         room: float | None,
         device: torch.device,
     ) -> None:
-        self.student = Rebuilt(graph, plan, original=teacher).to(device)
+        self.student = Rebuilt(graph, plan, original=original).to(device)
         self.done, self.whole = 0, True
         self._teacher, self._answers_at = Network(teacher).to(device), logits_name(teacher)
         self._plan, self._train, self._seed, self._device = plan, train, seed, device
@@ -328,6 +332,7 @@ def _judge(student: Rebuilt, images: LabelledImages, plan: CompressionPlan) -> f
 
 def _key(
     teacher: Graph,
+    original: Graph,
     graph: Graph,
     plan: CompressionPlan,
     train: LabelledImages,
@@ -337,6 +342,7 @@ def _key(
     images.update(train.labels.astype("<i8").tobytes())
     return {
         "model": teacher.digest(),
+        "model without the channels cut": original.digest(),
         "compressed model": graph.digest(),
         "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
         "training images": images.hexdigest(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgecomp import bundle, launched, manifest, planner
+from edgecomp import bundle, intake, launched, manifest, planner
 from edgecomp.artifact import Exported
 from edgecomp.channels import IRRELEVANT, Pruning
 from edgecomp.check import Stage, measure, measure_accuracy
 from edgecomp.compress import compress, narrowest_bits, on_grids
-from edgecomp.data import LabelledImages, draw, load
+from edgecomp.data import LabelledImages, draw
 from edgecomp.errors import DataError, UsageError
 from edgecomp.files import MANIFEST, MANIFEST_SCHEMA, PLAN_FILE, check_output_folder, new_folder, write_file
 from edgecomp.graph import Array, Graph
@@ -25,8 +25,7 @@ from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, w
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.pruning import check_pruning, pruned
 from edgecomp.quantmath import Grid
-from edgecomp.recovering import recover
-from edgecomp.selection import parse_classes, select_classes
+from edgecomp.recovering import recover, recovery_settings
 from edgecomp.spending import (
     Budget,
     BudgetKind,
@@ -39,7 +38,6 @@ from edgecomp.spending import (
 )
 
 if TYPE_CHECKING:
-    from edgecomp.data import DataSet
     from edgecomp.pytorch.scores import Scorer
 
 SAMPLE = "sample"
@@ -150,17 +148,17 @@ def build(
     check_pruning(pruning, budget)
     _check_rule(scoring.rule)
     if model is None:
-        model, weights, preprocessing = _sample(preprocessing)
+        model, weights, preprocessing = intake.sample(preprocessing)
     preprocessing = preprocessing or Preprocessing(mean=(0.0,), std=(1.0,))
     data = data or SAMPLE
     from edgecomp.pytorch.sharing import by_first, join, together
 
     join()
     with together():
-        images = _load_images(data, test_share, seed, preprocessing, stage)
-        shape = _input_shape(images.test, preprocessing, input_shape)
-        original = _capture(model, weights, shape, images, stage)
-        uncut, images, class_weights = _select(original, images, classes)
+        images = intake.load_images(data, test_share, seed, preprocessing, stage)
+        shape = intake.input_shape(images.test, preprocessing, input_shape)
+        original = intake.capture(model, weights, shape, images, stage)
+        uncut, images, class_weights = intake.select(original, images, classes)
     float_accuracy = by_first(lambda: _float_accuracy(uncut, images.test, preprocessing, stage))
     drop_points, rest, held_out = None, images.train, None
     if budget.kind is BudgetKind.MAX_DROP:
@@ -173,6 +171,21 @@ def build(
             # Reconstruction must not have seen what recovery is judged by.
             rest, held_out = split(images.train, seed=seed)
         train = draw(rest, n_calibration, seed=seed)
+    asked = {
+        "pruning": pruning.text(),
+        "reconstruction": "weights and biases, by layers" if reconstruction else "none",
+        "budget": f"{budget.kind} {budget.asked:g}",
+        "formats": ",".join(formats),
+        "seed": str(seed),
+        **({} if classes is None else {"classes": classes}),
+    }
+    if epochs:
+        from edgecomp.pytorch import progress
+
+        checkpoint = checkpoint or folder.absolute().with_name(f"{folder.absolute().name}.recover")
+        options = {"score": f"{scoring}", "io": io.value, "calibration": str(len(train)), "input": f"{preprocessing}"}
+        settings = recovery_settings(epochs, seed, budget, formats, {**asked, **options})
+        by_first(lambda: progress.check(checkpoint, settings.key(uncut, rest)))
     batches = _batches(uncut, train, preprocessing)
     scorer = _scorer(scoring, batches, train.labels, class_weights, seed)
     with stage("cutting channels", len(pruning.slices())) as advance:
@@ -186,11 +199,6 @@ def build(
             compensation=reconstruction,
             progress=advance,
         )
-    if epochs:
-        from edgecomp.pytorch import finetune
-
-        checkpoint = checkpoint or folder.absolute().with_name(f"{folder.absolute().name}.recover")
-        by_first(lambda: finetune.check(checkpoint, uncut))
     relevance, ranges = _explain(graph, scorer, batches, stage)
     keep = planner.irrelevant_channels(graph, relevance)
 
@@ -214,11 +222,7 @@ def build(
             made_by={
                 "relevance": relevance.rule,
                 "samples": str(relevance.n_samples),
-                "pruning": pruning.text(),
-                "reconstruction": "weights and biases, by layers" if reconstruction else "none",
-                "budget": f"{budget.kind} {budget.asked:g}",
-                "formats": ",".join(formats),
-                "seed": str(seed),
+                **asked,
             },
         )
         return Candidate(graph=rounded, plan=plan)
@@ -246,8 +250,7 @@ def build(
                 held_out,
                 budget=budget,
                 formats=formats,
-                epochs=epochs,
-                seed=seed,
+                settings=settings,
                 checkpoint=checkpoint,
                 drop_points=drop_points,
                 progress=advance,
@@ -298,71 +301,6 @@ def _check_folder(folder: Path, *, force: bool) -> None:
 
     join()
     return by_first(lambda: check_output_folder(folder, force=force))
-
-
-def _sample(preprocessing: Preprocessing | None) -> tuple[str, Path, Preprocessing]:
-    from edgecomp.samples import sample_files
-
-    files = sample_files()
-    own = Preprocessing.from_json(files.record["preprocessing"], "sample.json")
-    return files.record["model"], files.weights, preprocessing or own
-
-
-def _load_images(data: str, test_share: float, seed: int, preprocessing: Preprocessing, stage: Stage) -> DataSet:
-    def progress(items: Sequence[object], total: int, what: str) -> Iterator[object]:
-        with stage(what, total) as advance:
-            for item in items:
-                yield item
-                advance(1)
-
-    return load(
-        data,
-        seed=seed,
-        resize=preprocessing.resize,
-        test_share=test_share,
-        progress=progress,  # type: ignore[arg-type]
-    )
-
-
-def _input_shape(
-    images: LabelledImages, preprocessing: Preprocessing, asked: tuple[int, int, int] | None
-) -> tuple[int, int, int]:
-    channels, height, width = images.inputs(preprocessing, 0, 1).shape[1:]
-    found = (channels, height, width)
-    if asked is not None and asked != found:
-        raise DataError(
-            f"images are {_dims(found)} after preprocessing, --input-shape says {_dims(asked)}; "
-            "change --resize, --crop or --pad, or the images"
-        )
-    return found
-
-
-def _dims(shape: tuple[int, int, int]) -> str:
-    return ",".join(map(str, shape))
-
-
-def _capture(model: str, weights: Path | None, shape: tuple[int, int, int], images: DataSet, stage: Stage) -> Graph:
-    from edgecomp.pytorch.capture import capture
-    from edgecomp.pytorch.load import load_module
-
-    with stage("reading the model", 2) as advance:
-        module = load_module(model, weights)
-        advance(1)
-        graph = capture(module, shape, name=model.rpartition(":")[2] or model)
-        advance(1)
-    outputs = int(np.prod(graph.tensors[graph.outputs[0]].shape))
-    labels = 1 + max(int(images.train.labels.max()), int(images.test.labels.max()))
-    if labels > outputs:
-        raise DataError(f"labels go up to {labels - 1}, the model has {outputs} outputs; are these its images?")
-    return graph
-
-
-def _select(graph: Graph, images: DataSet, classes: str | None) -> tuple[Graph, DataSet, Array | None]:
-    """Keep what the chosen classes need: their outputs, their images, and their weights where these differ."""
-    if classes is None:
-        return graph, images, None
-    chosen = parse_classes(classes, images.classes)
-    return select_classes(graph, chosen.indices), images.of_classes(chosen.indices), chosen.class_weights()
 
 
 def _float_accuracy(graph: Graph, test: LabelledImages, preprocessing: Preprocessing, stage: Stage) -> float:

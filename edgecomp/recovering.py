@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +13,23 @@ from edgecomp.spending import Budget, BudgetKind, Candidate, Spent, largest_file
 
 if TYPE_CHECKING:
     from edgecomp.pytorch.finetune import Recovered
+    from edgecomp.pytorch.progress import Settings
 
 _ROOM = 0.997
 """Share of the entropy of their codes that weights may have afterwards: what a coder makes of it varies a little."""
 _ROOM_IN_FILE = 0.99
 """The same where a file must not grow."""
+
+
+def recovery_settings(
+    epochs: int, seed: int, budget: Budget, formats: Sequence[str], options: Mapping[str, str]
+) -> Settings:
+    """Say how a build trains what its budget bought; `options` are those that the result depends on."""
+    from edgecomp.pytorch.progress import Settings
+
+    # Only ONNX stores codes by their frequency.
+    room = None if "onnx" not in formats else _ROOM_IN_FILE if budget.kind is BudgetKind.MAX_SIZE else _ROOM
+    return Settings(epochs=epochs, seed=seed, room=room, options=options)
 
 
 def recover(
@@ -29,8 +41,7 @@ def recover(
     *,
     budget: Budget,
     formats: Sequence[str],
-    epochs: int,
-    seed: int,
+    settings: Settings,
     checkpoint: Path,
     drop_points: Callable[[Candidate], float] | None,
     progress: Callable[[int], object],
@@ -45,11 +56,10 @@ def recover(
         held_out: what to judge by; none of `train`.
         budget: that was spent.
         formats: what is to be exported.
-        epochs: at least 1.
-        seed: of the order of images.
+        settings: see `finetune`.
         checkpoint: see `finetune`.
         drop_points: measures how many points a candidate loses; for a budget of them.
-        progress: told of images, `epochs` times as many as there are in `train`.
+        progress: told of images, `settings.epochs` times as many as there are in `train`.
 
     Returns:
         the candidate to export; how it went stands in its plan, under "recovery".
@@ -67,14 +77,11 @@ def recover(
         spent.candidate.plan,
         train,
         held_out,
-        epochs=epochs,
-        seed=seed,
-        # Only ONNX stores codes by their frequency.
-        room=None if "onnx" not in formats else _ROOM_IN_FILE if budget.kind is BudgetKind.MAX_SIZE else _ROOM,
+        settings=settings,
         checkpoint=checkpoint,
         progress=progress,
     )
-    what = f"{epochs} epochs of {len(train)} images"
+    what = f"{settings.epochs} epochs of {len(train)} images"
     return by_first(lambda: _within(budget, spent, found, what, len(held_out), formats, drop_points))
 
 

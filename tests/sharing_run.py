@@ -22,6 +22,7 @@ from edgecomp.pytorch import finetune as finetuning
 from edgecomp.pytorch import sums
 from edgecomp.pytorch.calibrate import calibrate
 from edgecomp.pytorch.finetune import Recovered, finetune
+from edgecomp.pytorch.progress import Settings
 from edgecomp.pytorch.relevance import score, score_channels
 from edgecomp.pytorch.rules import parse_composite
 from edgecomp.pytorch.scores import Score, score_by
@@ -92,9 +93,8 @@ def tuned(checkpoint: Path) -> Recovered:
     graph = plain()
     train, held_out = labelled(graph, N_TRAIN), labelled(graph, 64, seed=8)
     compressed = rounded(graph, 4)
-    return finetune(
-        graph, graph, *compressed, train, held_out, epochs=2, seed=0, room=1.0, checkpoint=checkpoint
-    )
+    settings = Settings(epochs=2, seed=0, room=1.0)
+    return finetune(graph, graph, *compressed, train, held_out, settings=settings, checkpoint=checkpoint)
 
 
 def built(arguments: list[str], folder: str) -> dict[str, object]:

@@ -15,13 +15,14 @@ import torch
 from edgecomp.cli import main
 from edgecomp.compress import cut, on_grids
 from edgecomp.data import LabelledImages
-from edgecomp.errors import BundleError, DataError, UsageError
+from edgecomp.errors import DataError
 from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.pytorch import finetune as tuning
-from edgecomp.pytorch.finetune import Recovered, check, divergence, finetune, split
+from edgecomp.pytorch.finetune import Recovered, divergence, finetune, split
 from edgecomp.pytorch.network import Network, accuracy
+from edgecomp.pytorch.progress import Settings
 from edgecomp.pytorch.rebuild import Layer, Rebuilt, entropy_bits
 from edgecomp.quantmath import Grid
 from tests.graphs import images, plain, plan_for, separable
@@ -67,9 +68,7 @@ def tuned(
         *rounded(graph, bits),
         train,
         held_out,
-        epochs=epochs,
-        seed=seed,
-        room=room,
+        settings=Settings(epochs=epochs, seed=seed, room=room),
         checkpoint=checkpoint,
         progress=progress,
     )
@@ -113,8 +112,9 @@ def test_what_is_worse_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tuning, "_WEIGHT_RATE", 5.0)
     graph = plain()
     train, held_out = split(labelled(graph, 512), seed=0)
+    settings = Settings(epochs=1, seed=0, room=1.0)
     found = finetune(
-        graph, graph, graph, plan_for(graph, 6), train, held_out, epochs=1, seed=0, room=1.0, checkpoint=tmp_path / "c"
+        graph, graph, graph, plan_for(graph, 6), train, held_out, settings=settings, checkpoint=tmp_path / "c"
     )
     assert not found.kept
     assert found.after < found.before
@@ -149,7 +149,8 @@ def test_answers_are_the_teachers_and_leanings_those_of_the_cut_graph(tmp_path: 
     original = cut(plain(), {**keep, "conv1": (*keep["conv1"][1:], False)})
     compressed, plan = rounded(original, 4)
     train, cpu = labelled(teacher, 64), torch.device("cpu")
-    work = tuning._Work(teacher, original, compressed, plan, train, epochs=2, seed=0, room=None, device=cpu)
+    settings = Settings(epochs=2, seed=0, room=None)
+    work = tuning._Work(teacher, original, compressed, plan, train, settings=settings, device=cpu)
     latent, layer = work.student.layer("conv1").latent.detach().numpy(), work.student.layer("conv1")
     first, code = original.tensors["conv1.weight"].data, layer.codes().numpy()
     assert first is not None
@@ -163,66 +164,6 @@ def test_answers_are_the_teachers_and_leanings_those_of_the_cut_graph(tmp_path: 
 
 def test_another_seed_is_another_result(tmp_path: Path) -> None:
     assert tuned(tmp_path / "1", seed=1).graph.digest() != tuned(tmp_path / "2", seed=2).graph.digest()
-
-
-@pytest.fixture
-def part(tmp_path: Path) -> Path:
-    """The checkpoint of an interrupted recovery."""
-    path = tmp_path / "part"
-
-    def interrupt(n: int) -> None:
-        if n:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tuned(path, progress=interrupt)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("changed", "found"),
-    [
-        ({"graph": plain(seed=5)}, "model"),
-        ({"bits": 3}, "plan"),
-        ({"n": 256}, "training images"),
-        ({"seed": 3}, "seed was 0, is 3"),
-        ({"epochs": 3}, "epochs was 2, is 3"),
-        ({"room": None}, "room"),
-    ],
-)
-def test_a_checkpoint_of_something_else_is_refused(changed: dict[str, object], found: str, part: Path) -> None:
-    before = part.read_bytes()
-    with pytest.raises(UsageError, match=f"something else: .*{found}.*--checkpoint") as caught:
-        tuned(part, **changed)  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
-    assert part.read_bytes() == before
-
-
-def test_early_check(part: Path, tmp_path: Path) -> None:
-    check(part, plain())
-    check(tmp_path / "none", plain())
-    with pytest.raises(UsageError, match="something else: model was"):
-        check(part, plain(seed=5))
-    with pytest.raises(UsageError, match="is no folder"):
-        check(tmp_path / "nowhere" / "c", plain())
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"mine" * 99])
-def test_a_damaged_checkpoint_is_refused(damage: Callable[[bytes], bytes], part: Path) -> None:
-    part.write_bytes(damage(part.read_bytes()))
-    with pytest.raises(BundleError, match="no checkpoint of a recovery, or damaged"):
-        tuned(part)
-
-
-def test_a_checkpoint_runs_no_code(part: Path, tmp_path: Path) -> None:
-    class Trap:
-        def __reduce__(self) -> tuple[object, ...]:
-            return (Path.touch, (tmp_path / "sprung",))
-
-    torch.save({"schema": tuning.SCHEMA, "key": Trap(), "state": {}}, part)
-    with pytest.raises(BundleError, match="damaged"):
-        tuned(part)
-    assert not (tmp_path / "sprung").exists()
 
 
 def test_divergence_is_kullback_leibler() -> None:
@@ -261,7 +202,8 @@ def test_the_bundled_network_recovers(tmp_path: Path) -> None:
     test = draw(data.test, 300, seed=0)
     train, held_out = split(data.train, seed=0)
     assert accuracy(graph, test, p) > 88
-    found = finetune(graph, graph, graph, plan, train, held_out, epochs=2, seed=0, room=1.0, checkpoint=tmp_path / "c")
+    settings = Settings(epochs=2, seed=0, room=1.0)
+    found = finetune(graph, graph, graph, plan, train, held_out, settings=settings, checkpoint=tmp_path / "c")
     before, after = (tuning._judge(Rebuilt(g, q), test, q) for g, q in ((graph, plan), (found.graph, found.plan)))
     assert after > before + 10
 
@@ -366,11 +308,3 @@ def test_wrong_use_is_one_line(
     error = capsys.readouterr().err
     assert found in error
     assert error.count("\n") == 1
-
-
-def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
-    graph = plain()
-    with pytest.raises(UsageError, match="is a folder, expected a file"):
-        check(tmp_path, graph)
-    with pytest.raises(UsageError, match="is no folder; name another --checkpoint"):
-        check(tmp_path / "missing" / "file", graph)

@@ -11,10 +11,7 @@ one process with the same batch, but for rounding. Checkpoints are the first pro
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, cos, pi
 from pathlib import Path
@@ -26,15 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgecomp.data import LabelledImages
-from edgecomp.errors import BundleError, DataError, GraphError, UsageError
-from edgecomp.files import write_file
+from edgecomp.errors import DataError, GraphError, UsageError
 from edgecomp.graph import Array, Graph
 from edgecomp.plan import CompressionPlan
 from edgecomp.pytorch.network import Network, as_input, batch_size
+from edgecomp.pytorch.progress import Progress, Settings, compressed_key, damaged, read, write
 from edgecomp.pytorch.rebuild import Layer, Rebuilt, Room, logits_name
 from edgecomp.pytorch.sharing import all_sum, by_first, join, place
 
-SCHEMA = "edgecomp-recovery/1"
 _BATCH = 64
 """Images in an update, fewer where the activations are large; their gradients need three times the memory."""
 _TEMPERATURE = 2.0
@@ -51,6 +47,10 @@ _ROOM_EVERY = 16
 """Updates between two choices of thresholds."""
 _SAVE_EVERY = 200
 """Updates between two checkpoints."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's, by its own names."""
+_MOST_LATENT, _MOST_GAIN = 128.0, 16.0
+"""Beyond these a checkpoint was not written by us: a code has at most 8 bits, a scale that moved by e^16 none."""
 _CACHED_BYTES = 1 << 26
 _MOST_HELD_OUT = 2000
 
@@ -82,9 +82,7 @@ def finetune(
     train: LabelledImages,
     held_out: LabelledImages,
     *,
-    epochs: int,
-    seed: int,
-    room: float | None,
+    settings: Settings,
     checkpoint: Path,
     progress: Callable[[int], object] | None = None,
 ) -> Recovered:
@@ -98,10 +96,7 @@ def finetune(
         plan: made for `graph`.
         train: what to train with.
         held_out: what decides whether the result is better; none of `train`.
-        epochs: how often every image is used, at least 1.
-        seed: of the order of the images.
-        room: the share of the entropy of the codes that they may have afterwards; None where it does not matter,
-            because every code is stored in full.
+        settings: how to train.
         checkpoint: a file to go on from after an interruption. At the end it holds all of training: whoever has the
             result in safety removes it.
         progress: called after each batch with the number of its images, those of batches done earlier included, and in
@@ -115,15 +110,15 @@ def finetune(
         KeyboardInterrupt: Ctrl-C, after the checkpoint has been written; its text says how to go on.
         OSError: the checkpoint cannot be written.
     """
-    if epochs < 1:
-        raise UsageError(f"{epochs} epochs of recovery: expected at least 1")
+    if settings.epochs < 1:
+        raise UsageError(f"{settings.epochs} epochs of recovery: expected at least 1")
     if len(teacher.inputs) != 1 or len(teacher.outputs) != 1:
         raise GraphError(f"graph {teacher.name!r}: recovery needs one input and one output")
     join()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    work = _Work(teacher, original, graph, plan, train, epochs=epochs, seed=seed, room=room, device=device)
-    key = _key(teacher, original, graph, plan, train, epochs=epochs, seed=seed, room=room)
-    saved = by_first(lambda: _read(checkpoint, key))
+    work = _Work(teacher, original, graph, plan, train, settings=settings, device=device)
+    key = {**settings.key(teacher, train), **compressed_key(original, graph, plan)}
+    saved = by_first(lambda: read(checkpoint, key))
     if saved is not None:
         work.restore(saved, checkpoint)
     report, n_saved = progress or (lambda n: None), work.done
@@ -132,11 +127,11 @@ def finetune(
         while work.done < work.n_steps:
             report(work.step())
             if work.done % _SAVE_EVERY == 0 or work.done == work.n_steps:
-                by_first(lambda: _write(checkpoint, key, work.state()))
+                by_first(lambda: write(checkpoint, key, work.state()))
                 n_saved = work.done
     except KeyboardInterrupt as e:
         if place()[0] == 0 and work.whole and work.done:
-            _write(checkpoint, key, work.state())
+            write(checkpoint, key, work.state())
             n_saved = work.done
         if n_saved == 0:
             raise
@@ -167,25 +162,23 @@ class _Work:
         plan: CompressionPlan,
         train: LabelledImages,
         *,
-        epochs: int,
-        seed: int,
-        room: float | None,
+        settings: Settings,
         device: torch.device,
     ) -> None:
         self.student = Rebuilt(graph, plan, original=original).to(device)
         self.done, self.whole = 0, True
         self._teacher, self._answers_at = Network(teacher).to(device), logits_name(teacher)
-        self._plan, self._train, self._seed, self._device = plan, train, seed, device
+        self._plan, self._train, self._seed, self._device = plan, train, settings.seed, device
         self._batch = batch_size(teacher, most=_BATCH)
         self._a_epoch = ceil(len(train) / self._batch)
-        self.n_steps = epochs * self._a_epoch
+        self.n_steps = settings.epochs * self._a_epoch
         self._order: tuple[int, Array] | None = None
         n_answers = int(np.prod(teacher.tensors[self._answers_at].shape))
         # Kept where they are asked for again; of many images with many classes it is cheaper to ask.
-        n_kept = len(train) if epochs > 1 and 4 * n_answers * len(train) <= _CACHED_BYTES else 0
+        n_kept = len(train) if settings.epochs > 1 and 4 * n_answers * len(train) <= _CACHED_BYTES else 0
         self._answers, self._known = torch.zeros(n_kept, n_answers), torch.zeros(n_kept, dtype=torch.bool)
         rate = _WEIGHT_RATE
-        self._room = None if room is None else Room(self.student, room)
+        self._room = None if settings.room is None else Room(self.student, settings.room)
         layers = {node.name: self.student.layer(node.name) for node in self.student.quantized.layers()}
         latents = [layer.latent for layer in layers.values() if not layer.fixed]
         gains = [layer.gain for layer in layers.values() if not layer.fixed]
@@ -198,7 +191,11 @@ class _Work:
             if layer.bias is not None
         ]
         self._optimizer = torch.optim.Adam(groups, lr=rate)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._share)
+        self._rates = [group["lr"] for group in groups]
+        for p in self._parameters():
+            # As Adam would begin; here from the start, so that a checkpoint has somewhere to go.
+            zeros = {name: torch.zeros_like(p) for name in _MOMENTS}
+            self._optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
 
     def _share(self, step: int) -> float:
         """Let rates fall from 1 to 0 along half a cosine."""
@@ -231,8 +228,9 @@ class _Work:
         self._add_gradients()
         # An interruption from here on would leave a state that no training passes through.
         self.whole = False
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self._share(self.done)
         self._optimizer.step()
-        self._schedule.step()
         with torch.no_grad():
             for layer in self.student.layers:
                 assert isinstance(layer, Layer)
@@ -265,7 +263,7 @@ class _Work:
         """Add up the gradients of all processes."""
         if place()[1] == 1:
             return
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        parameters = self._parameters()
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([part.flatten() for part in parts])
         all_sum([flat])
@@ -277,35 +275,64 @@ class _Work:
         if self._room is not None:
             self._room.hold()
 
-    def state(self) -> dict[str, Any]:
-        """Give all that training depends on from here."""
-        return {
-            "done": self.done,
-            "student": self.student.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "answers": self._answers,
-            "known": self._known,
-            "price": 0.0 if self._room is None else self._room.price,
-        }
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def restore(self, state: Mapping[str, Any], where: Path) -> None:
+    def _tensors(self) -> dict[str, Tensor]:
+        """Name every tensor that training changes."""
+        found = {"answers": self._answers, "known": self._known}
+        for i, layer in enumerate(self.student.layers):
+            assert isinstance(layer, Layer)
+            trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+            for name, p in trained.items():
+                found[f"{i} {name}"] = p.detach()
+                found |= {f"{i} {name} {moment}": self._optimizer.state[p][moment] for moment in _MOMENTS}
+            if not layer.fixed:
+                found[f"{i} borders"] = layer.borders
+        return found
+
+    def state(self) -> Progress:
+        """Give all that training depends on from here."""
+        price = 0.0 if self._room is None else self._room.price
+        return Progress(done=self.done, price=price, tensors={n: t.cpu() for n, t in self._tensors().items()})
+
+    def restore(self, saved: Progress, where: Path) -> None:
         """Go on from what `state` gave.
 
         Raises:
             BundleError: it does not fit.
         """
-        try:
-            self.student.load_state_dict(state["student"])
-            self._optimizer.load_state_dict(state["optimizer"])
-            self._schedule.load_state_dict(state["schedule"])
-            self._answers.copy_(state["answers"])
-            self._known.copy_(state["known"])
-            self.done, price = int(state["done"]), float(state["price"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as e:
-            raise BundleError(f"{where}: is damaged ({str(e)[:80]}); delete it to start over") from e
+        if not 1 <= saved.done <= self.n_steps:
+            raise damaged(where, f"{saved.done} of {self.n_steps} steps done")
+        if self._room is None and saved.price:
+            raise damaged(where, "a price where codes have none")
+        own = self._tensors()
+        saved.check(own, where)
+        for name, tensor in saved.tensors.items():
+            _check_values(name, tensor, where)
+            own[name].copy_(tensor)
+        for p in self._parameters():
+            self._optimizer.state[p]["step"].fill_(saved.done)
+        self.done = saved.done
         if self._room is not None:
-            self._room.price = price
+            self._room.price = saved.price
+
+
+def _check_values(name: str, tensor: Tensor, where: Path) -> None:
+    """Refuse what no training gives, and from which none could go on.
+
+    Raises:
+        BundleError: it is that.
+    """
+    kind = name.rpartition(" ")[2]
+    wrong = {
+        "latent": lambda: tensor.abs().max() > _MOST_LATENT,
+        "gain": lambda: tensor.abs().max() > _MOST_GAIN,
+        "exp_avg_sq": lambda: (tensor < 0).any(),
+        "borders": lambda: (tensor.diff() < 0).any(),
+    }.get(kind)
+    if tensor.numel() and wrong is not None and bool(wrong()):
+        raise damaged(where, f"{name} has values that cannot be")
 
 
 def divergence(found: Tensor, wanted: Tensor, temperature: float) -> Tensor:
@@ -325,72 +352,6 @@ def _judge(student: Rebuilt, images: LabelledImages, plan: CompressionPlan) -> f
             found = student(x.to(device)).flatten(1).argmax(1).cpu().numpy()
             right += int((found == images.labels[start : start + n]).sum())
     return 100 * right / len(images)
-
-
-# ---- checkpoint ------------------------------------------------------------------------------------------------------
-
-
-def _key(
-    teacher: Graph,
-    original: Graph,
-    graph: Graph,
-    plan: CompressionPlan,
-    train: LabelledImages,
-    **settings: float | None,
-) -> dict[str, str]:
-    images = hashlib.sha256(np.ascontiguousarray(train.images).data)
-    images.update(train.labels.astype("<i8").tobytes())
-    return {
-        "model": teacher.digest(),
-        "model without the channels cut": original.digest(),
-        "compressed model": graph.digest(),
-        "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
-        "training images": images.hexdigest(),
-        **{name.replace("_", " "): str(value) for name, value in settings.items()},
-    }
-
-
-def _write(path: Path, key: Mapping[str, str], state: Mapping[str, Any]) -> None:
-    stream = io.BytesIO()
-    torch.save({"schema": SCHEMA, "key": dict(key), "state": dict(state)}, stream)
-    write_file(path, stream.getvalue())
-
-
-def _read(path: Path, key: Mapping[str, str]) -> Mapping[str, Any] | None:
-    if not path.exists():
-        return None
-    content = io.BytesIO(path.read_bytes())
-    try:
-        found = torch.load(content, map_location="cpu", weights_only=True)
-        schema, old, state = found["schema"], dict(found["key"]), dict(found["state"])
-    except Exception as e:
-        # torch's reader has no list of what it raises.
-        raise BundleError(f"{path}: is no checkpoint of a recovery, or damaged; name another --checkpoint") from e
-    if schema != SCHEMA:
-        raise BundleError(f"{path}: schema is {schema!r:.60}, this edgecomp reads {SCHEMA!r}; delete it to start over")
-    odd = [name for name in key if key[name] != old.get(name)]
-    if odd:
-        raise UsageError(
-            f"{path}: holds the recovery of something else: {odd[0]} was {str(old.get(odd[0]))[:12]}, "
-            f"is {key[odd[0]][:12]}; delete it, or name another --checkpoint"
-        )
-    return state
-
-
-def check(checkpoint: Path, teacher: Graph) -> None:
-    """Refuse a checkpoint that cannot be of this model, and a place where none can be written: before long work.
-
-    Raises:
-        UsageError: it is of another model, or its folder does not exist.
-        BundleError: it is damaged.
-    """
-    if not checkpoint.absolute().parent.is_dir():
-        raise UsageError(f"{checkpoint}: {checkpoint.absolute().parent} is no folder; name another --checkpoint")
-    if checkpoint.is_dir():
-        raise UsageError(f"{checkpoint}: is a folder, expected a file; name another --checkpoint")
-    if not os.access(checkpoint.absolute().parent, os.W_OK):
-        raise UsageError(f"{checkpoint}: its folder cannot be written; name another --checkpoint")
-    _read(checkpoint, {"model": teacher.digest()})
 
 
 def split(train: LabelledImages, *, seed: int) -> tuple[LabelledImages, LabelledImages]:

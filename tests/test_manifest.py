@@ -116,6 +116,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     **{f"without {key}": (lambda r, key=key: r.pop(key), f"'{key}' is missing") for key in KEYS[1:]},  # type: ignore[misc]
     "no artifacts": (lambda r: r.update(artifacts=[]), "at least one"),
     "artifacts by name": (lambda r: r.update(artifacts={"onnx": {}}), "list of at least one"),
+    "float without its bytes": (lambda r: r["float"].pop("weight_bytes"), "float: 'weight_bytes' is missing"),
     "an artifact that is a string": (lambda r: r.update(artifacts=["model.onnx"]), "artifact 0: expected an object"),
     **{
         f"artifact without {key}": (lambda r, key=key: r["artifacts"][1].pop(key), f"artifact 1: '{key}' is missing")  # type: ignore[misc]

@@ -177,7 +177,7 @@ def build(
         "budget": f"{budget.kind} {budget.asked:g}",
         "formats": ",".join(formats),
         "seed": str(seed),
-        **({} if classes is None else {"classes": classes}),
+        **({} if classes is None else {"classes": intake.chosen_text(classes, original, uncut)}),
     }
     if epochs:
         from edgecomp.pytorch import progress
@@ -284,7 +284,7 @@ def build(
                 write_file(work / f"model.{e.format}", e.data)
             bundle.save(spent.candidate.graph, work / bundle.GRAPH_FILE)
             write_file(work / PLAN_FILE, plan_text.encode())
-            write_file(work / "README.md", overview(record).encode())
+            write_file(work / "README.md", overview(record, plan.made_by).encode())
             write_file(work / MANIFEST, write_json(record).encode())
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)

@@ -100,3 +100,9 @@ def select(graph: Graph, images: DataSet, classes: str | None) -> tuple[Graph, D
         return graph, images, None
     chosen = parse_classes(classes, images.classes)
     return select_classes(graph, chosen.indices), images.of_classes(chosen.indices), chosen.class_weights()
+
+
+def chosen_text(classes: str, original: Graph, selected: Graph) -> str:
+    """Say how many of the classes were chosen, and which: "2 of 10 classes: cat,dog=2"."""
+    n, n_all = (int(np.prod(graph.tensors[graph.outputs[0]].shape)) for graph in (selected, original))
+    return f"{n} of {n_all} classes: {classes}"

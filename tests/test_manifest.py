@@ -173,7 +173,7 @@ def test_what_is_no_json_of_ours(text: str, reason: str) -> None:
 
 
 def test_the_page_for_people_says_what_the_manifest_says(record: dict[str, Any]) -> None:
-    page = overview(record)
+    page = overview(record, {})
     assert results_table(record) in page
     onnx, tflite = record["artifacts"]
     for entry in (onnx, tflite):
@@ -184,5 +184,5 @@ def test_the_page_for_people_says_what_the_manifest_says(record: dict[str, Any])
         assert cells[4:6] == ["87.50 %", "-2.50"]
         assert cells[6] == "99.50 % (max 1)"
     assert "mean bits a weight, at most 4, came to 4." in page
-    assert "(not met)" in overview({**record, "budget": {**record["budget"], "met": False}})
-    assert "model.tflite" not in overview({**record, "artifacts": [onnx]})
+    assert "(not met)" in overview({**record, "budget": {**record["budget"], "met": False}}, {})
+    assert "model.tflite" not in overview({**record, "artifacts": [onnx]}, {})

@@ -229,7 +229,7 @@ def recovery(place: Place) -> list[str]:
         (["--score", "wanda"], "score was"),
         (["--rule", "gamma"], "score was"),
         (["--start", "one"], "score was"),
-        (["--classes", "0,1"], "classes was not said, is 0,1"),
+        (["--classes", "0,1"], "classes was not said, is 2 of 4 classes: 0,1"),
         (["--prune", "0.5"], "pruning was zero, is 0.5"),
         (["--calib", "50"], "calibration was 64, is 50"),
         (["--io", "int8"], "io was float, is int8"),

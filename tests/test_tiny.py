@@ -138,6 +138,37 @@ def test_bench_names_what_it_compares_with(
     assert "all of it" in _note(open_folder(place.folder / "out"))
 
 
+def test_the_page_says_what_was_done(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.folder)
+    options = ["--avg-bits", "3", "--prune", "0.4", "--classes", "0,2=3,3", "--recover", "1", "--format", "onnx"]
+    assert main([*place.command()[:-1], "told", *options]) == 0
+    manifest = json.loads((place.folder / "told" / "manifest.json").read_text())
+    made_by = json.loads((place.folder / "told" / "plan.json").read_text())["made_by"]
+    page = (place.folder / "told" / "README.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("- ")]
+    assert lines[0] == (
+        "- For 3 of 4 classes: 0,2=3,3. Outputs, images, relevance and every figure here are theirs alone."
+    )
+    n_training = int(200 * 3 / 4)
+    n_held_out = n_training // 8
+    assert lines[1].startswith("- What matters was told by epsilon 1e-06; classes 0*1,1*3,2*1, on 64 training images.")
+    left = sum(layer["weights"] for layer in manifest["layers"])
+    channels = sum(layer["kept_channels"] for layer in manifest["layers"])
+    assert left < 0.61 * 1160
+    assert lines[2] == (
+        f"- Cut: outputs of the other classes, and whole channels (--prune 0.4); {channels} of 20 output channels "
+        f"are left, {left} of 1160 weights, {100 * left / 1160:.1f} %."
+    )
+    assert lines[4].startswith("- Recovery, fine-tuning to the uncut float network's answers: 1 epochs of ")
+    assert made_by["recovery"] in lines[4]
+    assert f"{n_training - n_held_out} images" in lines[4]
+    assert f"{n_held_out} images held out" in lines[4]
+    plain = (place.folder / "out" / "README.md").read_text()
+    assert "classes" not in plain
+    assert "--prune" not in plain
+    assert "Recovery" not in plain
+
+
 def test_int8_input_and_output(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place.folder)
     assert main([*place.command()[:-1], "int8", "--io", "int8", "--format", "onnx"]) == 0

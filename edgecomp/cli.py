@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -318,8 +319,15 @@ def _stage(name: str, total: int) -> Iterator[Callable[[int], object]]:
 def _preprocessing(args: argparse.Namespace) -> Preprocessing | None:
     from edgecomp.preprocessing import Preprocessing
 
-    if args.mean is None and args.std is None and args.resize is None and args.pad is None and args.crop is None:
+    given = {name: getattr(args, name) for name in ("mean", "std", "resize", "pad", "crop")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
         return None
+    if args.model is None:
+        from edgecomp.intake import sample
+
+        # The bundled network was trained with its own: each option changes what it names.
+        return replace(sample(None)[2], **given)
     return Preprocessing(
         mean=args.mean or (0.0,) * len(args.std or (1.0,)),
         std=args.std or (1.0,) * len(args.mean or (0.0,)),

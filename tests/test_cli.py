@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgecomp.cli import main
+from edgecomp.errors import UsageError
+from edgecomp.preprocessing import Preprocessing
 from tests.tiny import Place
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +145,37 @@ def test_other_verbs_say_what_is_wrong(
     assert error.count("\n") == 1
     assert found in error
     assert not (place.folder / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ([], {}),
+        (["--crop", "20"], {"crop": 20}),
+        (["--pad", "0"], {"pad": 0}),
+        (["--resize", "32", "--pad", "0"], {"resize": 32, "pad": 0}),
+        (["--mean", "0.5"], {"mean": (0.5,)}),
+        (["--std", "0.25"], {"std": (0.25,)}),
+    ],
+)
+def test_an_option_changes_only_its_own_part_of_the_samples_preprocessing(
+    options: list[str], changed: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Preprocessing] = []
+
+    def load_images(data: str, share: float, seed: int, preprocessing: Preprocessing, stage: object) -> None:
+        seen.append(preprocessing)
+        raise UsageError("seen enough")
+
+    monkeypatch.setattr("edgecomp.intake.load_images", load_images)
+    assert main(["build", *options, "-o", "x"]) == 2
+    own = Preprocessing(mean=(0.286,), std=(0.353,), pad=2)
+    assert seen == [replace(own, **changed)]  # type: ignore[arg-type]
+
+
+def test_means_that_do_not_fit_the_samples_std(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "--mean", "0.1,0.2,0.3", "-o", "x"]) == 2
+    assert capsys.readouterr().err == "edgecomp: mean has 3 values and std 1; give equally many\n"
 
 
 def run(*argv: str, folder: Path, **options: object) -> subprocess.Popen[str]:

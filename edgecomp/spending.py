@@ -53,6 +53,8 @@ class Budget:
                 raise UsageError(f"--avg-bits {self.asked:g}: expected 0.1 to 8")
             case BudgetKind.MAX_SIZE if not 1 <= self.asked < 2**40:
                 raise UsageError(f"--max-size {self.asked:g}: expected bytes, from 1 to 2^40")
+            case BudgetKind.MAX_SIZE if self.asked % 1:
+                raise UsageError(f"--max-size {self.asked}: expected whole bytes, e.g. {self.asked // 1:.0f}")
             case BudgetKind.MAX_DROP if not 0 <= self.asked <= 100:
                 raise UsageError(f"--max-drop {self.asked:g}: expected percentage points from 0 to 100")
 

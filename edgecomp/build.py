@@ -14,7 +14,7 @@ import numpy as np
 from edgecomp import bundle, intake, launched, manifest, planner
 from edgecomp.artifact import Exported
 from edgecomp.channels import IRRELEVANT, Pruning
-from edgecomp.check import Stage, measure, measure_accuracy
+from edgecomp.check import Stage, at_chance, measure, measure_accuracy
 from edgecomp.compress import compress, narrowest_bits, on_grids
 from edgecomp.data import LabelledImages, draw
 from edgecomp.errors import DataError, UsageError
@@ -103,6 +103,7 @@ def build(
     classes: str | None = None,
     pruning: Pruning = IRRELEVANT,
     stage: Stage = silent,
+    warn: Callable[[str], object] = lambda text: None,
 ) -> Built:
     """Compress a model and write its folder.
 
@@ -127,6 +128,7 @@ def build(
         classes: the classes the files are for, see `selection.parse_classes`; None for all.
         pruning: which channels are cut; what remains is then compressed like any other network.
         stage: shows how far the work is.
+        warn: told, before the long work, what looks wrong but is no error.
 
     Raises:
         EdgecompError: by kind, see `errors`.
@@ -160,6 +162,14 @@ def build(
         original = intake.capture(model, weights, shape, images, stage)
         uncut, images, class_weights = intake.select(original, images, classes)
     float_accuracy = by_first(lambda: _float_accuracy(uncut, images.test, preprocessing, stage))
+    n_classes = int(np.prod(uncut.tensors[uncut.outputs[0]].shape))
+    if at_chance(float_accuracy, len(images.test), n_classes):
+        without = " (--weights was not given)" if weights is None and ":" in model else ""
+        warn(
+            f"the float network is right on {float_accuracy:.2f} % of {len(images.test)} test images, no better than "
+            f"chance with {n_classes} classes; is it trained{without}, and do --mean, --std and the like give it what "
+            "it was trained on?"
+        )
     drop_points, rest, held_out = None, images.train, None
     if budget.kind is BudgetKind.MAX_DROP:
         train, rest, held_out = _split(images.train, n_calibration, seed=seed)

@@ -128,6 +128,10 @@ def _complain(message: str, code: int) -> int:
     return code
 
 
+def _warn(text: str) -> None:
+    _complain(f"warning: {text}", 0)
+
+
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +379,7 @@ def _build(args: argparse.Namespace) -> int:
         checkpoint=args.checkpoint,
         pruning=parse_pruning(args.prune),
         stage=_stage,
+        warn=_warn,
     )
     if launched.is_first():
         print(results_table(built.manifest))

@@ -66,8 +66,8 @@ def check_output_folder(folder: Path, *, force: bool) -> None:
     """Refuse a place where nothing new may be written; cheap, to be asked before long work.
 
     Raises:
-        UsageError: the folder exists (without `force`), is a file, or holds something that no build of ours made, or stands
-            where no other folder can be made.
+        UsageError: the folder exists (without `force`), is a file, holds something that no build of ours made, or
+            stands where no other folder can be made.
     """
     if not folder.exists() and not folder.is_symlink():
         _check_parent(folder, next(p for p in folder.absolute().parents if p.exists()))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgecomp.check import at_chance
 from edgecomp.cli import main
 from edgecomp.errors import UsageError
 from edgecomp.preprocessing import Preprocessing
@@ -179,6 +180,46 @@ def test_an_option_changes_only_its_own_part_of_the_samples_preprocessing(
 def test_means_that_do_not_fit_the_samples_std(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", "--mean", "0.1,0.2,0.3", "-o", "x"]) == 2
     assert capsys.readouterr().err == "edgecomp: mean has 3 values and std 1; give equally many\n"
+
+
+def test_an_untrained_network_is_warned_of_before_the_work(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place.folder)
+    data = dict(np.load("data.npz"))
+    np.savez("odd.npz", **{**data, "y_test": np.random.default_rng(0).permutation(data["y_test"])})
+    argv = [word for word in place.command() if word not in ("--weights", "tiny.pt")]
+    said: list[str] = []
+
+    def explain(*arguments: object) -> None:
+        said.append(capsys.readouterr().err)
+        raise UsageError("seen enough")
+
+    monkeypatch.setattr("edgecomp.build._explain", explain)
+    assert main([*argv, "--data", "npz:odd.npz"]) == 2
+    assert said[0].startswith("edgecomp: warning: the float network is right on ")
+    assert "% of 200 test images, no better than chance with 4 classes" in said[0]
+    assert "is it trained (--weights was not given)" in said[0]
+    assert said[0].count("\n") == 1
+    capsys.readouterr()
+    assert main(place.command()) == 2
+    assert said[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("percent", "n_images", "n_classes", "expected"),
+    [
+        (10.0, 10_000, 10, True),
+        (10.89, 10_000, 10, True),  # 10 + 3 * 0.3
+        (10.91, 10_000, 10, False),
+        (0.0, 100, 10, True),
+        (91.6, 2000, 10, False),
+        (50.0, 2, 2, False),  # two images tell nothing
+        (100.0, 2, 4, False),
+    ],
+)
+def test_chance(percent: float, n_images: int, n_classes: int, expected: bool) -> None:
+    assert at_chance(percent, n_images, n_classes) is expected
 
 
 def run(*argv: str, folder: Path, **options: object) -> subprocess.Popen[str]:

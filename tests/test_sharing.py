@@ -70,6 +70,7 @@ def test_two_processes_find_what_one_finds(two: Path, monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_train_as_one(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune, "_WEIGHT_RATE", RATE)
+    monkeypatch.setattr(finetune, "_multiplies_halves", lambda device: False)  # rounding of 2^-9 would hide much
     start = rounded(plain(), 4)[0]
     expected = tuned(tmp_path / "one")
     both = [dict(np.load(two / f"tuned-{rank}-of-2.npz")) for rank in (0, 1)]

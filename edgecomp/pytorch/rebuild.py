@@ -62,7 +62,8 @@ class Layer(torch.nn.Module):
 
     def codes(self) -> Tensor:
         """Round: float32 (O, ...), whole numbers within +-limit."""
-        return (torch.bucketize(self.latent.detach(), self.borders) - self.limit).to(self.latent.dtype)
+        found = torch.bucketize(self.latent.detach(), self.borders, out_int32=True)
+        return found.to(self.latent.dtype).sub_(self.limit)
 
     def weight(self) -> Tensor:
         """Give the rounded weights (O, ...); their gradient reaches `latent` and, as in LSQ, `gain`."""

@@ -57,6 +57,8 @@ def _leave(store: Any, rank: int) -> None:
             store.set(_LEFT, "")
         else:
             store.wait([_LEFT], _LEAVING)
+    # Groups have threads, which must end before Python does: nothing may hold one any more.
+    _talk.cache_clear()
     if _distributed.is_initialized():
         _distributed.destroy_process_group()
 

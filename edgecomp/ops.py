@@ -19,6 +19,12 @@ from edgecomp.graph import Array, Attribute, Node, Op, QuantParams, Tensor
 
 SHARES_SCALE = frozenset({Op.MAX_POOL, Op.AVG_POOL, Op.CONCAT, Op.FLATTEN, Op.RESHAPE, Op.CLIP})
 """Operators that only move, compare or average codes: all they read and write has one scale and zero point."""
+FUNCTIONS = frozenset({Op.SIGMOID, Op.HARD_SIGMOID, Op.SILU, Op.HARD_SWISH})
+"""Curved functions of one number; in integers a table of 256 codes, `quantmath.table`."""
+GATES = frozenset({Op.SIGMOID, Op.HARD_SIGMOID})
+"""Those that give a share, from 0 to 1, and 1/2 for 0."""
+PROBABILITIES = frozenset({Op.SOFTMAX, Op.SIGMOID})
+"""Operators that make probabilities of logits; their codes are steps of 1/256, `quantmath.UNIT`."""
 
 Shape = tuple[int, ...]
 Attrs = Mapping[str, Attribute]
@@ -176,6 +182,64 @@ def _add_integer(node: Node, tensors: Mapping[str, Tensor], values: Mapping[str,
     low, high = clamp_codes(node)
     result: Array = np.clip(total + int(y.zero_point), low, high).astype(np.int8)
     return result
+
+
+def _mul_shape(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    a, b = shapes
+    if a == b or (len(a) == 4 and b == (*a[:2], 1, 1)):
+        return a
+    if len(b) == 4 and a == (*b[:2], 1, 1):
+        return b
+    raise GraphError(f"inputs of shapes {list(shapes)}: expected equal shapes, or (N, C, 1, 1) beside (N, C, H, W)")
+
+
+def _mul(values: Sequence[Array], attrs: Attrs) -> Array:
+    return values[0] * values[1]
+
+
+def _mul_integer(node: Node, tensors: Mapping[str, Tensor], values: Mapping[str, Array]) -> Array:
+    quants = [_quant(tensors, name) for name in node.inputs]
+    a, b = (values[name].astype(np.int64) - int(q.zero_point) for name, q in zip(node.inputs, quants, strict=True))
+    y = _quant(tensors, node.outputs[0])
+    factor = quantmath.multiplier(np.array(float(quants[0].scale) * float(quants[1].scale) / float(y.scale)))
+    low, high = clamp_codes(node)
+    return quantmath.requantize(a * b, factor, int(y.zero_point), low=low, high=high)
+
+
+def _sigmoid(values: Sequence[Array], attrs: Attrs) -> Array:
+    x = values[0]
+    result: Array = np.exp(-np.logaddexp(0, -x)).astype(x.dtype, copy=False)
+    return result
+
+
+def _hard_sigmoid(values: Sequence[Array], attrs: Attrs) -> Array:
+    x = values[0]
+    result: Array = (np.clip(x + 3, 0, 6) / 6).astype(x.dtype, copy=False)
+    return result
+
+
+def _silu(values: Sequence[Array], attrs: Attrs) -> Array:
+    return values[0] * _sigmoid(values, attrs)
+
+
+def _hard_swish(values: Sequence[Array], attrs: Attrs) -> Array:
+    return values[0] * _hard_sigmoid(values, attrs)
+
+
+def function_codes(node: Node, tensors: Mapping[str, Tensor]) -> Array:
+    """Give what one of FUNCTIONS writes for each code that it reads: int8 (256,), entry i for code i - 128."""
+    compute = OPS[node.op].compute
+    source, target = (_quant(tensors, name) for name in (node.inputs[0], node.outputs[0]))
+    return quantmath.table(lambda x: compute([x], node.attrs), source, target)
+
+
+def _by_table(node: Node, tensors: Mapping[str, Tensor], values: Mapping[str, Array]) -> Array:
+    result: Array = function_codes(node, tensors)[values[node.inputs[0]].astype(np.int64) - quantmath.ACT_MIN]
+    return result
+
+
+def _function(compute: Callable[[Sequence[Array], Attrs], Array]) -> OpRow:
+    return OpRow(arity=(1, 1), attributes=(), shape=_same_shape, compute=compute, compute_integer=_by_table)
 
 
 def _clip(values: Sequence[Array], attrs: Attrs) -> Array:
@@ -351,6 +415,15 @@ OPS: Mapping[Op, OpRow] = {
         compute=_add,
         compute_integer=_add_integer,
     ),
+    # two tensors of one shape, or (N, C, 1, 1) beside (N, C, H, W): the gate of squeeze and excitation
+    Op.MUL: OpRow(
+        arity=(2, 2),
+        attributes=(),
+        optional=("clamp",),
+        shape=_mul_shape,
+        compute=_mul,
+        compute_integer=_mul_integer,
+    ),
     Op.CONCAT: OpRow(
         arity=(1, 1 << 16),
         attributes=("axis",),
@@ -386,6 +459,11 @@ OPS: Mapping[Op, OpRow] = {
         compute=_clip,
         compute_integer=_clip_integer,
     ),
+    # 1 / (1 + e^-x); relu6(x + 3) / 6; x times the first; x times the second
+    Op.SIGMOID: _function(_sigmoid),
+    Op.HARD_SIGMOID: _function(_hard_sigmoid),
+    Op.SILU: _function(_silu),
+    Op.HARD_SWISH: _function(_hard_swish),
     # (N, C, H, W) -> (N, C*H*W)
     Op.FLATTEN: OpRow(
         arity=(1, 1),

@@ -7,6 +7,7 @@ without floating point computes the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,6 +187,26 @@ def dequantize(codes: Array, params: QuantParams) -> Array:
         shape[params.axis] = -1
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
     return ((codes.astype(np.int32) - zero_point).astype(np.float32) * scale).astype(np.float32)
+
+
+UNIT = QuantParams(bits=8, scale=np.array(1 / 256), zero_point=np.array(ACT_MIN))
+"""Steps of 1/256 from 0: what TFLite demands of an int8 softmax and sigmoid."""
+
+
+def table(function: Callable[[Array], Array], source: QuantParams, target: QuantParams) -> Array:
+    """Work out what a function of one number makes of every code: int8 (256,), entry i for code i - 128.
+
+    Exact but for one rounding, half to even, on float64; saturating.
+
+    Args:
+        function: on float64 arrays, element by element.
+        source: of the codes that are read; one scale.
+        target: of those that are written; one scale.
+    """
+    codes = np.arange(ACT_MIN, ACT_MAX + 1)
+    real = function((codes - int(source.zero_point)) * float(source.scale))
+    found: Array = np.clip(np.rint(real / float(target.scale)) + int(target.zero_point), ACT_MIN, ACT_MAX)
+    return found.astype(np.int8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

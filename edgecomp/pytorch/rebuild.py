@@ -18,7 +18,7 @@ from edgecomp import quantmath
 from edgecomp.compress import compress, cut
 from edgecomp.graph import Array, Graph, Node, Op, QuantParams
 from edgecomp.groups import is_depthwise, kept_numbers, number_channels
-from edgecomp.ops import clamp_codes
+from edgecomp.ops import PROBABILITIES, clamp_codes
 from edgecomp.plan import CompressionPlan, Io
 from edgecomp.pytorch.network import as_input, compute
 
@@ -160,7 +160,7 @@ class Rebuilt(torch.nn.Module):
             yield node.outputs[0], out
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the logits (N, ...): the output, or what a softmax at the end reads."""
+        """Give the logits (N, ...): the output, or what a softmax or sigmoid at the end reads."""
         wanted = logits_name(self.quantized)
         for name, value in self.steps(x):
             if name == wanted:
@@ -198,9 +198,9 @@ class Rebuilt(torch.nn.Module):
 
 
 def logits_name(graph: Graph) -> str:
-    """Name the tensor to compare networks by: the output, or what a softmax that writes it reads."""
+    """Name the tensor to compare networks by: the output, or what a softmax or sigmoid that writes it reads."""
     last = graph.producer().get(graph.outputs[0])
-    return last.inputs[0] if last is not None and last.op is Op.SOFTMAX else graph.outputs[0]
+    return last.inputs[0] if last is not None and last.op in PROBABILITIES else graph.outputs[0]
 
 
 def entropy_bits(counts: Array) -> float:

@@ -178,10 +178,12 @@ def _least_scale(graph: Graph, node: Node, inputs: Sequence[QuantParams]) -> flo
 
     Only an output that was (nearly) constant on the calibration data asks for less.
     """
-    if node.op not in (Op.CONV2D, Op.LINEAR, Op.ADD, Op.MUL, Op.GLOBAL_AVG_POOL, Op.HARD_SWISH):
+    if node.op not in (Op.CONV2D, Op.LINEAR, Op.ADD, Op.MUL, Op.GLOBAL_AVG_POOL, Op.SILU, Op.HARD_SWISH):
         return 0.0
     scales = [float(params.scale) for params in inputs]
-    largest = scales[0] * scales[1] if node.op is Op.MUL else max(scales)
+    if node.op in (Op.SILU, Op.HARD_SWISH):
+        scales.append(float(quantmath.SHARES.scale))
+    largest = max(scales) if node.op in (Op.ADD, Op.GLOBAL_AVG_POOL) else float(np.prod(scales))
     if node.op in (Op.CONV2D, Op.LINEAR):
         weight = graph.weight(node).data
         assert weight is not None

@@ -198,12 +198,11 @@ def _mul(values: Sequence[Array], attrs: Attrs) -> Array:
 
 
 def _mul_integer(node: Node, tensors: Mapping[str, Tensor], values: Mapping[str, Array]) -> Array:
-    quants = [_quant(tensors, name) for name in node.inputs]
-    a, b = (values[name].astype(np.int64) - int(q.zero_point) for name, q in zip(node.inputs, quants, strict=True))
-    y = _quant(tensors, node.outputs[0])
-    factor = quantmath.multiplier(np.array(float(quants[0].scale) * float(quants[1].scale) / float(y.scale)))
-    low, high = clamp_codes(node)
-    return quantmath.requantize(a * b, factor, int(y.zero_point), low=low, high=high)
+    a, b = node.inputs
+    quants = (_quant(tensors, a), _quant(tensors, b))
+    product = quantmath.multiply(values[a], values[b], quants, _quant(tensors, node.outputs[0]))
+    result: Array = np.clip(product, *clamp_codes(node)).astype(np.int8)
+    return result
 
 
 def _sigmoid(values: Sequence[Array], attrs: Attrs) -> Array:
@@ -226,8 +225,34 @@ def _hard_swish(values: Sequence[Array], attrs: Attrs) -> Array:
     return values[0] * _hard_sigmoid(values, attrs)
 
 
+_GATE = {Op.SILU: (_sigmoid, quantmath.UNIT), Op.HARD_SWISH: (_hard_sigmoid, quantmath.SHARES)}
+"""What x is multiplied by, and the codes that runtimes without the operator have for it."""
+
+
 def function_codes(node: Node, tensors: Mapping[str, Tensor]) -> Array:
-    """Give what one of FUNCTIONS writes for each code that it reads: int8 (256,), entry i for code i - 128."""
+    """Give what one of FUNCTIONS writes for each code that it reads: int8 (256,), entry i for code i - 128.
+
+    For silu and hard_swish this is x times the codes of a gate wherever that is at most one step from the function: the
+    stock runtimes have no such operators on codes, but are fast at sigmoids, sums and products.
+    """
+    by_gate = gate_codes(node, tensors)
+    return _exact_codes(node, tensors) if by_gate is None else by_gate
+
+
+def gate_codes(node: Node, tensors: Mapping[str, Tensor]) -> Array | None:
+    """Give int8 (256,), what x times a gate in codes is, where that serves for a silu or hard_swish; else None."""
+    if node.op not in _GATE:
+        return None
+    gate, params = _GATE[node.op]
+    source, target = (_quant(tensors, name) for name in (node.inputs[0], node.outputs[0]))
+    shares = quantmath.table(lambda x: gate([x], node.attrs), source, params)
+    codes = np.arange(quantmath.ACT_MIN, quantmath.ACT_MAX + 1)
+    found = quantmath.multiply(codes, shares, (source, params), target)
+    off = np.abs(found.astype(np.int64) - _exact_codes(node, tensors))
+    return found if off.max() <= 1 else None
+
+
+def _exact_codes(node: Node, tensors: Mapping[str, Tensor]) -> Array:
     compute = OPS[node.op].compute
     source, target = (_quant(tensors, name) for name in (node.inputs[0], node.outputs[0]))
     return quantmath.table(lambda x: compute([x], node.attrs), source, target)

@@ -187,7 +187,7 @@ def gated(seed: int = 0) -> Graph:
     x = b.function(Op.HARD_SWISH, "stem.act", b.conv("stem", "input", 8))
     y = b.function(Op.SILU, "expand.act", b.conv("expand", x, 12, (1, 1), pads=(0, 0, 0, 0)))
     y = b.function(Op.SILU, "dw.act", b.conv("dw", y, 12, groups=12))
-    y = b.squeezed("se", y, 4, Op.SILU, Op.SIGMOID)
+    y = b.squeezed("se", y, 6, Op.SILU, Op.SIGMOID)
     x = b.node(Op.ADD, "add", (b.conv("project", y, 8, (1, 1), pads=(0, 0, 0, 0)), x), {})
     y = b.function(Op.HARD_SWISH, "conv.act", b.conv("conv", x, 10, stride=(2, 2)))
     y = b.squeezed("se2", y, 5, None, Op.HARD_SIGMOID)

@@ -18,7 +18,7 @@ from edgecomp import quantmath
 from edgecomp.compress import compress, cut
 from edgecomp.graph import Array, Graph, Node, Op, QuantParams
 from edgecomp.groups import is_depthwise, kept_numbers, number_channels
-from edgecomp.ops import PROBABILITIES, clamp_codes
+from edgecomp.ops import FUNCTIONS, PROBABILITIES, clamp_codes, function_codes
 from edgecomp.plan import CompressionPlan, Io
 from edgecomp.pytorch.network import as_input, compute
 
@@ -146,6 +146,10 @@ class Rebuilt(torch.nn.Module):
             params = _params(graph, node.outputs[0])
             if node.op in _EXACT:
                 out = compute(node, inputs)
+            elif node.op in FUNCTIONS:
+                real = _rounded(compute(node, inputs), params, _codes(node))
+                found = _looked_up(inputs[0].detach(), _params(graph, node.inputs[0]), params, self._table(node))
+                out = real + (found - real).detach()
             elif node.op is Op.AVG_POOL:
                 # Ties are common among means, and seen only in whole numbers.
                 scale = float(params.scale)
@@ -158,6 +162,9 @@ class Rebuilt(torch.nn.Module):
                     del values[name]
             values[node.outputs[0]] = out
             yield node.outputs[0], out
+
+    def _table(self, node: Node) -> Tensor:
+        return torch.from_numpy(function_codes(node, self.quantized.tensors).astype(np.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the logits (N, ...): the output, or what a softmax or sigmoid at the end reads."""
@@ -296,6 +303,12 @@ def _rounded(x: Tensor, params: QuantParams, codes: tuple[int, int]) -> Tensor:
     scale, zero_point = float(params.scale), int(params.zero_point)
     low, high = ((code - zero_point) * scale for code in codes)
     return _round(x.clamp(low, high), scale)
+
+
+def _looked_up(x: Tensor, source: QuantParams, target: QuantParams, table: Tensor) -> Tensor:
+    """Give the real values of the codes float32 (256,) that a table has for x, which lies on its source's grid."""
+    codes = torch.round(x / float(source.scale)).long() + (int(source.zero_point) - quantmath.ACT_MIN)
+    return (table.to(x.device)[codes] - int(target.zero_point)) * float(target.scale)
 
 
 def _round(x: Tensor, step: float) -> Tensor:

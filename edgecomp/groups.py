@@ -17,9 +17,10 @@ from typing import cast
 
 import numpy as np
 
+from edgecomp.curves import FUNCTIONS, GATES
 from edgecomp.errors import GraphError
 from edgecomp.graph import Array, Graph, Node, Op, frozen
-from edgecomp.ops import FUNCTIONS, GATES, ints
+from edgecomp.ops import ints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

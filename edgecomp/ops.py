@@ -14,15 +14,12 @@ from typing import cast
 import numpy as np
 
 from edgecomp import quantmath
+from edgecomp.curves import CURVES, curve_codes
 from edgecomp.errors import GraphError
 from edgecomp.graph import Array, Attribute, Node, Op, QuantParams, Tensor
 
 SHARES_SCALE = frozenset({Op.MAX_POOL, Op.AVG_POOL, Op.CONCAT, Op.FLATTEN, Op.RESHAPE, Op.CLIP})
 """Operators that only move, compare or average codes: all they read and write has one scale and zero point."""
-FUNCTIONS = frozenset({Op.SIGMOID, Op.HARD_SIGMOID, Op.SILU, Op.HARD_SWISH})
-"""Curved functions of one number; in integers a table of 256 codes, `quantmath.table`."""
-GATES = frozenset({Op.SIGMOID, Op.HARD_SIGMOID})
-"""Those that give a share, from 0 to 1, and 1/2 for 0."""
 PROBABILITIES = frozenset({Op.SOFTMAX, Op.SIGMOID})
 """Operators that make probabilities of logits; their codes are steps of 1/256, `quantmath.UNIT`."""
 
@@ -205,66 +202,21 @@ def _mul_integer(node: Node, tensors: Mapping[str, Tensor], values: Mapping[str,
     return result
 
 
-def _sigmoid(values: Sequence[Array], attrs: Attrs) -> Array:
-    x = values[0]
-    result: Array = np.exp(-np.logaddexp(0, -x)).astype(x.dtype, copy=False)
-    return result
+def _curve(op: Op) -> OpRow:
+    """Make the row of a function of one number."""
 
+    def integer(node: Node, tensors: Mapping[str, Tensor], values: Mapping[str, Array]) -> Array:
+        table = curve_codes(op, _quant(tensors, node.inputs[0]), _quant(tensors, node.outputs[0]))
+        result: Array = table[values[node.inputs[0]].astype(np.int64) - quantmath.ACT_MIN]
+        return result
 
-def _hard_sigmoid(values: Sequence[Array], attrs: Attrs) -> Array:
-    x = values[0]
-    result: Array = (np.clip(x + 3, 0, 6) / 6).astype(x.dtype, copy=False)
-    return result
-
-
-def _silu(values: Sequence[Array], attrs: Attrs) -> Array:
-    return values[0] * _sigmoid(values, attrs)
-
-
-def _hard_swish(values: Sequence[Array], attrs: Attrs) -> Array:
-    return values[0] * _hard_sigmoid(values, attrs)
-
-
-_GATE = {Op.SILU: (_sigmoid, quantmath.UNIT), Op.HARD_SWISH: (_hard_sigmoid, quantmath.SHARES)}
-"""What x is multiplied by, and the codes that runtimes without the operator have for it."""
-
-
-def function_codes(node: Node, tensors: Mapping[str, Tensor]) -> Array:
-    """Give what one of FUNCTIONS writes for each code that it reads: int8 (256,), entry i for code i - 128.
-
-    For silu and hard_swish this is x times the codes of a gate wherever that is at most one step from the function: the
-    stock runtimes have no such operators on codes, but are fast at sigmoids, sums and products.
-    """
-    by_gate = gate_codes(node, tensors)
-    return _exact_codes(node, tensors) if by_gate is None else by_gate
-
-
-def gate_codes(node: Node, tensors: Mapping[str, Tensor]) -> Array | None:
-    """Give int8 (256,), what x times a gate in codes is, where that serves for a silu or hard_swish; else None."""
-    if node.op not in _GATE:
-        return None
-    gate, params = _GATE[node.op]
-    source, target = (_quant(tensors, name) for name in (node.inputs[0], node.outputs[0]))
-    shares = quantmath.table(lambda x: gate([x], node.attrs), source, params)
-    codes = np.arange(quantmath.ACT_MIN, quantmath.ACT_MAX + 1)
-    found = quantmath.multiply(codes, shares, (source, params), target)
-    off = np.abs(found.astype(np.int64) - _exact_codes(node, tensors))
-    return found if off.max() <= 1 else None
-
-
-def _exact_codes(node: Node, tensors: Mapping[str, Tensor]) -> Array:
-    compute = OPS[node.op].compute
-    source, target = (_quant(tensors, name) for name in (node.inputs[0], node.outputs[0]))
-    return quantmath.table(lambda x: compute([x], node.attrs), source, target)
-
-
-def _by_table(node: Node, tensors: Mapping[str, Tensor], values: Mapping[str, Array]) -> Array:
-    result: Array = function_codes(node, tensors)[values[node.inputs[0]].astype(np.int64) - quantmath.ACT_MIN]
-    return result
-
-
-def _function(compute: Callable[[Sequence[Array], Attrs], Array]) -> OpRow:
-    return OpRow(arity=(1, 1), attributes=(), shape=_same_shape, compute=compute, compute_integer=_by_table)
+    return OpRow(
+        arity=(1, 1),
+        attributes=(),
+        shape=_same_shape,
+        compute=lambda values, attrs: CURVES[op](values[0]),
+        compute_integer=integer,
+    )
 
 
 def _clip(values: Sequence[Array], attrs: Attrs) -> Array:
@@ -484,11 +436,8 @@ OPS: Mapping[Op, OpRow] = {
         compute=_clip,
         compute_integer=_clip_integer,
     ),
-    # 1 / (1 + e^-x); relu6(x + 3) / 6; x times the first; x times the second
-    Op.SIGMOID: _function(_sigmoid),
-    Op.HARD_SIGMOID: _function(_hard_sigmoid),
-    Op.SILU: _function(_silu),
-    Op.HARD_SWISH: _function(_hard_swish),
+    # see `curves`
+    **{op: _curve(op) for op in CURVES},
     # (N, C, H, W) -> (N, C*H*W)
     Op.FLATTEN: OpRow(
         arity=(1, 1),

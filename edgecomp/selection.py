@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from edgecomp.curves import FUNCTIONS
 from edgecomp.errors import UsageError
 from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op
-from edgecomp.ops import FUNCTIONS, OPS
+from edgecomp.ops import OPS
 from edgecomp.verify import verify_float
 
 _KEEPS_CLASSES = FUNCTIONS | {

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgecomp.curves import FUNCTIONS
 from edgecomp.graph import Array, Graph, Node, Op
-from edgecomp.ops import FUNCTIONS, ints
+from edgecomp.ops import ints
 
 TO_NHWC = (0, 2, 3, 1)
 """Permutation that turns an NCHW array into NHWC."""

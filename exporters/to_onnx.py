@@ -21,9 +21,10 @@ import numpy as np
 from edgecomp import __version__
 from edgecomp.artifact import Exported, StoredWeight
 from edgecomp.coding import Encoded, dense, encode
+from edgecomp.curves import gate_codes
 from edgecomp.errors import ExportError
 from edgecomp.graph import Graph, Node, Op, QuantParams, Tensor
-from edgecomp.ops import clamp_codes, gate_codes, ints
+from edgecomp.ops import clamp_codes, ints
 from edgecomp.quantmath import ACT_MAX, ACT_MIN, SHARES, UNIT, quantize
 
 from .onnx_model import DOMAIN, Model
@@ -297,8 +298,14 @@ def _three(model: Model) -> str:
     return model.temporary("DequantizeLinear", [model.constant(np.asarray(v)) for v in (codes, scale, zero_point)])
 
 
+def _by_gate(graph: Graph, node: Node) -> bool:
+    """Tell whether a silu or hard_swish is a product of codes."""
+    source, target = graph.tensors[node.inputs[0]].quant, graph.tensors[node.outputs[0]].quant
+    return source is not None and target is not None and gate_codes(node.op, source, target) is not None
+
+
 def _silu(model: Model, graph: Graph, node: Node) -> None:
-    if graph.tensors[node.outputs[0]].quant is None or gate_codes(node, graph.tensors) is None:
+    if not _by_gate(graph, node):
         x = _read(model, graph, node.inputs[0])
         _write(model, graph, node, "Mul", [x, model.temporary("Sigmoid", [x])])
         return
@@ -308,7 +315,7 @@ def _silu(model: Model, graph: Graph, node: Node) -> None:
 
 def _hard_swish(model: Model, graph: Graph, node: Node) -> None:
     x = _read(model, graph, node.inputs[0])
-    if graph.tensors[node.outputs[0]].quant is None or gate_codes(node, graph.tensors) is None:
+    if not _by_gate(graph, node):
         _write(model, graph, node, "HardSwish", [x])
         return
     # relu6(x + 3) in steps of 6/255, read as steps of 1/255

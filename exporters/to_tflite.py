@@ -15,9 +15,10 @@ import numpy as np
 from edgecomp.artifact import Exported, StoredWeight
 from edgecomp.coding import field_bits
 from edgecomp.compress import fuse_clips
+from edgecomp.curves import gate_codes
 from edgecomp.errors import ExportError
 from edgecomp.graph import Array, Graph, Node, Op, QuantParams, Tensor
-from edgecomp.ops import clamp_codes, gate_codes, ints
+from edgecomp.ops import clamp_codes, ints
 from edgecomp.quantmath import ACT_MAX, ACT_MIN, SHARES, UNIT, bias_scale, quantize
 
 from .layout import (
@@ -29,7 +30,7 @@ from .layout import (
     stored_shape,
     window_padding,
 )
-from .tflite_schema import TfliteFile
+from .tflite_schema import TfliteFile, pack_dense
 
 _LIMITS = {"RELU": (0.0, np.inf), "RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0)}
 """Real limits of the activations that TFLite can fuse."""
@@ -60,21 +61,6 @@ def to_tflite(graph: Graph) -> Exported:
         inputs=[writer.number[name] for name in graph.inputs], outputs=[writer.number[name] for name in graph.outputs]
     )
     return Exported(format="tflite", data=data, weights=tuple(writer.weights))
-
-
-def pack_dense(codes: Array, width: int) -> bytes:
-    """Pack int8 codes as TFLite's INT2 and INT4: the first code in the lowest bits, zeros after the last.
-
-    Args:
-        codes: int8, each within -2^(width-1) .. 2^(width-1) - 1.
-        width: 2 or 4 bits; 8 leaves the codes as they are.
-    """
-    per_byte = 8 // width
-    fields = codes.reshape(-1).view(np.uint8) & np.uint8((1 << width) - 1)
-    fields = np.append(fields, np.zeros(-fields.size % per_byte, dtype=np.uint8)).reshape(-1, per_byte)
-    shifts = np.arange(0, 8, width, dtype=np.uint8)
-    packed: Array = np.bitwise_or.reduce(fields << shifts, axis=1)
-    return packed.tobytes()
 
 
 class _Writer:
@@ -132,6 +118,13 @@ class _Writer:
         self.file.operator(op, 2, [x], [fixed], options, **fields)
         self.file.operator("QUANTIZE", 2, [fixed], [self.activation(node.outputs[0])], "QuantizeOptions")
 
+    def by_gate(self, node: Node) -> bool:
+        """Tell whether a silu or hard_swish of codes is a product with a gate in codes."""
+        source, result = self.source(node).quant, self.result(node).quant
+        assert source is not None
+        assert result is not None
+        return gate_codes(node.op, source, result) is not None
+
     def halved(self, node: Node) -> list[int]:
         """Add x / 6 and the constant 1/2, whose sum, clamped, is the hard-sigmoid of the node's input.
 
@@ -141,7 +134,7 @@ class _Writer:
         assert source.quant is not None
         sixfold = replace(source.quant, scale=source.quant.scale / np.float32(6))
         inner = self.scratch(f"{node.name}.sixth", stored_shape(source.shape), replace(source, quant=sixfold))
-        codes = np.full((1,) * len(source.shape), ACT_MAX, dtype=np.int8)
+        codes = np.full(1, ACT_MAX, dtype=np.int8)
         sixth, half = (
             self.constant(codes, quant=replace(SHARES, scale=np.array(value / ACT_MAX), zero_point=np.array(0)))
             for value in (1 / 6, 1 / 2)
@@ -372,7 +365,7 @@ def _logistic(writer: _Writer, node: Node) -> None:
 def _silu(writer: _Writer, node: Node) -> None:
     """Write x * sigmoid(x): the format has no operator for it."""
     x, source = writer.number[node.inputs[0]], writer.source(node)
-    if source.quant is not None and gate_codes(node, writer.graph.tensors) is None:
+    if source.quant is not None and not writer.by_gate(node):
         writer.detour(node, _silu_of_reals)
         return
     like = source if source.quant is None else replace(source, quant=UNIT)
@@ -396,7 +389,7 @@ def _hard_swish(writer: _Writer, node: Node) -> None:
     source = writer.source(node)
     if source.quant is None:
         writer.operator("HARD_SWISH", node, [writer.number[node.inputs[0]]])
-    elif gate_codes(node, writer.graph.tensors) is None:
+    elif not writer.by_gate(node):
         writer.detour(node, lambda w, _, x, y: w.file.operator("HARD_SWISH", 1, [x], [y]))
     else:
         gate = writer.scratch(f"{node.name}.gate", stored_shape(source.shape), replace(source, quant=SHARES))
@@ -413,7 +406,7 @@ def _hard_sigmoid(writer: _Writer, node: Node) -> None:
         clamped = replace(node, attrs={"clamp": limits})
         writer.activated("ADD", 2, clamped, writer.halved(node), "AddOptions")
         return
-    three, sixth = (writer.constant(np.full((1,) * len(source.shape), v, dtype=np.float32)) for v in (3, 1 / 6))
+    three, sixth = (writer.constant(np.full(1, v, dtype=np.float32)) for v in (3, 1 / 6))
     inner = writer.scratch(f"{node.name}.relu6", stored_shape(source.shape), source)
     function = writer.file.schema.ActivationFunctionType.RELU6
     inputs = [writer.number[node.inputs[0]], three]

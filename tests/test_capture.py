@@ -411,10 +411,22 @@ def zoo(name: str) -> nn.Module:
             nn.MaxPool2d(2, stride=2, ceil_mode=True),
             Inception(32, 8, 8, 12, 4, 6, 6),
         )
+    elif name == "mnasnet":
+        module = models.MNASNet(0.5, num_classes=10)
+        # The layers that most of it repeats.
+        module.layers = nn.Sequential(*module.layers[:10], *module.layers[14:])
+        module.layers[10] = nn.Conv2d(24, 1280, 1, bias=False)
+    elif name == "inception":
+        from torchvision.models.inception import BasicConv2d as Basic
+        from torchvision.models.inception import InceptionA, InceptionB
+
+        module = nn.Sequential(Basic(3, 16, kernel_size=3, stride=2), InceptionA(16, 8), InceptionB(232))
+    elif name == "resnext":
+        from torchvision.models.resnet import Bottleneck
+
+        module = models.ResNet(Bottleneck, [1, 1, 1, 1], groups=4, width_per_group=8, num_classes=10)
     elif name == "shufflenet":
         module = models.ShuffleNetV2([1, 1, 1], [8, 16, 32, 64, 64])
-    elif name == "mobilenet_v3":
-        module = models.mobilenet_v3_small(weights=None).features[:2]
     else:
         module = getattr(models, name)(weights=None, num_classes=10)
     return randomised(module)
@@ -428,6 +440,9 @@ def zoo(name: str) -> nn.Module:
         ("squeezenet1_1", 64, 26),
         ("densenet", 48, 17),
         ("googlenet", 40, 13),
+        ("mnasnet", 48, 23),
+        ("inception", 40, 12),
+        ("resnext", 48, 18),
     ],
 )
 def test_torchvision(name: str, side: int, n_layers: int) -> None:

@@ -15,7 +15,8 @@ from edgecomp import quantmath, reference
 from edgecomp.compress import compress
 from edgecomp.errors import ExportError
 from edgecomp.exporters import to_tflite as module
-from edgecomp.exporters.to_tflite import pack_dense, to_tflite
+from edgecomp.exporters.tflite_schema import pack_dense
+from edgecomp.exporters.to_tflite import to_tflite
 from edgecomp.graph import Graph, Node, Op, QuantParams, Tensor
 from edgecomp.ops import OPS, PROBABILITIES
 from edgecomp.plan import Io

@@ -37,9 +37,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgecomp.curves import FUNCTIONS, GATES
 from edgecomp.errors import DataError, UnsupportedOp, UsageError
 from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op
-from edgecomp.ops import FUNCTIONS, GATES, PROBABILITIES
+from edgecomp.ops import PROBABILITIES
 from edgecomp.pytorch.network import Network, as_input, compute
 from edgecomp.pytorch.rules import Composite, Epsilon, Term, share, stabilised
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from edgecomp import quantmath
 from edgecomp.compress import compress, cut
+from edgecomp.curves import FUNCTIONS, curve_codes
 from edgecomp.graph import Array, Graph, Node, Op, QuantParams
 from edgecomp.groups import is_depthwise, kept_numbers, number_channels
-from edgecomp.ops import FUNCTIONS, PROBABILITIES, clamp_codes, function_codes
+from edgecomp.ops import PROBABILITIES, clamp_codes
 from edgecomp.plan import CompressionPlan, Io
 from edgecomp.pytorch.network import as_input, compute
 
@@ -148,7 +149,7 @@ class Rebuilt(torch.nn.Module):
                 out = compute(node, inputs)
             elif node.op in FUNCTIONS:
                 real = _rounded(compute(node, inputs), params, _codes(node))
-                found = _looked_up(inputs[0].detach(), _params(graph, node.inputs[0]), params, self._table(node))
+                found = _looked_up(node.op, inputs[0].detach(), _params(graph, node.inputs[0]), params)
                 out = real + (found - real).detach()
             elif node.op is Op.AVG_POOL:
                 # Ties are common among means, and seen only in whole numbers.
@@ -162,9 +163,6 @@ class Rebuilt(torch.nn.Module):
                     del values[name]
             values[node.outputs[0]] = out
             yield node.outputs[0], out
-
-    def _table(self, node: Node) -> Tensor:
-        return torch.from_numpy(function_codes(node, self.quantized.tensors).astype(np.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the logits (N, ...): the output, or what a softmax or sigmoid at the end reads."""
@@ -305,10 +303,11 @@ def _rounded(x: Tensor, params: QuantParams, codes: tuple[int, int]) -> Tensor:
     return _round(x.clamp(low, high), scale)
 
 
-def _looked_up(x: Tensor, source: QuantParams, target: QuantParams, table: Tensor) -> Tensor:
-    """Give the real values of the codes float32 (256,) that a table has for x, which lies on its source's grid."""
+def _looked_up(op: Op, x: Tensor, source: QuantParams, target: QuantParams) -> Tensor:
+    """Give the real values of the codes that a function has in the integer graph, for x on the grid of its source."""
+    table = torch.from_numpy(curve_codes(op, source, target).astype(np.float32)).to(x.device)
     codes = torch.round(x / float(source.scale)).long() + (int(source.zero_point) - quantmath.ACT_MIN)
-    return (table.to(x.device)[codes] - int(target.zero_point)) * float(target.scale)
+    return (table[codes] - int(target.zero_point)) * float(target.scale)
 
 
 def _round(x: Tensor, step: float) -> Tensor:

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgecomp.curves import FUNCTIONS
 from edgecomp.errors import DataError
 from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op
-from edgecomp.ops import FUNCTIONS
 from edgecomp.plan import LayerRelevance, Relevance
 from edgecomp.pytorch.network import Network, as_input, compute
 from edgecomp.pytorch.propagate import Start, Step, logits_name

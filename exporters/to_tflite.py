@@ -121,9 +121,7 @@ class _Writer:
     def by_gate(self, node: Node) -> bool:
         """Tell whether a silu or hard_swish of codes is a product with a gate in codes."""
         source, result = self.source(node).quant, self.result(node).quant
-        assert source is not None
-        assert result is not None
-        return gate_codes(node.op, source, result) is not None
+        return source is not None and result is not None and gate_codes(node.op, source, result) is not None
 
     def halved(self, node: Node) -> list[int]:
         """Add x / 6 and the constant 1/2, whose sum, clamped, is the hard-sigmoid of the node's input.

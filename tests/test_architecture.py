@@ -22,7 +22,7 @@ FOLDERS = {
 # A module may import any lower row, and what stands before it in its own. The package itself holds only a version.
 LEVELS = (
     ("edgecomp", "errors", "launched"),
-    ("graph", "quantmath", "packing", "words", "coding", "target", "preprocessing", "imagefolder", "data"),
+    ("graph", "quantmath", "curves", "packing", "words", "coding", "target", "preprocessing", "imagefolder", "data"),
     ("ops", "verify", "reference", "groups", "plan", "selection"),
     ("artifact", "files", "compress", "channels", "planner", "bundle", "report", "manifest", "folder",
      "overview", "samples"),

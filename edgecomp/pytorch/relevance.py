@@ -2,7 +2,9 @@
 
 The output of the true class is shared out backwards (`propagate`) by rules (`rules`), and what each layer gets is added
 up over samples (`sums`). By default it is the Epsilon rule from the logit: in the limit epsilon -> 0 that is
-R_w = w * d logit/d w, which is what the tests hold it against.
+R_w = w * d logit/d w, which is what the tests hold it against. Not so in front of products, where the signal takes what
+a gradient shares with the gate, and of functions like silu, which hand on relevance where gradients bend. A layer that
+only computes a gate has no relevance; its numbers are its effect by gradients (`propagate`, "aside").
 
 Under torchrun each process explains its share of the batches, and all of them give the same result. Not here: what
 follows from relevance (`planner`).

@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from edgecomp.curves import FUNCTIONS
 from edgecomp.errors import DataError
 from edgecomp.graph import Array, Graph, Node, Op
 from edgecomp.plan import LayerRelevance, Relevance
@@ -62,7 +62,8 @@ def score_by(
     Args:
         kind: LRP is `relevance.score`. TAYLOR and HESSIAN are the same walk from the loss (`Start.LOSS`, `FISHER`).
             WANDA: |w| times the root of its input's energy (Sun et al., arXiv 2306.11695). DEEPLIFT: the Rescale rule
-            against an image of zeros (Shrikumar et al., arXiv 1704.02685). RANDOM: log-normal, for layers and channels.
+            against an image of zeros (Shrikumar et al., arXiv 1704.02685), products shared equally. RANDOM: log-normal,
+            for layers and channels.
         graph: float.
         batches: pairs of images float32 (N, C, H, W), preprocessed, and labels int64 (N,).
         composite: of LRP.
@@ -240,21 +241,27 @@ def _deeplift(
     return Relevance(rule="deeplift", n_samples=n_images, layers=sums.layers())
 
 
-class _Rescale(torch.autograd.Function):
-    """A clip whose slope is that between the reference and the value."""
+def _rescaled(node: Node, value: Tensor, reference: Tensor) -> Tensor:
+    """Compute a function of one number whose gradient is the slope between the reference and the value."""
+    point = value.detach().requires_grad_()
+    with torch.enable_grad():
+        out = compute(node, [point])
+    (near,) = torch.autograd.grad(out.sum(), point)
+    off = value.detach() - reference
+    slope = torch.where(off.abs() > _SAME, (out.detach() - compute(node, [reference])) / off, near)
+    return _with_slopes(out.detach(), [value], [slope])
 
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, reference: Tensor, low: float, high: float) -> Tensor:
-        out, base = value.clamp(low, high), reference.clamp(low, high)
-        off = value - reference
-        near = ((value > low) & (value < high)).to(value.dtype)
-        ctx.save_for_backward(torch.where(off.abs() > _SAME, (out - base) / off, near))
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return gradients[0] * slope, None, None, None
+def _product(values: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+    """Multiply, with gradients a + a0 and b + b0, halved: what both changes give together is shared equally."""
+    a, b = (((x.detach() + x0) / 2) for x, x0 in zip(values, references, strict=True))
+    return _with_slopes(values[0].detach() * values[1].detach(), values, [b, a])
+
+
+def _with_slopes(out: Tensor, values: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+    """Give `out` a gradient: that of the sum of values times slopes."""
+    linear = sum((value * slope for value, slope in zip(values[1:], slopes[1:], strict=True)), values[0] * slopes[0])
+    return linear + (out - linear.detach())
 
 
 def _multipliers(network: Network, x: Tensor, labels: Array) -> Iterator[Step]:
@@ -263,11 +270,10 @@ def _multipliers(network: Network, x: Tensor, labels: Array) -> Iterator[Step]:
     reference = dict(network.steps(torch.zeros_like(x[:1])))
     values = {**network.weights(), graph.inputs[0]: x.requires_grad_()}
     for node in graph.nodes:
-        if node.op is Op.CLIP:
-            low, high = (float(node.attrs[side]) for side in ("low", "high"))  # type: ignore[arg-type]
-            out = _Rescale.apply(  # type: ignore[no-untyped-call]
-                values[node.inputs[0]], reference[node.inputs[0]], low, high
-            )
+        if node.op in FUNCTIONS or node.op is Op.CLIP:
+            out = _rescaled(node, values[node.inputs[0]], reference[node.inputs[0]])
+        elif node.op is Op.MUL:
+            out = _product([values[name] for name in node.inputs], [reference[name] for name in node.inputs])
         else:
             out = compute(node, [values[name] for name in node.inputs])
         values[node.outputs[0]] = out

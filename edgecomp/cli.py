@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 a defect of ours; 2 usage, configuration, unreadable input or a full disk; 3 a budget is not met;
 4 parity or accuracy is not met; 5 the model or format is not supported; 6 a runtime or device is missing or its run is
-not valid; 130 interrupted.
+not valid; 130 interrupted. Of the processes of torchrun the first alone prints; all leave with its exit code.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from edgecomp import __version__, errors
+from edgecomp import __version__, errors, launched
 
 if TYPE_CHECKING:
     from edgecomp.preprocessing import Preprocessing
@@ -44,7 +45,11 @@ OPTIONAL = frozenset(
 
 def entry() -> NoReturn:
     """Be the console command: run and leave with the exit code."""
-    raise SystemExit(main())
+    code = main()
+    if launched.place()[1] > 1:
+        # torchrun ends the others as soon as one has ended with an error: each is to leave with its own code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
+        if args.verb != "build" and launched.place()[1] > 1:
+            raise errors.UsageError(f"{args.verb} is the work of one process; of the verbs torchrun shares only build")
         code: int = args.run(args)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -116,8 +123,13 @@ def _open_standard_streams() -> None:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"edgecomp: {' '.join(message.split())}", file=sys.stderr)
+    if launched.is_first():
+        print(f"edgecomp: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _warn(text: str) -> None:
+    _complain(f"warning: {text}", 0)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -292,7 +304,7 @@ def _formats(text: str) -> tuple[str, ...]:
 @contextlib.contextmanager
 def _stage(name: str, total: int) -> Iterator[Callable[[int], object]]:
     """Show a bar with the time left on a terminal; be silent elsewhere, and where tqdm is not installed."""
-    if not sys.stderr.isatty():
+    if not (sys.stderr.isatty() and launched.is_first()):
         yield lambda n: None
         return
     try:
@@ -311,8 +323,15 @@ def _stage(name: str, total: int) -> Iterator[Callable[[int], object]]:
 def _preprocessing(args: argparse.Namespace) -> Preprocessing | None:
     from edgecomp.preprocessing import Preprocessing
 
-    if args.mean is None and args.std is None and args.resize is None and args.pad is None and args.crop is None:
+    given = {name: getattr(args, name) for name in ("mean", "std", "resize", "pad", "crop")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
         return None
+    if args.model is None:
+        from edgecomp.intake import sample
+
+        # The bundled network was trained with its own: each option changes what it names.
+        return replace(sample(None)[2], **given)
     return Preprocessing(
         mean=args.mean or (0.0,) * len(args.std or (1.0,)),
         std=args.std or (1.0,) * len(args.mean or (0.0,)),
@@ -360,9 +379,11 @@ def _build(args: argparse.Namespace) -> int:
         checkpoint=args.checkpoint,
         pruning=parse_pruning(args.prune),
         stage=_stage,
+        warn=_warn,
     )
-    print(results_table(built.manifest))
-    print(f"\n{args.output}: README.md there explains the files")
+    if launched.is_first():
+        print(results_table(built.manifest))
+        print(f"\n{args.output}: README.md there explains the files")
     if not built.budget_met:
         asked, got = args.max_drop, built.manifest["budget"]["got"]  # type: ignore[index]
         return _complain(f"budget: at most {asked:g} points lost asked for, the most precise plan loses {got:g}", 3)

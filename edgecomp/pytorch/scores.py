@@ -22,12 +22,13 @@ from torch import Tensor
 
 from edgecomp.curves import FUNCTIONS
 from edgecomp.errors import DataError
-from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op
+from edgecomp.graph import Array, Graph, Node, Op
 from edgecomp.plan import LayerRelevance, Relevance
 from edgecomp.pytorch.network import Network, as_input, compute
 from edgecomp.pytorch.propagate import Start, Step, logits_name
 from edgecomp.pytorch.relevance import score, score_channels
 from edgecomp.pytorch.rules import Composite
+from edgecomp.pytorch.sharing import all_sum, join, shard, together
 from edgecomp.pytorch.sums import Sums, WeightForm
 
 _SAME = 1e-6
@@ -163,19 +164,21 @@ def _by_energy(
 ) -> Relevance:
     """Score by weights and by the mean square of each layer's inputs (I,), float64."""
     network = Network(graph)
-    energy: dict[str, Tensor] = {}
-    n_images = 0
-    readers = graph.consumers()
-    with torch.no_grad():
-        for images, _ in batches:
+    read = {node.inputs[0] for node in graph.layers()}
+    energy = {name: torch.zeros(graph.tensors[name].shape[1], dtype=torch.float64) for name in sorted(read)}
+    count = torch.zeros(1, dtype=torch.float64)
+    join()
+    with together(), torch.no_grad():
+        for images, _ in shard(batches):
             for name, value in network.steps(as_input(images, torch.float32)):
-                if any(node.op in WEIGHTED for node in readers[name]):
+                if name in read:
                     square = value.square().flatten(2).mean(2) if value.ndim > 2 else value.square()
-                    total = square.sum(0, dtype=torch.float64)
-                    energy[name] = energy[name] + total if name in energy else total
-            n_images += len(images)
+                    energy[name] += square.sum(0, dtype=torch.float64)
+            count += len(images)
             if progress is not None:
                 progress(len(images))
+    all_sum([*energy.values(), count])
+    n_images = int(count)
     if n_images == 0:
         raise DataError("no images to score with; expected at least one")
     rng = np.random.default_rng(seed)
@@ -225,10 +228,13 @@ def _deeplift(
 ) -> Relevance:
     network = Network(graph)
     sums = Sums(network, form=WeightForm.OWN, per_class=False, per_activation=False)
-    for images, labels in batches:
-        sums.add(_multipliers(network, as_input(images, torch.float32), labels), labels, None)
-        if progress is not None:
-            progress(len(images))
+    join()
+    with together():
+        for images, labels in shard(batches):
+            sums.add(_multipliers(network, as_input(images, torch.float32), labels), labels, None)
+            if progress is not None:
+                progress(len(images))
+    all_sum(sums.tensors.values())
     n_images = int(sums.tensors["counts"][0])
     if n_images == 0:
         raise DataError("no images to score with; expected at least one")

@@ -23,10 +23,11 @@ from edgecomp.graph import Array, Graph
 from edgecomp.overview import overview
 from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, write_json
 from edgecomp.preprocessing import Preprocessing
-from edgecomp.pruning import check_pruning, pruned
+from edgecomp.pruning import check_pruning, pruned, sparsified
 from edgecomp.quantmath import Grid
 from edgecomp.recovering import recover
 from edgecomp.selection import parse_classes, select_classes
+from edgecomp.sparsity import masked, zero_share
 from edgecomp.spending import (
     Budget,
     BudgetKind,
@@ -104,6 +105,7 @@ def build(
     scoring: Scoring = Scoring(),
     classes: str | None = None,
     pruning: Pruning = IRRELEVANT,
+    sparsifying: Pruning | None = None,
     stage: Stage = silent,
 ) -> Built:
     """Compress a model and write its folder.
@@ -128,6 +130,7 @@ def build(
         scoring: what tells important from unimportant.
         classes: the classes the files are for, see `selection.parse_classes`; None for all.
         pruning: which channels are cut; what remains is then compressed like any other network.
+        sparsifying: which of the weights that remain become 0; None for none.
         stage: shows how far the work is.
 
     Raises:
@@ -147,7 +150,7 @@ def build(
         raise UsageError("--checkpoint without --recover: only a recovery has one")
     if checkpoint is not None and checkpoint.absolute() == folder.absolute():
         raise UsageError(f"--checkpoint {checkpoint}: is the output folder; name another file")
-    check_pruning(pruning, budget)
+    check_pruning(pruning, sparsifying, budget)
     _check_rule(scoring.rule)
     if model is None:
         model, weights, preprocessing = _sample(preprocessing)
@@ -171,6 +174,7 @@ def build(
         train = draw(rest, n_calibration, seed=seed)
     batches = _batches(graph, train, preprocessing)
     scorer = _scorer(scoring, batches, train.labels, class_weights, seed)
+    uncut = graph
     with stage("cutting channels", len(pruning.slices())) as advance:
         graph = pruned(
             graph,
@@ -182,6 +186,21 @@ def build(
             compensation=reconstruction,
             progress=advance,
         )
+    with stage("setting weights to zero", 0 if sparsifying is None else len(sparsifying.slices())) as advance:
+        masks = sparsified(
+            graph,
+            uncut,
+            sparsifying,
+            pruning,
+            scorer,
+            held_out,
+            preprocessing,
+            budget=budget,
+            compensation=reconstruction,
+            progress=advance,
+        )
+    if not reconstruction:
+        graph = masked(graph, masks)
     if epochs:
         from edgecomp.pytorch import finetune
 
@@ -193,7 +212,7 @@ def build(
         if reconstruction:
             from edgecomp.pytorch.trial import trial_choices, try_grids
 
-            trials = try_grids(graph, batches, formats, progress=advance)
+            trials = try_grids(graph, batches, formats, masks=masks, progress=advance)
             choices = trial_choices(graph, trials, relevance, formats)
         else:
             choices = planner.layer_choices(graph, relevance, keep, formats, progress=advance)
@@ -210,6 +229,7 @@ def build(
                 "relevance": relevance.rule,
                 "samples": str(relevance.n_samples),
                 "pruning": pruning.text(),
+                "sparsifying": _told(sparsifying, zero_share(masks, graph)),
                 "reconstruction": "weights and biases, by layers" if reconstruction else "none",
                 "budget": f"{budget.kind} {budget.asked:g}",
                 "formats": ",".join(formats),
@@ -219,13 +239,13 @@ def build(
         return Candidate(graph=rounded, plan=plan)
 
     def draft(grids: Mapping[str, Grid]) -> Candidate:
-        return planned(on_grids(graph, grids), grids)
+        return planned(masked(on_grids(graph, grids), masks), grids)
 
     def reconstructed(grids: Mapping[str, Grid]) -> Candidate:
         from edgecomp.pytorch.recover import reconstruct
 
         with stage("reconstruction", sum(manifest.weight_counts(graph).values())) as advance:
-            return planned(reconstruct(graph, ranges, grids, batches, progress=advance), grids)
+            return planned(reconstruct(graph, ranges, grids, batches, masks=masks, progress=advance), grids)
 
     make = reconstructed if reconstruction else draft
     spent = _spend(budget, choices, draft, make, formats, drop_points, stage)
@@ -243,6 +263,7 @@ def build(
                 epochs=epochs,
                 seed=seed,
                 checkpoint=checkpoint,
+                masks=masks,
                 drop_points=drop_points,
                 progress=advance,
             )
@@ -263,6 +284,7 @@ def build(
         "float": manifest.float_entry(original, float_accuracy, len(images.test)),
         "artifacts": [manifest.artifact_entry(e, quantized, m) for e, m in zip(exported, measured, strict=True)],
         "layers": manifest.layer_entries(original, quantized, plan, relevance, exported),
+        "made_by": dict(plan.made_by),
         "graph_digest": plan.graph_digest,
         "plan_sha256": hashlib.sha256(plan_text.encode()).hexdigest(),
         "seed": seed,
@@ -278,6 +300,10 @@ def build(
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return Built(folder=folder, manifest=record, budget_met=spent.met)
+
+
+def _told(sparsifying: Pruning | None, share: float) -> str:
+    return "none" if sparsifying is None else f"{sparsifying.text()}: {100 * share:.2f} % of the weights are 0"
 
 
 def _sample(preprocessing: Preprocessing | None) -> tuple[str, Path, Preprocessing]:

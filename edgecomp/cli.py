@@ -184,6 +184,11 @@ def _add_build(verbs: Any) -> None:
         metavar="P",
         help="whole channels: a share of the weights, e.g. 0.5; auto: as --max-drop allows; nonpositive; default zero",
     )
+    p.add_argument(
+        "--sparsify",
+        metavar="P",
+        help="single weights to zero: a share of those left, e.g. 0.7; auto: as --max-drop allows; zero; nonpositive",
+    )
     limits = p.add_mutually_exclusive_group()
     limits.add_argument("--avg-bits", type=_number, metavar="X", help="mean bits a weight on disk (default 4)")
     limits.add_argument("--max-size", type=_size, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
@@ -359,6 +364,7 @@ def _build(args: argparse.Namespace) -> int:
         epochs=args.recover,
         checkpoint=args.checkpoint,
         pruning=parse_pruning(args.prune),
+        sparsifying=None if args.sparsify is None else parse_pruning(args.sparsify, "--sparsify"),
         stage=_stage,
     )
     print(results_table(built.manifest))

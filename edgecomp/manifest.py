@@ -32,6 +32,7 @@ KEYS = (
     "float",
     "artifacts",
     "layers",
+    "made_by",
     "graph_digest",
     "plan_sha256",
     "seed",
@@ -160,7 +161,7 @@ def read_manifest(text: str, where: str) -> Mapping[str, Any]:
             raise BundleError(f"{place}: accuracy: 'value' is missing")
         if not (isinstance(artifact["accuracy"].get("runtime"), str) and artifact["accuracy"]["runtime"].strip()):
             raise BundleError(f"{place}: accuracy: 'runtime' is missing")
-    for key, kind in (("data", str), ("float", dict), ("seed", int), ("tools", dict)):
+    for key, kind in (("data", str), ("float", dict), ("made_by", dict), ("seed", int), ("tools", dict)):
         if not isinstance(obj[key], kind) or isinstance(obj[key], bool):
             raise BundleError(f"{where}: {key!r} is {obj[key]!r:.60}, expected {kind.__name__}")
     if not (_is_number(obj["test_share"]) and 0 < obj["test_share"] < 1):

@@ -106,6 +106,10 @@ Budget: {_BUDGETS[budget["kind"]]} {budget["asked"]:g}, came to {budget["got"]:g
 bytes" those in {first}. ONNX stores codes that are unevenly used in fewer bits than that; TFLite stores 4 or 8 bits,
 whichever holds the codes.
 
+## How it was made
+
+{table(sorted(record["made_by"].items()), ("what", "how"))}
+
 ## What next, with this folder for DIR
 
     edgecomp verify DIR           # digests, accuracy and parity again

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgecomp.data import LabelledImages
 from edgecomp.graph import Graph
+from edgecomp.sparsity import NOTHING, Masks
 from edgecomp.spending import Budget, BudgetKind, Candidate, Spent, largest_file
 
 _ROOM = 0.997
@@ -29,6 +30,7 @@ def recover(
     checkpoint: Path,
     drop_points: Callable[[Candidate], float] | None,
     progress: Callable[[int], object],
+    masks: Masks = NOTHING,
 ) -> Spent:
     """Train what a budget bought; give it back as it was where that gains nothing or breaks the budget.
 
@@ -44,6 +46,7 @@ def recover(
         checkpoint: see `finetune`.
         drop_points: measures how many points a candidate loses; for a budget of them.
         progress: told of images, `epochs` times as many as there are in `train`.
+        masks: of the layers in which weights stay 0.
 
     Returns:
         the candidate to export; how it went stands in its plan, under "recovery".
@@ -64,6 +67,7 @@ def recover(
         # Only ONNX stores codes by their frequency.
         room=None if "onnx" not in formats else _ROOM_IN_FILE if budget.kind is BudgetKind.MAX_SIZE else _ROOM,
         checkpoint=checkpoint,
+        masks=masks,
         progress=progress,
     )
     what = f"{epochs} epochs of {len(train)} images"

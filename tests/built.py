@@ -56,6 +56,7 @@ def record_of(graph: Graph, plan: CompressionPlan, **others: object) -> dict[str
         "float": manifest.float_entry(graph, 90.0, 64),
         "artifacts": [manifest.artifact_entry(file, quantized, MEASURED) for file in exported],
         "layers": manifest.layer_entries(graph, quantized, plan, flat_relevance(graph), exported),
+        "made_by": dict(plan.made_by),
         "graph_digest": graph.digest(),
         "plan_sha256": hashlib.sha256(plan.to_json().encode()).hexdigest(),
         "seed": 0,

@@ -30,6 +30,7 @@ from edgecomp.graph import Array, Graph
 from edgecomp.plan import CompressionPlan
 from edgecomp.pytorch.network import Network, as_input, batch_size
 from edgecomp.pytorch.rebuild import Layer, Rebuilt, Room, logits_name
+from edgecomp.sparsity import NOTHING, Masks
 
 SCHEMA = "edgecomp-recovery/1"
 _BATCH = 64
@@ -82,6 +83,7 @@ def finetune(
     seed: int,
     room: float | None,
     checkpoint: Path,
+    masks: Masks = NOTHING,
     progress: Callable[[int], object] | None = None,
 ) -> Recovered:
     """Train the weights and biases of a compressed network on images, with the float network's answers.
@@ -98,6 +100,7 @@ def finetune(
             because every code is stored in full.
         checkpoint: a file to go on from after an interruption. At the end it holds all of training: whoever has the
             result in safety removes it.
+        masks: of the layers in which weights stay 0.
         progress: called after each batch with the number of its images, those of batches done earlier included.
 
     Raises:
@@ -112,8 +115,8 @@ def finetune(
     if len(teacher.inputs) != 1 or len(teacher.outputs) != 1:
         raise GraphError(f"graph {teacher.name!r}: recovery needs one input and one output")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    work = _Work(teacher, graph, plan, train, epochs=epochs, seed=seed, room=room, device=device)
-    key = _key(teacher, graph, plan, train, epochs=epochs, seed=seed, room=room)
+    work = _Work(teacher, graph, plan, train, epochs=epochs, seed=seed, room=room, masks=masks, device=device)
+    key = _key(teacher, graph, plan, train, masks, epochs=epochs, seed=seed, room=room)
     saved = _read(checkpoint, key)
     if saved is not None:
         work.restore(saved, checkpoint)
@@ -157,9 +160,10 @@ class _Work:
         epochs: int,
         seed: int,
         room: float | None,
+        masks: Masks,
         device: torch.device,
     ) -> None:
-        self.student = Rebuilt(graph, plan, original=teacher).to(device)
+        self.student = Rebuilt(graph, plan, original=teacher, masks=masks).to(device)
         self.done, self.whole = 0, True
         self._teacher, self._answers_at = Network(teacher).to(device), logits_name(teacher)
         self._plan, self._train, self._seed, self._device = plan, train, seed, device
@@ -298,15 +302,20 @@ def _key(
     graph: Graph,
     plan: CompressionPlan,
     train: LabelledImages,
+    masks: Masks,
     **settings: float | None,
 ) -> dict[str, str]:
     images = hashlib.sha256(np.ascontiguousarray(train.images).data)
     images.update(train.labels.astype("<i8").tobytes())
+    zeros = hashlib.sha256()
+    for name, mask in sorted(masks.items()):
+        zeros.update(name.encode() + np.packbits(mask).tobytes())
     return {
         "model": teacher.digest(),
         "compressed model": graph.digest(),
         "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
         "training images": images.hexdigest(),
+        "masks": zeros.hexdigest(),
         **{name.replace("_", " "): str(value) for name, value in settings.items()},
     }
 

@@ -152,6 +152,33 @@ class Scorer:
             seed=self.seed,
         )
 
+    def weights(self, graph: Graph) -> dict[str, Array]:
+        """Say what each weight of a network is worth, as `worth`."""
+        return worth(self.kind, graph, self.relevance(graph))
+
+
+def worth(kind: Score, graph: Graph, relevance: Relevance) -> dict[str, Array]:
+    """Say what each weight is worth to a score, in units that compare across layers: the least goes first.
+
+    LRP and HESSIAN: w^2 E[c_w^2], the second-order cost of setting the weight to 0 (optimal brain damage: Le Cun,
+    Denker and Solla 1990), with c_w = R_w / w. The others rank by their own |score|, as they are published.
+
+    Args:
+        kind: of the score.
+        graph: float.
+        relevance: of the same graph, by this score.
+
+    Returns:
+        by layer name, float32, the weight's shape.
+    """
+    found = {}
+    for node in graph.layers():
+        layer, weight = relevance.layers[node.name], graph.weight(node).data
+        assert weight is not None
+        second = kind in (Score.LRP, Score.HESSIAN)
+        found[node.name] = np.square(weight) * layer.weight_cost if second else layer.weight_abs
+    return found
+
 
 def _by_energy(
     kind: Score,

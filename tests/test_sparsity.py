@@ -133,5 +133,5 @@ def test_scores_that_do_not_fit() -> None:
         least_worth(graph, {**scores, "conv1": np.ones(3)}, {}, 10)
     with pytest.raises(UsageError, match="'conv1'"):
         not_above(graph, {**scores, "conv1": np.full(scores["conv1"].shape, np.nan)})
-    with pytest.raises(UsageError, match="floor 1.5"):
+    with pytest.raises(UsageError, match=r"floor 1\.5"):
         least_worth(graph, scores, {}, 10, floor=1.5)

@@ -20,9 +20,11 @@ from edgecomp.benchmarks.compression import driver, methods, ours, peers
 from edgecomp.benchmarks.compression.context import Context, Subject
 from edgecomp.benchmarks.compression.results import Compressed, Simulated, Source, Task
 from edgecomp.build import yardsticks
+from edgecomp.check import measure_accuracy
 from edgecomp.data import draw, load
 from edgecomp.errors import BudgetError, TargetError, UsageError
 from edgecomp.preprocessing import Preprocessing
+from edgecomp.quantmath import Grid
 from tests.test_architecture import modules
 from tests.tiny import Place
 
@@ -102,6 +104,31 @@ def test_what_belongs_to_a_seed_is_made_once(place: Place) -> None:
     assert np.array_equal(labels, expected.labels)
     assert relevance.n_samples == 64
     assert not np.array_equal(context.batches(2)[0], context.batches(1)[0])
+
+
+def test_scores_that_choose_the_same_grids_share_a_file_and_its_measure(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, asked = Context(SUBJECT), []
+    grids = {node.name: Grid(bits=3) for node in context.graph.layers()}
+    made = ours._on_grids(context, grids, 0)
+    assert ours._on_grids(context, dict(reversed(grids.items())), 0) is made
+    other = ours._on_grids(context, {**grids, next(iter(grids)): Grid(bits=2)}, 0)
+    assert other.file != made.file
+    assert ours._on_grids(context, grids, 1).file != made.file
+
+    def counted(data: bytes, *rest: object) -> tuple[float, int]:
+        asked.append(data)
+        return measure_accuracy(data, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(driver, "measure_accuracy", counted)
+    files = {"one": made, "same": made, "other": other}
+    which = [method(name, lambda c, t, p: files[t.method]) for name in files]
+    results = compare(which, Path("compared")).results
+    assert asked == [made.file, other.file]
+    found = {task.method: result for task, result in results.items()}
+    assert found["one"].accuracy_percent == found["same"].accuracy_percent
+    assert found["one"].sha256 == found["same"].sha256 != found["other"].sha256
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class Context:
             train = self.calibration(seed)
             return [train.inputs(self.subject.preprocessing, i, i + BATCH) for i in range(0, len(train), BATCH)]
 
-        batches: list[Array] = self._kept(seed, "batches", make)
+        batches: list[Array] = self.kept(seed, "batches", make)
         return batches
 
     def scored(self, seed: int, kind: str) -> Relevance:
@@ -135,7 +135,7 @@ class Context:
             labelled = [(x, labels[i * BATCH : i * BATCH + len(x)]) for i, x in enumerate(batches)]
             return score_by(Score(kind), self.graph, labelled, seed=seed)
 
-        relevance: Relevance = self._kept(seed, f"scored {kind}", make)
+        relevance: Relevance = self.kept(seed, f"scored {kind}", make)
         return relevance
 
     def trials(self, seed: int) -> Mapping[str, Any]:
@@ -146,7 +146,7 @@ class Context:
 
             return try_grids(self.graph, self.batches(seed), ("onnx",))
 
-        trials: Mapping[str, Any] = self._kept(seed, "trials", make)
+        trials: Mapping[str, Any] = self.kept(seed, "trials", make)
         return trials
 
     def ranges(self, seed: int) -> Mapping[str, ActRange]:
@@ -157,10 +157,10 @@ class Context:
 
             return calibrate(self.graph, self.batches(seed))
 
-        ranges: Mapping[str, ActRange] = self._kept(seed, "ranges", make)
+        ranges: Mapping[str, ActRange] = self.kept(seed, "ranges", make)
         return ranges
 
-    def _kept(self, seed: int, what: str, make: Callable[[], Any]) -> Any:
+    def kept(self, seed: int, what: str, make: Callable[[], Any]) -> Any:
         """Make something once for a seed; what belongs to the seed before is let go."""
         if self._seed != seed:
             self._seed, self._of_seed = seed, {}

@@ -87,11 +87,17 @@ def same_step(context: Context, bits: float, seed: int) -> Compressed:
 
 
 def _on_grids(context: Context, grids: Mapping[str, Grid], seed: int) -> Compressed:
-    from edgecomp.pytorch.recover import reconstruct
+    """Reconstruct and export; scores that choose the same grids have the same file, which is made once."""
 
-    graph = reconstruct(context.graph, context.ranges(seed), grids, context.batches(seed))
-    widths = {name: narrowest_bits(graph, name, grid) for name, grid in grids.items()}
-    return _exported(graph, _plan(context, graph, widths, seed))
+    def make() -> Compressed:
+        from edgecomp.pytorch.recover import reconstruct
+
+        graph = reconstruct(context.graph, context.ranges(seed), grids, context.batches(seed))
+        widths = {name: narrowest_bits(graph, name, grid) for name, grid in grids.items()}
+        return _exported(graph, _plan(context, graph, widths, seed))
+
+    made: Compressed = context.kept(seed, f"on {sorted(grids.items())}", make)
+    return made
 
 
 def _uniform_plan(context: Context, bits: float, seed: int) -> CompressionPlan:

@@ -167,6 +167,7 @@ class _Work:
         self.done, self.whole = 0, True
         self._teacher, self._answers_at = Network(teacher).to(device), logits_name(teacher)
         self._plan, self._train, self._seed, self._device = plan, train, seed, device
+        self._half = _multiplies_halves(device)
         self._batch = batch_size(teacher, most=_BATCH)
         self._a_epoch = ceil(len(train) / self._batch)
         self.n_steps = epochs * self._a_epoch
@@ -210,7 +211,7 @@ class _Work:
         x = as_input(batch.inputs(self._plan.preprocessing), torch.float32).to(self._device)
         wanted = self._answer(x, torch.from_numpy(rows))
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda"):
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._half):
             found = self.student(x).flatten(1)
         divergence(found, wanted, _TEMPERATURE).backward()  # type: ignore[no-untyped-call]
         # An interruption from here on would leave a state that no training passes through.
@@ -273,6 +274,14 @@ class _Work:
             raise BundleError(f"{where}: is damaged ({str(e)[:80]}); delete it to start over") from e
         if self._room is not None:
             self._room.price = price
+
+
+def _multiplies_halves(device: torch.device) -> bool:
+    """Tell whether a device has instructions for products of bfloat16: they halve the time, emulation multiplies it."""
+    if device.type != "cpu":
+        return True
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def divergence(found: Tensor, wanted: Tensor, temperature: float) -> Tensor:

@@ -71,8 +71,9 @@ class Layer(torch.nn.Module):
 
     def codes(self) -> Tensor:
         """Round: float32 (O, ...), whole numbers within +-limit."""
-        codes = (torch.bucketize(self.latent.detach(), self.borders) - self.limit).to(self.latent.dtype)
-        return codes if self.mask is None else codes * self.mask
+        found = torch.bucketize(self.latent.detach(), self.borders, out_int32=True)
+        codes = found.to(self.latent.dtype).sub_(self.limit)
+        return codes if self.mask is None else codes.mul_(self.mask)
 
     def weight(self) -> Tensor:
         """Give the rounded weights (O, ...); their gradient reaches `latent` and, as in LSQ, `gain`."""

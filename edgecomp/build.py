@@ -20,6 +20,7 @@ from edgecomp.data import LabelledImages, draw, load
 from edgecomp.errors import DataError, UsageError
 from edgecomp.files import MANIFEST, MANIFEST_SCHEMA, PLAN_FILE, check_output_folder, new_folder, write_file
 from edgecomp.graph import Array, Graph
+from edgecomp.methods import LRP, OURS, Paper, Scoring, check_method
 from edgecomp.overview import overview
 from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, write_json
 from edgecomp.preprocessing import Preprocessing
@@ -28,16 +29,7 @@ from edgecomp.quantmath import Grid
 from edgecomp.recovering import recover
 from edgecomp.selection import parse_classes, select_classes
 from edgecomp.sparsity import masked, zero_share
-from edgecomp.spending import (
-    Budget,
-    BudgetKind,
-    Candidate,
-    Make,
-    Spent,
-    spend_drop,
-    spend_file_size,
-    spend_mean_bits,
-)
+from edgecomp.spending import Budget, BudgetKind, Candidate, spend, spend_on_ladder
 
 if TYPE_CHECKING:
     from edgecomp.data import DataSet
@@ -47,21 +39,6 @@ SAMPLE = "sample"
 _BATCH = 64
 _HELD_OUT = 2000
 _MOST_EPOCHS = 10_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scoring:
-    """What tells important from unimportant.
-
-    Attributes:
-        score: one of `pytorch.scores.Score`.
-        rule: of LRP, as `pytorch.rules.parse_composite` reads it.
-        start: of LRP: one of `pytorch.propagate.Start`.
-    """
-
-    score: str = "lrp"
-    rule: str = "epsilon"
-    start: str = "logit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,10 +79,11 @@ def build(
     force: bool,
     epochs: int = 0,
     checkpoint: Path | None = None,
-    scoring: Scoring = Scoring(),
+    scoring: Scoring = LRP,
     classes: str | None = None,
     pruning: Pruning = IRRELEVANT,
     sparsifying: Pruning | None = None,
+    paper: Paper | None = None,
     stage: Stage = silent,
 ) -> Built:
     """Compress a model and write its folder.
@@ -131,6 +109,7 @@ def build(
         classes: the classes the files are for, see `selection.parse_classes`; None for all.
         pruning: which channels are cut; what remains is then compressed like any other network.
         sparsifying: which of the weights that remain become 0; None for none.
+        paper: whose recipe gives layers their bits; the other arguments must be as it has them. None for our method.
         stage: shows how far the work is.
 
     Raises:
@@ -151,6 +130,7 @@ def build(
     if checkpoint is not None and checkpoint.absolute() == folder.absolute():
         raise UsageError(f"--checkpoint {checkpoint}: is the output folder; name another file")
     check_pruning(pruning, sparsifying, budget)
+    check_method(paper, scoring=scoring, pruning=pruning, sparsifying=sparsifying, reconstruction=reconstruction)
     _check_rule(scoring.rule)
     if model is None:
         model, weights, preprocessing = _sample(preprocessing)
@@ -199,23 +179,17 @@ def build(
             compensation=reconstruction,
             progress=advance,
         )
+    teacher = graph
     if not reconstruction:
         graph = masked(graph, masks)
     if epochs:
         from edgecomp.pytorch import finetune
 
         checkpoint = checkpoint or folder.absolute().with_name(f"{folder.absolute().name}.recover")
-        finetune.check(checkpoint, graph)
-    relevance, ranges = _explain(graph, scorer, batches, stage)
+        finetune.check(checkpoint, teacher)
+    # A paper scores the network once, before anything is pruned.
+    relevance, ranges = _explain(graph if paper is None else teacher, graph, scorer, batches, stage)
     keep = planner.irrelevant_channels(graph, relevance)
-    with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
-        if reconstruction:
-            from edgecomp.pytorch.trial import trial_choices, try_grids
-
-            trials = try_grids(graph, batches, formats, masks=masks, progress=advance)
-            choices = trial_choices(graph, trials, relevance, formats)
-        else:
-            choices = planner.layer_choices(graph, relevance, keep, formats, progress=advance)
 
     def planned(rounded: Graph, grids: Mapping[str, Grid]) -> Candidate:
         plan = CompressionPlan(
@@ -234,6 +208,7 @@ def build(
                 "budget": f"{budget.kind} {budget.asked:g}",
                 "formats": ",".join(formats),
                 "seed": str(seed),
+                **({"method": OURS} if paper is None else paper.made_by()),
             },
         )
         return Candidate(graph=rounded, plan=plan)
@@ -247,15 +222,29 @@ def build(
         with stage("reconstruction", sum(manifest.weight_counts(graph).values())) as advance:
             return planned(reconstruct(graph, ranges, grids, batches, masks=masks, progress=advance), grids)
 
-    make = reconstructed if reconstruction else draft
-    spent = _spend(budget, choices, draft, make, formats, drop_points, stage)
+    if paper is None:
+        with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
+            if reconstruction:
+                from edgecomp.pytorch.trial import trial_choices, try_grids
+
+                trials = try_grids(graph, batches, formats, masks=masks, progress=advance)
+                choices = trial_choices(graph, trials, relevance, formats)
+            else:
+                choices = planner.layer_choices(graph, relevance, keep, formats, progress=advance)
+        with _searching(budget, stage) as advance:
+            make = reconstructed if reconstruction else draft
+            spent = spend(budget, choices, draft, make, formats, drop_points, progress=advance)
+    else:
+        with _searching(budget, stage) as advance:
+            rungs = planner.ladder(planner.layer_scores(relevance, masks), paper.widths)
+            spent = spend_on_ladder(budget, rungs, draft, formats, drop_points, progress=advance)
     if epochs:
         assert checkpoint is not None
         assert held_out is not None
         with stage("fine-tuning", epochs * len(rest)) as advance:
             spent = recover(
                 spent,
-                graph,
+                teacher,
                 rest,
                 held_out,
                 budget=budget,
@@ -423,35 +412,22 @@ def _scorer(
 
 
 def _explain(
-    graph: Graph, scorer: Scorer, batches: Sequence[Array], stage: Stage
+    explained: Graph, graph: Graph, scorer: Scorer, batches: Sequence[Array], stage: Stage
 ) -> tuple[Relevance, Mapping[str, ActRange]]:
     from edgecomp.pytorch.calibrate import calibrate
 
     n_images = sum(map(len, batches))
     with stage("relevance", n_images) as advance:
-        relevance = scorer.relevance(graph, progress=advance)
+        relevance = scorer.relevance(explained, progress=advance)
     with stage("activation ranges", 2 * n_images) as advance:
         return relevance, calibrate(graph, batches, progress=advance)
 
 
-def _spend(
-    budget: Budget,
-    choices: Sequence[planner.LayerChoices],
-    draft: Make,
-    make: Make,
-    formats: Sequence[str],
-    drop_points: Callable[[Candidate], float] | None,
-    stage: Stage,
-) -> Spent:
-    match budget.kind:
-        case BudgetKind.AVG_BITS:
-            return spend_mean_bits(choices, budget.asked, formats, make)
-        case BudgetKind.MAX_SIZE:
-            return spend_file_size(choices, int(budget.asked), formats, draft, make)
-        case BudgetKind.MAX_DROP:
-            assert drop_points is not None
-            with stage("searching the smallest file", planner.DROP_STEPS) as advance:
-                return spend_drop(choices, budget.asked, make, drop_points, progress=advance)
+def _searching(budget: Budget, stage: Stage) -> AbstractContextManager[Callable[[int], object]]:
+    """Show how far a search by measurements is; one by counting has no steps worth showing."""
+    if budget.kind is not BudgetKind.MAX_DROP:
+        return silent("", 0)
+    return stage("searching the smallest file", planner.DROP_STEPS)
 
 
 def _drop_measure(

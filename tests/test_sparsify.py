@@ -221,14 +221,19 @@ def test_every_score_says_what_weights_are_worth(kind: Score) -> None:
         assert np.corrcoef(found["conv2"].ravel(), np.abs(weight).ravel())[0, 1] < 0.2
 
 
-def test_lrp_ranks_by_the_second_order_cost() -> None:
-    """E[(R_w)^2] image by image, with R_w = w df/dw by autograd, in a layer that is read once."""
+def test_lrp_and_hessian_rank_by_the_second_order_cost() -> None:
+    """E[(R_w)^2], image by image, in a layer that is read once: tempered for LRP, plain for the Hessian."""
     graph = plain()
     x, labels = images(graph, 12), np.arange(12) % 10
+    weight = np.abs(np.asarray(graph.tensors["fc1.weight"].data).astype(np.float64))
     found = score_by(Score.LRP, graph, [(x, labels)])
     squares = [np.square(score_by(Score.LRP, graph, [(x[i : i + 1], labels[i : i + 1])]).layers["fc1"].weight)
                for i in range(12)]  # fmt: skip
-    np.testing.assert_allclose(worth(Score.LRP, graph, found)["fc1"], np.mean(squares, axis=0), rtol=1e-3, atol=1e-9)
+    wanted = weight ** (3 / 4) * np.mean(squares, axis=0, dtype=np.float64) ** (1 / 8)
+    np.testing.assert_allclose(worth(Score.LRP, graph, found)["fc1"], wanted, rtol=2e-3, atol=1e-7)
+    curved = score_by(Score.HESSIAN, graph, [(x, labels)])
+    wanted = np.square(weight) * curved.layers["fc1"].weight_cost
+    np.testing.assert_allclose(worth(Score.HESSIAN, graph, curved)["fc1"], wanted, rtol=1e-5)
 
 
 def test_policies() -> None:

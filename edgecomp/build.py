@@ -28,7 +28,7 @@ from edgecomp.pruning import check_pruning, pruned, sparsified
 from edgecomp.quantmath import Grid
 from edgecomp.recovering import recover
 from edgecomp.selection import parse_classes, select_classes
-from edgecomp.sparsity import masked, zero_share
+from edgecomp.sparsity import NOTHING, masked, zero_share
 from edgecomp.spending import Budget, BudgetKind, Candidate, spend, spend_on_ladder
 
 if TYPE_CHECKING:
@@ -166,19 +166,21 @@ def build(
             compensation=reconstruction,
             progress=advance,
         )
-    with stage("setting weights to zero", 0 if sparsifying is None else len(sparsifying.slices())) as advance:
-        masks = sparsified(
-            graph,
-            uncut,
-            sparsifying,
-            pruning,
-            scorer,
-            held_out,
-            preprocessing,
-            budget=budget,
-            compensation=reconstruction,
-            progress=advance,
-        )
+    masks = NOTHING
+    if sparsifying is not None:
+        with stage("setting weights to zero", len(sparsifying.slices())) as advance:
+            masks = sparsified(
+                graph,
+                uncut,
+                sparsifying,
+                pruning,
+                scorer,
+                held_out,
+                preprocessing,
+                budget=budget,
+                compensation=reconstruction,
+                progress=advance,
+            )
     teacher = graph
     if not reconstruction:
         graph = masked(graph, masks)
@@ -237,7 +239,10 @@ def build(
     else:
         with _searching(budget, stage) as advance:
             rungs = planner.ladder(planner.layer_scores(relevance, masks), paper.widths)
-            spent = spend_on_ladder(budget, rungs, draft, formats, drop_points, progress=advance)
+            # Whatever the rung, the weights are these, to be rounded to nearest.
+            spent = spend_on_ladder(
+                budget, rungs, lambda grids: planned(graph, grids), formats, drop_points, progress=advance
+            )
     if epochs:
         assert checkpoint is not None
         assert held_out is not None

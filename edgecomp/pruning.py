@@ -10,7 +10,7 @@ from edgecomp.data import LabelledImages
 from edgecomp.errors import UsageError
 from edgecomp.graph import Graph
 from edgecomp.preprocessing import Preprocessing
-from edgecomp.sparsity import NOTHING, Masks
+from edgecomp.sparsity import Masks
 from edgecomp.spending import Budget, BudgetKind
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def pruned(
 def sparsified(
     graph: Graph,
     uncut: Graph,
-    sparsifying: Pruning | None,
+    sparsifying: Pruning,
     pruning: Pruning,
     scorer: Scorer,
     held_out: LabelledImages | None,
@@ -89,7 +89,7 @@ def sparsified(
     Args:
         graph: float, channels cut.
         uncut: what AUTO compares with.
-        sparsifying: what is asked; None for nothing.
+        sparsifying: what is asked.
         pruning: what was asked of `pruned`.
         scorer: what ranks weights, with the images to make up with.
         held_out: training images of which AUTO measures how many points are lost.
@@ -104,8 +104,6 @@ def sparsified(
     from edgecomp.pytorch.network import accuracy
     from edgecomp.pytorch.sparsify import sparsify
 
-    if sparsifying is None:
-        return NOTHING
     if sparsifying.policy is not CutPolicy.AUTO:
         return sparsify(graph, sparsifying, scorer, compensation=compensation, progress=progress)
     assert held_out is not None

@@ -20,22 +20,15 @@ from edgecomp.data import LabelledImages, draw
 from edgecomp.errors import DataError, UsageError
 from edgecomp.files import MANIFEST, MANIFEST_SCHEMA, PLAN_FILE, check_output_folder, new_folder, write_file
 from edgecomp.graph import Array, Graph
+from edgecomp.methods import LRP, OURS, Paper, Scoring, check_method
 from edgecomp.overview import overview
 from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, write_json
 from edgecomp.preprocessing import Preprocessing
-from edgecomp.pruning import check_pruning, pruned
+from edgecomp.pruning import check_pruning, pruned, sparsified
 from edgecomp.quantmath import Grid
 from edgecomp.recovering import recover, recovery_settings
-from edgecomp.spending import (
-    Budget,
-    BudgetKind,
-    Candidate,
-    Make,
-    Spent,
-    spend_drop,
-    spend_file_size,
-    spend_mean_bits,
-)
+from edgecomp.sparsity import NOTHING, masked, zero_share
+from edgecomp.spending import Budget, BudgetKind, Candidate, Spent, spend, spend_on_ladder
 
 if TYPE_CHECKING:
     from edgecomp.pytorch.scores import Scorer
@@ -44,21 +37,6 @@ SAMPLE = "sample"
 _BATCH = 64
 _HELD_OUT = 2000
 _MOST_EPOCHS = 10_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scoring:
-    """What tells important from unimportant.
-
-    Attributes:
-        score: one of `pytorch.scores.Score`.
-        rule: of LRP, as `pytorch.rules.parse_composite` reads it.
-        start: of LRP: one of `pytorch.propagate.Start`.
-    """
-
-    score: str = "lrp"
-    rule: str = "epsilon"
-    start: str = "logit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -99,9 +77,11 @@ def build(
     force: bool,
     epochs: int = 0,
     checkpoint: Path | None = None,
-    scoring: Scoring = Scoring(),
+    scoring: Scoring = LRP,
     classes: str | None = None,
     pruning: Pruning = IRRELEVANT,
+    sparsifying: Pruning | None = None,
+    paper: Paper | None = None,
     stage: Stage = silent,
     warn: Callable[[str], object] = lambda text: None,
 ) -> Built:
@@ -127,6 +107,8 @@ def build(
         scoring: what tells important from unimportant.
         classes: the classes the files are for, see `selection.parse_classes`; None for all.
         pruning: which channels are cut; what remains is then compressed like any other network.
+        sparsifying: which of the weights that remain become 0; None for none.
+        paper: whose recipe gives layers their bits; the other arguments must be as it has them. None for our method.
         stage: shows how far the work is.
         warn: told, before the long work, what looks wrong but is no error.
 
@@ -147,7 +129,8 @@ def build(
         raise UsageError("--checkpoint without --recover: only a recovery has one")
     if checkpoint is not None and checkpoint.absolute() == folder.absolute():
         raise UsageError(f"--checkpoint {checkpoint}: is the output folder; name another file")
-    check_pruning(pruning, budget)
+    check_pruning(pruning, sparsifying, budget)
+    check_method(paper, scoring=scoring, pruning=pruning, sparsifying=sparsifying, reconstruction=reconstruction)
     _check_rule(scoring.rule)
     if model is None:
         model, weights, preprocessing = intake.sample(preprocessing)
@@ -187,7 +170,9 @@ def build(
         "budget": f"{budget.kind} {budget.asked:g}",
         "formats": ",".join(formats),
         "seed": str(seed),
+        "sparsifying": "none" if sparsifying is None else sparsifying.text(),
         **({} if classes is None else {"classes": intake.chosen_text(classes, original, uncut)}),
+        **({"method": OURS} if paper is None else paper.made_by()),
     }
     if epochs:
         from edgecomp.pytorch import progress
@@ -199,7 +184,7 @@ def build(
     batches = _batches(uncut, train, preprocessing)
     scorer = _scorer(scoring, batches, train.labels, class_weights, seed)
     with stage("cutting channels", len(pruning.slices())) as advance:
-        graph = pruned(
+        dense = pruned(
             uncut,
             pruning,
             scorer,
@@ -209,17 +194,25 @@ def build(
             compensation=reconstruction,
             progress=advance,
         )
-    relevance, ranges = _explain(graph, scorer, batches, stage)
+    masks = NOTHING
+    if sparsifying is not None:
+        with stage("setting weights to zero", len(sparsifying.slices())) as advance:
+            masks = sparsified(
+                dense,
+                uncut,
+                sparsifying,
+                pruning,
+                scorer,
+                held_out,
+                preprocessing,
+                budget=budget,
+                compensation=reconstruction,
+                progress=advance,
+            )
+    graph = dense if reconstruction else masked(dense, masks)
+    # A paper scores the network once, before anything is pruned.
+    relevance, ranges = _explain(graph if paper is None else dense, graph, scorer, batches, stage)
     keep = planner.irrelevant_channels(graph, relevance)
-
-    def choices() -> Sequence[planner.LayerChoices]:
-        with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
-            if reconstruction:
-                from edgecomp.pytorch.trial import trial_choices, try_grids
-
-                trials = try_grids(graph, batches, formats, progress=advance)
-                return trial_choices(graph, trials, relevance, formats)
-            return planner.layer_choices(graph, relevance, keep, formats, progress=advance)
 
     def planned(rounded: Graph, grids: Mapping[str, Grid]) -> Candidate:
         plan = CompressionPlan(
@@ -233,21 +226,44 @@ def build(
                 "relevance": relevance.rule,
                 "samples": str(relevance.n_samples),
                 **asked,
+                "sparsifying": _told(sparsifying, zero_share(masks, graph)),
             },
         )
         return Candidate(graph=rounded, plan=plan)
 
     def draft(grids: Mapping[str, Grid]) -> Candidate:
-        return planned(on_grids(graph, grids), grids)
+        return planned(masked(on_grids(graph, grids), masks), grids)
 
     def reconstructed(grids: Mapping[str, Grid]) -> Candidate:
         from edgecomp.pytorch.recover import reconstruct
 
         with stage("reconstruction", sum(manifest.weight_counts(graph).values())) as advance:
-            return planned(reconstruct(graph, ranges, grids, batches, progress=advance), grids)
+            return planned(reconstruct(graph, ranges, grids, batches, masks=masks, progress=advance), grids)
 
     make = reconstructed if reconstruction else draft
-    spent = by_first(lambda: _spend(budget, choices(), draft, make, formats, drop_points, stage))
+
+    def weighed() -> Sequence[planner.LayerChoices]:
+        with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
+            if reconstruction:
+                from edgecomp.pytorch.trial import trial_choices, try_grids
+
+                trials = try_grids(graph, batches, formats, masks=masks, progress=advance)
+                return trial_choices(graph, trials, relevance, formats)
+            return planner.layer_choices(graph, relevance, keep, formats, progress=advance)
+
+    def bought() -> Spent:
+        if paper is None:
+            choices = weighed()
+            with _searching(budget, stage) as advance:
+                return spend(budget, choices, draft, make, formats, drop_points, progress=advance)
+        rungs = planner.ladder(planner.layer_scores(relevance, masks), paper.widths)
+        with _searching(budget, stage) as advance:
+            # Whatever the rung, the weights are these, to be rounded to nearest.
+            return spend_on_ladder(
+                budget, rungs, lambda grids: planned(graph, grids), formats, drop_points, progress=advance
+            )
+
+    spent = by_first(bought)
     if epochs:
         assert checkpoint is not None
         assert held_out is not None
@@ -255,13 +271,14 @@ def build(
             spent = recover(
                 spent,
                 uncut,
-                graph,
+                dense,
                 rest,
                 held_out,
                 budget=budget,
                 formats=formats,
                 settings=settings,
                 checkpoint=checkpoint,
+                masks=masks,
                 drop_points=drop_points,
                 progress=advance,
             )
@@ -301,6 +318,10 @@ def build(
         return record
 
     return Built(folder=folder, manifest=by_first(written), budget_met=spent.met)
+
+
+def _told(sparsifying: Pruning | None, share: float) -> str:
+    return "none" if sparsifying is None else f"{sparsifying.text()}: {100 * share:.2f} % of the weights are 0"
 
 
 def _check_folder(folder: Path, *, force: bool) -> None:
@@ -365,35 +386,22 @@ def _scorer(
 
 
 def _explain(
-    graph: Graph, scorer: Scorer, batches: Sequence[Array], stage: Stage
+    explained: Graph, graph: Graph, scorer: Scorer, batches: Sequence[Array], stage: Stage
 ) -> tuple[Relevance, Mapping[str, ActRange]]:
     from edgecomp.pytorch.calibrate import calibrate
 
     n_images = sum(map(len, batches))
     with stage("relevance", n_images) as advance:
-        relevance = scorer.relevance(graph, progress=advance)
+        relevance = scorer.relevance(explained, progress=advance)
     with stage("activation ranges", 2 * n_images) as advance:
         return relevance, calibrate(graph, batches, progress=advance)
 
 
-def _spend(
-    budget: Budget,
-    choices: Sequence[planner.LayerChoices],
-    draft: Make,
-    make: Make,
-    formats: Sequence[str],
-    drop_points: Callable[[Candidate], float] | None,
-    stage: Stage,
-) -> Spent:
-    match budget.kind:
-        case BudgetKind.AVG_BITS:
-            return spend_mean_bits(choices, budget.asked, formats, make)
-        case BudgetKind.MAX_SIZE:
-            return spend_file_size(choices, int(budget.asked), formats, draft, make)
-        case BudgetKind.MAX_DROP:
-            assert drop_points is not None
-            with stage("searching the smallest file", planner.DROP_STEPS) as advance:
-                return spend_drop(choices, budget.asked, make, drop_points, progress=advance)
+def _searching(budget: Budget, stage: Stage) -> AbstractContextManager[Callable[[int], object]]:
+    """Show how far a search by measurements is; one by counting has no steps worth showing."""
+    if budget.kind is not BudgetKind.MAX_DROP:
+        return silent("", 0)
+    return stage("searching the smallest file", planner.DROP_STEPS)
 
 
 def _drop_measure(

@@ -26,7 +26,7 @@ MOST_SHARE = 0.95
 
 
 class CutPolicy(StrEnum):
-    """Which channels go.
+    """Which channels go, or which single weights.
 
     ZERO: those that got no relevance in any sample. NONPOSITIVE: those whose relevance is 0 or less on the mean.
     SMALLEST: those worth least, up to a share of the weights. AUTO: the same, as far as measured accuracy allows.
@@ -40,10 +40,10 @@ class CutPolicy(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruning:
-    """What is to be cut.
+    """What is to be cut: channels, or single weights to be set to 0.
 
     Attributes:
-        policy: which channels.
+        policy: which ones.
         share: of the weights, for SMALLEST.
     """
 
@@ -57,7 +57,7 @@ class Pruning:
         return slices(MOST_SHARE if self.policy is CutPolicy.AUTO else self.share)
 
     def text(self) -> str:
-        """Say it as --prune takes it."""
+        """Say it as --prune and --sparsify take it."""
         return f"{self.share:g}" if self.policy is CutPolicy.SMALLEST else self.policy.value
 
 
@@ -65,8 +65,8 @@ IRRELEVANT = Pruning()
 """Only what got no relevance at all."""
 
 
-def parse_pruning(text: str) -> Pruning:
-    """Read what --prune takes: zero, nonpositive, auto, or a share of the weights from 0 to below 1.
+def parse_pruning(text: str, option: str = "--prune") -> Pruning:
+    """Read what --prune and --sparsify take: zero, nonpositive, auto, or a share of the weights from 0 to below 1.
 
     Raises:
         UsageError: anything else.
@@ -78,7 +78,7 @@ def parse_pruning(text: str) -> Pruning:
     except ValueError:
         share = float("nan")
     if not 0 <= share < 1:
-        raise UsageError(f"--prune {text!r:.40}: expected zero, nonpositive, auto, or a share from 0 to below 1")
+        raise UsageError(f"{option} {text!r:.40}: expected zero, nonpositive, auto, or a share from 0 to below 1")
     return Pruning(policy=CutPolicy.SMALLEST, share=share)
 
 

@@ -37,6 +37,8 @@ EXIT_CODES: tuple[tuple[type[errors.EdgecompError], int], ...] = (
 INTERRUPTED = 130
 SCORES = ("lrp", "magnitude", "taylor", "hessian", "wanda", "deeplift", "random")
 """What --score takes: `pytorch.scores.Score`, which this file must not import before it is needed."""
+METHODS = ("edgecomp", "soroush2024", "ghavami2025")
+"""What --method takes: `methods.METHODS`, likewise."""
 OPTIONAL = frozenset(
     {"torch", "torchvision", "safetensors", "PIL", "onnx", "onnxruntime", "ai_edge_litert", "flatbuffers"}
 )
@@ -192,9 +194,13 @@ def _add_build(verbs: Any) -> None:
     )
     p.add_argument(
         "--prune",
-        default="zero",
         metavar="P",
         help="whole channels: a share of the weights, e.g. 0.5; auto: as --max-drop allows; nonpositive; default zero",
+    )
+    p.add_argument(
+        "--sparsify",
+        metavar="P",
+        help="single weights to zero: a share of those left, e.g. 0.7; auto: as --max-drop allows; zero; nonpositive",
     )
     limits = p.add_mutually_exclusive_group()
     limits.add_argument("--avg-bits", type=_number, metavar="X", help="mean bits a weight on disk (default 4)")
@@ -202,9 +208,10 @@ def _add_build(verbs: Any) -> None:
     limits.add_argument("--max-drop", type=_number, metavar="P", help="points of accuracy, on held-out training images")
     p.add_argument("--format", type=_formats, default=("onnx", "tflite"), metavar="onnx,tflite", help="default both")
     p.add_argument("--io", choices=("float", "int8"), default="float", help="what the files take and give")
-    p.add_argument("--score", choices=SCORES, default="lrp", help="what tells important from unimportant")
-    p.add_argument("--rule", default="epsilon", metavar="R", help="of relevance: epsilon-plus-flat, gamma:0.5, ...")
-    p.add_argument("--start", choices=("logit", "one", "softmax"), default="logit", help="what relevance starts with")
+    p.add_argument("--score", choices=SCORES, help="what tells important from unimportant (default lrp)")
+    p.add_argument("--rule", metavar="R", help="of relevance: epsilon (default), epsilon-plus-flat, gamma:0.5, ...")
+    p.add_argument("--start", choices=("logit", "one", "softmax"), help="what relevance starts with (default logit)")
+    p.add_argument("--method", choices=METHODS, default="edgecomp", help="or a paper's own recipe, as far as published")
     p.add_argument("--no-reconstruct", action="store_true", help="round to nearest: faster, worse below 6 bits")
     p.add_argument("--recover", type=int, default=0, metavar="EPOCHS", help="of fine-tuning, on all training images")
     p.add_argument("--checkpoint", type=Path, metavar="FILE", help="of --recover, to go on from (default DIR.recover)")
@@ -352,12 +359,16 @@ def _budget(args: argparse.Namespace) -> Budget:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from edgecomp.build import Scoring, build
-    from edgecomp.channels import parse_pruning
+    from edgecomp.build import build
+    from edgecomp.channels import IRRELEVANT, parse_pruning
+    from edgecomp.methods import OPEN, PAPERS, Scoring
     from edgecomp.overview import results_table
     from edgecomp.plan import Io
 
     sys.path.insert(0, os.getcwd())  # package.module:factory is looked for where the user stands
+    paper = PAPERS.get(args.method)
+    own = Scoring() if paper is None else paper.scoring
+    sparsifying = None if paper is None else paper.sparsifying
     built = build(
         model=args.model,
         weights=args.weights,
@@ -369,20 +380,25 @@ def _build(args: argparse.Namespace) -> int:
         budget=_budget(args),
         formats=args.format,
         io=Io(args.io),
-        scoring=Scoring(score=args.score, rule=args.rule, start=args.start),
-        reconstruction=not args.no_reconstruct,
+        scoring=Scoring(score=args.score or own.score, rule=args.rule or own.rule, start=args.start or own.start),
+        reconstruction=paper is None and not args.no_reconstruct,
         seed=args.seed,
         folder=args.output,
         force=args.force,
         classes=args.classes,
         epochs=args.recover,
         checkpoint=args.checkpoint,
-        pruning=parse_pruning(args.prune),
+        pruning=IRRELEVANT if args.prune is None else parse_pruning(args.prune),
+        sparsifying=sparsifying if args.sparsify is None else parse_pruning(args.sparsify, "--sparsify"),
+        paper=paper,
         stage=_stage,
         warn=_warn,
     )
     if launched.is_first():
         print(results_table(built.manifest))
+        if paper is not None:
+            print(f"\n{paper.name}: {paper.published} ({paper.source}); not published, chosen here:")
+            print("\n".join(f"- {what}: {how}" for what, how in OPEN.items()))
         print(f"\n{args.output}: README.md there explains the files")
     if not built.budget_met:
         asked, got = args.max_drop, built.manifest["budget"]["got"]  # type: ignore[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from edgecomp.methods import CHOSEN, OURS
 from edgecomp.report import table
 
 _BUDGETS = {
@@ -94,10 +95,15 @@ def _making(record: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
             f"Cut: {what}; {channels} of {channels_before} output channels are left, {weights} of {weights_before} "
             f"weights, {100 * weights / weights_before:.1f} %."
         )
+    if made_by.get("sparsifying", "none") != "none":
+        lines.append(f"Single weights set to zero (--sparsify): {made_by['sparsifying']}.")
     if made_by.get("reconstruction", "none") != "none":
         lines.append(f"Reconstruction on the same images, without labels: {made_by['reconstruction']}.")
     if "recovery" in made_by:
         lines.append(f"Recovery, fine-tuning to the uncut float network's answers: {made_by['recovery']}.")
+    if made_by.get("method", OURS) != OURS:
+        chosen = [f"\n  - {name.removeprefix(CHOSEN)}: {how}" for name, how in made_by.items() if CHOSEN in name]
+        lines.append(f"By a paper's recipe, {made_by['method']}. What it leaves open was chosen here:{''.join(chosen)}")
     return "".join(f"- {line}\n" for line in lines)
 
 

@@ -4,12 +4,16 @@ Every grid costs bits on disk, and an error: what rounding does to the layer's o
 channel means to the explained answer. Layers add up, so the best grids under a budget are a multiple-choice knapsack,
 solved by dynamic programming. Errors and costs come from rounding itself: with reconstruction from trials
 (`pytorch.trial`), without it from `layer_choices`.
+
+A ladder is the other way, that of papers in which higher scores get more bits: widths follow from a score of each layer
+and one level for all of them, and no error is looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -20,6 +24,7 @@ from edgecomp.graph import Array, Graph, Node
 from edgecomp.groups import Channels, number_channels
 from edgecomp.plan import Relevance
 from edgecomp.quantmath import Grid
+from edgecomp.sparsity import Masks
 
 _BUDGET_STEPS = 1 << 16
 
@@ -357,3 +362,60 @@ def search_drop(
 
 DROP_STEPS = 8
 """Measurements of `search_drop`: a range of 1 to 16 in size is then narrowed to 2 %."""
+
+
+# ---- ladders ---------------------------------------------------------------------------------------------------------
+
+
+def layer_scores(relevance: Relevance, masks: Masks) -> dict[str, float]:
+    """Average the absolute value of the mean relevance over the weights of each layer that are not masked.
+
+    Returns:
+        by layer name; 0 where all weights are masked.
+    """
+    found = {}
+    for name, layer in relevance.layers.items():
+        size = np.abs(layer.weight[masks[name]] if name in masks else layer.weight)
+        found[name] = float(size.mean(dtype=np.float64)) if size.size else 0.0
+    return found
+
+
+def ladder(scores: Mapping[str, float], widths: Sequence[int]) -> list[dict[str, Grid]]:
+    """List the ways to give layers widths by their scores: each rung as a level c rises, from the fewest bits on.
+
+    At level c a layer has the width nearest to c + log2(score) / 2, the larger of two as near: four times the score is
+    worth a bit. Where scores are second moments of errors that a width should even out, this is what theory asks for
+    (reverse water-filling); the papers publish no table. A layer of score 0 has the least width at every level.
+
+    Args:
+        scores: layer name -> 0 or more.
+        widths: to choose from, rising.
+
+    Returns:
+        layer name -> grid for every rung; of neighbours one or more layers differ, always upwards.
+    """
+    middles = [(a + b) / 2 for a, b in pairwise(widths)]
+    heights = {name: 0.5 * float(np.log2(score)) for name, score in scores.items() if score > 0}
+    # The level from which on a layer has at least a width.
+    starts = {name: [middle - height for middle in middles] for name, height in heights.items()}
+    levels = sorted({start for of_layer in starts.values() for start in of_layer})
+
+    def width(name: str, level: float) -> int:
+        return widths[sum(start <= level for start in starts.get(name, ()))]
+
+    return [{name: Grid(bits=width(name, level)) for name in scores} for level in (-np.inf, *levels)]
+
+
+def highest_rung(n_rungs: int, fits: Callable[[int], bool]) -> int | None:
+    """Search the highest rung that fits, by bisection; None where not even the lowest does.
+
+    What is measured is taken to rise with the rung; where it does not, a higher one may be missed.
+    """
+    low, high = -1, n_rungs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low if low >= 0 else None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgecomp.data import LabelledImages
 from edgecomp.graph import Graph
+from edgecomp.sparsity import NOTHING, Masks
 from edgecomp.spending import Budget, BudgetKind, Candidate, Spent, largest_file
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def recover(
     checkpoint: Path,
     drop_points: Callable[[Candidate], float] | None,
     progress: Callable[[int], object],
+    masks: Masks = NOTHING,
 ) -> Spent:
     """Train what a budget bought; give it back as it was where that gains nothing or breaks the budget.
 
@@ -60,6 +62,7 @@ def recover(
         checkpoint: see `finetune`.
         drop_points: measures how many points a candidate loses; for a budget of them.
         progress: told of images, `settings.epochs` times as many as there are in `train`.
+        masks: of the layers in which weights stay 0.
 
     Returns:
         the candidate to export; how it went stands in its plan, under "recovery".
@@ -79,6 +82,7 @@ def recover(
         held_out,
         settings=settings,
         checkpoint=checkpoint,
+        masks=masks,
         progress=progress,
     )
     what = f"{settings.epochs} epochs of {len(train)} images"

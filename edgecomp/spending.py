@@ -86,6 +86,93 @@ Make = Callable[[Mapping[str, Grid]], Candidate]
 """Layer name -> grid to a candidate."""
 
 
+def spend(
+    budget: Budget,
+    choices: Sequence[planner.LayerChoices],
+    draft: Make,
+    make: Make,
+    formats: Sequence[str],
+    drop_points: Callable[[Candidate], float] | None,
+    *,
+    progress: Callable[[int], object] | None = None,
+) -> Spent:
+    """Spend a budget on what each layer could have.
+
+    Args:
+        budget: of any kind.
+        choices: of every layer.
+        draft: makes a candidate fast, whose files have about the right size.
+        make: makes the candidate to keep.
+        formats: what is to be exported.
+        drop_points: measures how many points a candidate loses; for a budget of them.
+        progress: called after each measurement of these with 1; there are at most `planner.DROP_STEPS`.
+
+    Raises:
+        BudgetError: even the smallest candidate takes more.
+    """
+    match budget.kind:
+        case BudgetKind.AVG_BITS:
+            return spend_mean_bits(choices, budget.asked, formats, make)
+        case BudgetKind.MAX_SIZE:
+            return spend_file_size(choices, int(budget.asked), formats, draft, make)
+        case BudgetKind.MAX_DROP:
+            assert drop_points is not None
+            return spend_drop(choices, budget.asked, make, drop_points, progress=progress)
+
+
+def spend_on_ladder(
+    budget: Budget,
+    rungs: Sequence[Mapping[str, Grid]],
+    make: Make,
+    formats: Sequence[str],
+    drop_points: Callable[[Candidate], float] | None,
+    *,
+    progress: Callable[[int], object] | None = None,
+) -> Spent:
+    """Spend a budget on a ladder: the highest rung within bits or bytes, the lowest within points of accuracy.
+
+    Args:
+        budget: of any kind.
+        rungs: as `planner.ladder` gives them.
+        make: makes a candidate.
+        formats: what is to be exported.
+        drop_points: measures how many points a candidate loses; for a budget of them.
+        progress: called after each measurement with 1.
+
+    Raises:
+        BudgetError: even the lowest rung takes more bits or bytes.
+    """
+    by_points = budget.kind is BudgetKind.MAX_DROP
+    found: dict[int, Spent] = {}
+
+    def spent(rung: int) -> Spent:
+        if rung not in found:
+            candidate = make(rungs[rung])
+            match budget.kind:
+                case BudgetKind.AVG_BITS:
+                    got = least_mean_bits(candidate, formats)
+                case BudgetKind.MAX_SIZE:
+                    got = largest_file(candidate, formats)
+                case BudgetKind.MAX_DROP:
+                    assert drop_points is not None
+                    got = drop_points(candidate)
+            found[rung] = Spent(candidate=candidate, got=round(got, 4), met=got <= budget.asked)
+            if progress is not None:
+                progress(1)
+        return found[rung]
+
+    top = len(rungs) - 1
+    if by_points:
+        # Walked from the top: what is within the points is as low as the bisection finds.
+        down = planner.highest_rung(len(rungs), lambda steps: spent(top - steps).met)
+        return spent(top if down is None else top - down)
+    up = planner.highest_rung(len(rungs), lambda rung: spent(rung).met)
+    if up is None:
+        unit = "mean bits a weight" if budget.kind is BudgetKind.AVG_BITS else "bytes of the largest file"
+        raise BudgetError(f"budget: {budget.asked:g} {unit} asked for, the least is {spent(0).got:g}; allow more")
+    return spent(up)
+
+
 def spend_mean_bits(
     choices: Sequence[planner.LayerChoices], asked: float, formats: Sequence[str], make: Make
 ) -> Spent:

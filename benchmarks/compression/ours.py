@@ -11,6 +11,7 @@ from edgecomp.build import build
 from edgecomp.cli import SCORES
 from edgecomp.compress import compress, narrowest_bits
 from edgecomp.graph import Graph
+from edgecomp.methods import PAPERS, Paper
 from edgecomp.plan import CompressionPlan, Io, LayerPlan
 from edgecomp.planner import mean_bits, solve_mean_bits
 from edgecomp.quantmath import Grid
@@ -25,6 +26,19 @@ Ours = Callable[[Context, float, int], Compressed]
 
 def default(context: Context, bits: float, seed: int) -> Compressed:
     """Do what `edgecomp build --avg-bits BITS --format onnx` does, by doing it."""
+    return _built(context, bits, seed, None)
+
+
+def _by_paper(name: str) -> Ours:
+    """Do what `edgecomp build --method NAME --avg-bits BITS --format onnx` does, by doing it."""
+
+    def method(context: Context, bits: float, seed: int) -> Compressed:
+        return _built(context, bits, seed, PAPERS[name])
+
+    return method
+
+
+def _built(context: Context, bits: float, seed: int, paper: Paper | None) -> Compressed:
     subject = context.subject
     with tempfile.TemporaryDirectory(prefix="edgecomp-compare-") as folder:
         built = build(
@@ -38,10 +52,12 @@ def default(context: Context, bits: float, seed: int) -> Compressed:
             budget=Budget(kind=BudgetKind.AVG_BITS, asked=bits),
             formats=("onnx",),
             io=Io.FLOAT,
-            reconstruction=True,
+            reconstruction=paper is None,
             seed=seed,
             folder=Path(folder) / "built",
             force=False,
+            sparsifying=None if paper is None else paper.sparsifying,
+            paper=paper,
         )
         file = (built.folder / "model.onnx").read_bytes()
         return Compressed(file=file, details={"layers": built.manifest["layers"]})
@@ -135,6 +151,7 @@ def _exported(graph: Graph, plan: CompressionPlan) -> Compressed:
 
 OURS: Mapping[str, Ours] = {
     "edgecomp": default,
+    **{name: _by_paper(name) for name in PAPERS},
     "uniform": uniform,
     "uniform-nearest": uniform_nearest,
     "same-step": same_step,

@@ -30,6 +30,7 @@ from edgecomp.pytorch.network import Network, as_input, batch_size
 from edgecomp.pytorch.progress import Progress, Settings, compressed_key, damaged, read, write
 from edgecomp.pytorch.rebuild import Layer, Rebuilt, Room, logits_name
 from edgecomp.pytorch.sharing import all_sum, by_first, join, place
+from edgecomp.sparsity import NOTHING, Masks
 
 _BATCH = 64
 """Images in an update, fewer where the activations are large; their gradients need three times the memory."""
@@ -84,6 +85,7 @@ def finetune(
     *,
     settings: Settings,
     checkpoint: Path,
+    masks: Masks = NOTHING,
     progress: Callable[[int], object] | None = None,
 ) -> Recovered:
     """Train the weights and biases of a compressed network on images, with the float network's answers.
@@ -99,6 +101,7 @@ def finetune(
         settings: how to train.
         checkpoint: a file to go on from after an interruption. At the end it holds all of training: whoever has the
             result in safety removes it.
+        masks: of the layers in which weights stay 0.
         progress: called after each batch with the number of its images, those of batches done earlier included, and in
             a group those of the other processes.
 
@@ -116,8 +119,8 @@ def finetune(
         raise GraphError(f"graph {teacher.name!r}: recovery needs one input and one output")
     join()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    work = _Work(teacher, original, graph, plan, train, settings=settings, device=device)
-    key = {**settings.key(teacher, train), **compressed_key(original, graph, plan)}
+    work = _Work(teacher, original, graph, plan, train, settings=settings, masks=masks, device=device)
+    key = {**settings.key(teacher, train), **compressed_key(original, graph, plan, masks)}
     saved = by_first(lambda: read(checkpoint, key))
     if saved is not None:
         work.restore(saved, checkpoint)
@@ -163,9 +166,10 @@ class _Work:
         train: LabelledImages,
         *,
         settings: Settings,
+        masks: Masks,
         device: torch.device,
     ) -> None:
-        self.student = Rebuilt(graph, plan, original=original).to(device)
+        self.student = Rebuilt(graph, plan, original=original, masks=masks).to(device)
         self.done, self.whole = 0, True
         self._teacher, self._answers_at = Network(teacher).to(device), logits_name(teacher)
         self._plan, self._train, self._seed, self._device = plan, train, settings.seed, device

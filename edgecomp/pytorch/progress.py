@@ -23,6 +23,7 @@ from edgecomp.errors import BundleError, UsageError
 from edgecomp.files import write_file
 from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan
+from edgecomp.sparsity import NOTHING, Masks
 
 SCHEMA = "edgecomp-recovery/2"
 _DIGEST = 64
@@ -59,12 +60,18 @@ class Settings:
         }
 
 
-def compressed_key(original: Graph, graph: Graph, plan: CompressionPlan) -> dict[str, str]:
+def compressed_key(
+    original: Graph, graph: Graph, plan: CompressionPlan, masks: Masks = NOTHING
+) -> dict[str, str]:
     """Say what else must be the same once the network is compressed; arguments as `finetune.finetune`."""
+    zeros = hashlib.sha256()
+    for name, mask in sorted(masks.items()):
+        zeros.update(name.encode() + np.packbits(mask).tobytes())
     return {
         "model without the channels cut": original.digest(),
         "compressed model": graph.digest(),
         "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
+        "masks": zeros.hexdigest(),
     }
 
 

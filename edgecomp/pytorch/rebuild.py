@@ -22,6 +22,7 @@ from edgecomp.groups import is_depthwise, kept_numbers, number_channels
 from edgecomp.ops import PROBABILITIES, clamp_codes
 from edgecomp.plan import CompressionPlan, Io
 from edgecomp.pytorch.network import as_input, compute
+from edgecomp.sparsity import NOTHING, Masks, cut_masks
 
 MOST_BITS = 6
 """Weights of wider layers stay as they are, their biases are trained: `compress` keeps a grid of at most 6 bits."""
@@ -40,12 +41,16 @@ class Layer(torch.nn.Module):
         bits: of a code.
         original: float32 (O, ...), the weights before any rounding: they say to which side of its code each one leans.
         bias: float32 (O,), or None.
+        mask: bool (O, ...), False where the code stays 0; None for everywhere True.
     """
 
     scale: Tensor
     borders: Tensor
+    mask: Tensor | None
 
-    def __init__(self, codes: Array, scale: Array, bits: int, original: Array, bias: Array | None) -> None:
+    def __init__(
+        self, codes: Array, scale: Array, bits: int, original: Array, bias: Array | None, mask: Array | None = None
+    ) -> None:
         super().__init__()
         self.limit = quantmath.weight_limit(bits)
         start, steps = as_input(codes, torch.float32), as_input(scale, torch.float32)
@@ -53,6 +58,10 @@ class Layer(torch.nn.Module):
         leaning = torch.clamp(as_input(original, torch.float32) / column - start, -_SLACK, _SLACK)
         # In a row of zeros the scale means nothing, nor would a weight measured in it.
         leaning[(start == 0).flatten(1).all(dim=1)] = 0
+        # Follows from what is trained, not trained itself: no part of a checkpoint.
+        self.register_buffer("mask", None if mask is None else torch.from_numpy(mask.copy()), persistent=False)
+        if self.mask is not None:
+            leaning *= self.mask
         self.fixed = bits > MOST_BITS
         self.latent = torch.nn.Parameter(start if self.fixed else start + leaning, requires_grad=not self.fixed)
         self.gain = torch.nn.Parameter(torch.zeros_like(steps), requires_grad=not self.fixed)
@@ -64,11 +73,13 @@ class Layer(torch.nn.Module):
     def codes(self) -> Tensor:
         """Round: float32 (O, ...), whole numbers within +-limit."""
         found = torch.bucketize(self.latent.detach(), self.borders, out_int32=True)
-        return found.to(self.latent.dtype).sub_(self.limit)
+        codes = found.to(self.latent.dtype).sub_(self.limit)
+        return codes if self.mask is None else codes.mul_(self.mask)
 
     def weight(self) -> Tensor:
         """Give the rounded weights (O, ...); their gradient reaches `latent` and, as in LSQ, `gain`."""
-        through = self.latent + (self.codes() - self.latent).detach()
+        latent = self.latent if self.mask is None else self.latent * self.mask
+        through = latent + (self.codes() - latent).detach()
         return through * (self.scale * self.gain.exp()).reshape(-1, *[1] * (self.latent.ndim - 1))
 
     def rounded_bias(self, input_scale: float) -> Tensor | None:
@@ -91,18 +102,22 @@ class Rebuilt(torch.nn.Module):
         graph: float, its weights on their grids where they have at most MOST_BITS bits.
         plan: made for it.
         original: the same graph before rounding; None for `graph` itself.
+        masks: of the layers in which weights stay 0.
 
     Raises:
         PlanError: the plan is not for this graph.
     """
 
-    def __init__(self, graph: Graph, plan: CompressionPlan, *, original: Graph | None = None) -> None:
+    def __init__(
+        self, graph: Graph, plan: CompressionPlan, *, original: Graph | None = None, masks: Masks = NOTHING
+    ) -> None:
         super().__init__()
         self.graph, self.plan = graph, plan
         # With integer ends every tensor between them has its parameters; the ends themselves compute nothing.
         self.quantized = compress(graph, replace(plan, io=Io.INT8))
         keep = {name: layer.keep for name, layer in plan.layers.items()}
         before, now = cut(original or graph, keep), cut(graph, keep)
+        smaller = cut_masks(graph, masks, keep)
         self.layers = torch.nn.ModuleList()
         self._place: dict[str, int] = {}
         for node in self.quantized.layers():
@@ -113,7 +128,7 @@ class Rebuilt(torch.nn.Module):
             assert first is not None
             values = None if bias is None else now.tensors[bias.name].data
             self._place[node.name] = len(self.layers)
-            self.layers.append(Layer(weight.data, params.scale, params.bits, first, values))
+            self.layers.append(Layer(weight.data, params.scale, params.bits, first, values, smaller.get(node.name)))
 
     def layer(self, name: str) -> Layer:
         """Look up a layer by its name in the graph."""

@@ -3,7 +3,8 @@
 Layers are rounded (`rounding`) in running order, on inputs that the layers before them, already rounded, really give;
 first the weights move to what undoes the error of those layers (ridge regression; cf. GPTAQ, arXiv 2504.02692), then
 they are rounded; what remains of the mean error behind the clip that follows goes into the bias. The result is a float
-graph whose weights lie on their grids, so that `compress` finds the same codes again.
+graph whose weights lie on their grids, so that `compress` finds the same codes again. Weights that a mask says are to
+be 0 are 0 there, and the others make up for them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,18 @@ from edgecomp.errors import DataError
 from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op, QuantParams
 from edgecomp.plan import ActRange
 from edgecomp.pytorch.network import as_input, compute
-from edgecomp.pytorch.rounding import basis, choose_scale, corrected, enough, moments, round_columns, round_nearest
+from edgecomp.pytorch.rounding import (
+    basis,
+    choose_scale,
+    corrected,
+    enough,
+    moments,
+    prune_columns,
+    round_columns,
+    round_nearest,
+)
 from edgecomp.quantmath import Grid
+from edgecomp.sparsity import NOTHING, Masks
 
 MOST_BITS = 6
 """Wider layers keep their weights: rounding them to the nearest code loses nothing one can measure."""
@@ -37,6 +48,7 @@ def reconstruct(
     grids: Mapping[str, Grid],
     batches: Sequence[Array],
     *,
+    masks: Masks = NOTHING,
     progress: Callable[[int], object] | None = None,
 ) -> Graph:
     """Give the graph with weights on their grids and biases adjusted to them.
@@ -49,22 +61,48 @@ def reconstruct(
         ranges: of every activation.
         grids: of every layer.
         batches: preprocessed images float32 (N, C, H, W); a few hundred in all.
+        masks: of the layers in which weights are to be 0; other layers keep no zero for being one.
         progress: called after each layer with the number of its weights.
 
     Raises:
         DataError: no images.
     """
+    activations = compression.activation_params(compression.fuse_clips(graph), ranges)
+    return _walked(graph, activations, grids, masks, batches, progress)
+
+
+def make_up(
+    graph: Graph,
+    masks: Masks,
+    batches: Sequence[Array],
+    *,
+    progress: Callable[[int], object] | None = None,
+) -> Graph:
+    """Give the graph with masked weights 0 and the others, with the biases, making up for them; nothing is rounded.
+
+    Arguments and errors as `reconstruct`.
+    """
+    return _walked(graph, {}, {}, masks, batches, progress)
+
+
+def _walked(
+    graph: Graph,
+    activations: Mapping[str, QuantParams],
+    grids: Mapping[str, Grid],
+    masks: Masks,
+    batches: Sequence[Array],
+    progress: Callable[[int], object] | None,
+) -> Graph:
+    """Adjust layer after layer; one without a grid, or an activation without parameters, is not rounded."""
     if not batches:
         raise DataError("no images to reconstruct with; expected at least one")
-    fused = compression.fuse_clips(graph)
-    activations = compression.activation_params(fused, ranges)
-    limits = {node.name: _limits(node) for node in fused.nodes}
+    limits = {node.name: _limits(node) for node in compression.fuse_clips(graph).nodes}
     last_reader = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
     tensors = dict(graph.tensors)
     weights = {name: as_input(t.data, torch.float32) for name, t in graph.tensors.items() if t.data is not None}
     source = graph.inputs[0]
     exact = {source: [as_input(x, torch.float32) for x in batches]}
-    rounded = {source: [_fake_quantize(x, activations[source]) for x in exact[source]]}
+    rounded = {source: [_fake_quantize(x, activations.get(source)) for x in exact[source]]}
     with torch.no_grad():
         for i, node in enumerate(graph.nodes):
             parameters = [weights[name] for name in node.inputs if name in weights]
@@ -72,8 +110,15 @@ def reconstruct(
             rounded_inputs = _gather(rounded, node, len(batches))
             wanted = [compute(node, [*x, *parameters]) for x in exact_inputs]
             if node.op in WEIGHTED:
+                mask = masks.get(node.name)
                 found, adjusted = _adjust(
-                    node, parameters, rounded_inputs, wanted, grids[node.name], limits[node.name]
+                    node,
+                    parameters,
+                    rounded_inputs,
+                    wanted,
+                    grids.get(node.name),
+                    limits[node.name],
+                    None if mask is None else torch.from_numpy(mask.copy()),
                 )
                 for name, value in zip(node.inputs[1:], adjusted, strict=True):
                     tensors[name] = replace(tensors[name], data=value.numpy())
@@ -109,18 +154,20 @@ def _adjust(
     parameters: list[Tensor],
     inputs: list[list[Tensor]],
     wanted: list[Tensor],
-    grid: Grid,
+    grid: Grid | None,
     limits: tuple[float, float],
+    mask: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Round one layer: (its outputs on `inputs`, the parameters to store)."""
-    weight = parameters[0]
-    if grid.bits > MOST_BITS:
-        scale = torch.from_numpy(quantmath.choose_weight_scale(weight.numpy(), grid.bits))
-        rounded = round_nearest(weight.flatten(1), scale, grid.bits).reshape(weight.shape)
-        # Stored as it was: `compress` rounds it the same way.
-        stored = weight
+    if grid is not None and grid.bits <= MOST_BITS:
+        rounded = stored = _rounded(node, parameters, inputs, wanted, grid, limits, mask)
     else:
-        rounded = stored = _rounded(node, parameters, inputs, wanted, grid, limits)
+        # Stored unrounded: `compress` rounds it the same way.
+        stored = parameters[0] if mask is None else _rounded(node, parameters, inputs, wanted, None, limits, mask)
+        rounded = stored
+        if grid is not None:
+            scale = torch.from_numpy(quantmath.choose_weight_scale(stored.numpy(), grid.bits))
+            rounded = round_nearest(stored.flatten(1), scale, grid.bits).reshape(stored.shape)
     outputs = [compute(node, [*x, rounded, *parameters[1:]]) for x in inputs]
     if len(parameters) == 1:
         return outputs, [stored]
@@ -134,10 +181,11 @@ def _rounded(
     parameters: list[Tensor],
     inputs: list[list[Tensor]],
     wanted: list[Tensor],
-    grid: Grid,
+    grid: Grid | None,
     limits: tuple[float, float],
+    mask: Tensor | None,
 ) -> Tensor:
-    """Round the weight of a layer, each group of channels by itself."""
+    """Round the weight of a layer, each group of channels by itself; without a grid only the mask is heeded."""
     weight = parameters[0]
     rounded = torch.empty_like(weight)
     groups = int(node.attrs["groups"]) if node.op is Op.CONV2D else 1  # type: ignore[arg-type]
@@ -150,15 +198,21 @@ def _rounded(
             for x, y in zip(used, wanted, strict=False)
         ]
     # A step is the whole layer's, whatever the group.
-    step = torch.from_numpy(quantmath.grid_scale(weight.numpy(), grid)) if grid.step is not None else None
+    step = torch.from_numpy(quantmath.grid_scale(weight.numpy(), grid)) if grid is not None and grid.step else None
     for g in range(groups):
         part = slice(g * per, (g + 1) * per)
         sums = moments(node, used, g, groups, weight, errors)
         found = basis(sums.energy)
         rows = corrected(weight[part].flatten(1), sums)
-        scale = choose_scale(rows, found.energy, grid.bits) if step is None else step[part]
-        result = round_columns(rows, found, scale, grid.bits)
-        values = torch.from_numpy(result.codes.astype(np.float32) * result.scale[:, None])
+        kept = None if mask is None else mask[part].flatten(1)
+        if grid is None:
+            assert kept is not None
+            values = prune_columns(rows, found, kept)
+        else:
+            there = rows if kept is None else rows * kept
+            scale = choose_scale(there, found.energy, grid.bits) if step is None else step[part]
+            result = round_columns(rows, found, scale, grid.bits, kept)
+            values = torch.from_numpy(result.codes.astype(np.float32) * result.scale[:, None])
         rounded[part] = values.reshape(weight[part].shape)
     return rounded
 

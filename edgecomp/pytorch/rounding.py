@@ -3,10 +3,13 @@
 A column is rounded, and its error is pushed into the columns not rounded yet by the inverse of H = sum x x^T over what
 the layer reads (optimal brain surgeon: Hassibi and Stork 1993; Frantar et al., GPTQ, arXiv 2210.17323). With U the
 upper Cholesky factor of H^-1, rounding column j of a row by e_j adds e_j^2 / U_jj^2 to the squared error of the output.
+A weight that is to be 0 is rounded to 0, and its error is passed on like any other (Frantar and Alistarh, SparseGPT,
+arXiv 2301.00774).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -168,13 +171,40 @@ def choose_scale(rows: Tensor, energy: Tensor, bits: int) -> Tensor:
     return best
 
 
-def round_columns(rows: Tensor, inputs: Basis, scale: Tensor, bits: int) -> Rounded:
-    """Round weights (O, d) to multiples of each row's scale (O,); those of inputs that are always 0 become 0."""
+def round_columns(rows: Tensor, inputs: Basis, scale: Tensor, bits: int, mask: Tensor | None = None) -> Rounded:
+    """Round weights (O, d) to multiples of each row's scale (O,); those of inputs that are always 0 become 0.
+
+    Args:
+        rows: weights.
+        inputs: of the layer.
+        scale: of each row.
+        bits: of a code.
+        mask: bool (O, d), False where the code is to be 0; None for everywhere True.
+    """
+    step, limit = scale.numpy(), np.float32(quantmath.weight_limit(bits))
+
+    def nearest(column: Array) -> Array:
+        return np.asarray(np.clip(np.rint(column / step), -limit, limit) * step)
+
+    values, error = _by_columns(rows, inputs, nearest, mask)
+    return Rounded(codes=np.rint(values / step[:, None]).astype(np.int8), scale=step, error=error)
+
+
+def prune_columns(rows: Tensor, inputs: Basis, mask: Tensor) -> Tensor:
+    """Set weights (O, d) to 0 where the mask bool (O, d) is False, and have those that remain make up for it."""
+    values, _ = _by_columns(rows, inputs, lambda column: column, mask)
+    return torch.from_numpy(values)
+
+
+def _by_columns(
+    rows: Tensor, inputs: Basis, rounded: Callable[[Array], Array], mask: Tensor | None
+) -> tuple[Array, Array]:
+    """Replace column after column (O,) by what it is rounded to: the values float32 (O, d), and `Rounded.error`."""
     rows = rows.clone()
     rows[:, inputs.energy == 0] = 0
-    step, limit = scale.numpy(), np.float32(quantmath.weight_limit(bits))
     left = rows[:, inputs.order].T.contiguous()
-    codes = np.empty(left.shape, dtype=np.int8)
+    kept = None if mask is None else mask[:, inputs.order].T.contiguous().numpy()
+    values = np.empty(left.shape, dtype=np.float32)
     error = np.zeros(len(rows))
     for start in range(0, len(left), _BLOCK):
         stop = min(start + _BLOCK, len(left))
@@ -183,16 +213,18 @@ def round_columns(rows: Tensor, inputs: Basis, scale: Tensor, bits: int) -> Roun
         block = left[start:stop].numpy()
         errors = np.empty_like(block)
         for j in range(stop - start):
-            code = np.clip(np.rint(block[j] / step), -limit, limit)
-            errors[j] = (block[j] - code * step) / factors[j, j]
+            value = rounded(block[j])
+            if kept is not None:
+                value = value * kept[start + j]
+            errors[j] = (block[j] - value) / factors[j, j]
             block[j + 1 :] -= factors[j, j + 1 :, None] * errors[j]
-            codes[start + j] = code
+            values[start + j] = value
         error += np.einsum("jo,jo->o", errors, errors, dtype=np.float64)
         if stop < len(left):
             left[stop:].addmm_(inputs.upper[start:stop, stop:].T, torch.from_numpy(errors), alpha=-1)
-    found = np.empty_like(codes)
-    found[inputs.order.numpy()] = codes
-    return Rounded(codes=np.ascontiguousarray(found.T), scale=step, error=error)
+    found = np.empty_like(values)
+    found[inputs.order.numpy()] = values
+    return np.ascontiguousarray(found.T), error
 
 
 def round_nearest(rows: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -21,6 +21,7 @@ from edgecomp.planner import LayerChoices, grids_of, weighed
 from edgecomp.pytorch.network import as_input, compute
 from edgecomp.pytorch.rounding import basis, choose_scale, enough, moments, round_columns
 from edgecomp.quantmath import Grid
+from edgecomp.sparsity import NOTHING, Masks
 
 _ROWS = 64
 """Rows of a group of channels that are tried."""
@@ -48,6 +49,7 @@ def try_grids(
     batches: Sequence[Array],
     formats: Sequence[str],
     *,
+    masks: Masks = NOTHING,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Trial]:
     """Round every layer to every grid that is worth weighing, on the inputs of the float network.
@@ -58,6 +60,7 @@ def try_grids(
         graph: float.
         batches: preprocessed images float32 (N, C, H, W), one at least.
         formats: "onnx", "tflite".
+        masks: of the layers in which weights are to be 0; what that costs counts to every grid.
         progress: called after each layer with the number of its weights.
 
     Returns:
@@ -72,7 +75,9 @@ def try_grids(
             names = [name for name in node.inputs if name not in weights]
             parameters = [weights[name] for name in node.inputs if name in weights]
             if node.op in WEIGHTED:
-                trials[node.name] = _try(node, parameters[0], values[names[0]], grids_of(graph, node, formats))
+                trials[node.name] = _try(
+                    node, parameters[0], values[names[0]], grids_of(graph, node, formats), masks.get(node.name)
+                )
                 if progress is not None:
                     progress(parameters[0].numel())
             output = node.outputs[0]
@@ -109,7 +114,9 @@ def trial_choices(
     return choices
 
 
-def _try(node: Node, weight: Tensor, inputs: list[Tensor], grids: Sequence[Grid]) -> Trial:
+def _try(
+    node: Node, weight: Tensor, inputs: list[Tensor], grids: Sequence[Grid], mask: Array | None
+) -> Trial:
     groups = int(node.attrs["groups"]) if node.op is Op.CONV2D else 1  # type: ignore[arg-type]
     per = weight.shape[0] // groups
     used = enough(node, inputs, weight)
@@ -121,13 +128,15 @@ def _try(node: Node, weight: Tensor, inputs: list[Tensor], grids: Sequence[Grid]
     counts = {grid: np.zeros(256) for grid in grids}
     for g in range(groups):
         rows = weight[g * per : (g + 1) * per].flatten(1)[pick]
+        kept = None if mask is None else torch.from_numpy(mask[g * per + pick.numpy()]).flatten(1)
+        there = rows if kept is None else rows * kept
         found = basis(moments(node, used, g, groups, weight).energy)
         for grid in grids:
             if grid.step is None:
-                scale = choose_scale(rows, found.energy, grid.bits)
+                scale = choose_scale(there, found.energy, grid.bits)
             else:
                 scale = steps[grid][g * per : (g + 1) * per][pick]
-            rounded = round_columns(rows, found, scale, grid.bits)
+            rounded = round_columns(rows, found, scale, grid.bits, kept)
             errors[grid].append(rounded.error / n_images)
             counts[grid] += share * np.bincount(rounded.codes.reshape(-1).astype(np.int64) + 128, minlength=256)
     return Trial(

@@ -150,7 +150,7 @@ def test_answers_are_the_teachers_and_leanings_those_of_the_cut_graph(tmp_path: 
     compressed, plan = rounded(original, 4)
     train, cpu = labelled(teacher, 64), torch.device("cpu")
     settings = Settings(epochs=2, seed=0, room=None)
-    work = tuning._Work(teacher, original, compressed, plan, train, settings=settings, device=cpu)
+    work = tuning._Work(teacher, original, compressed, plan, train, settings=settings, masks={}, device=cpu)
     latent, layer = work.student.layer("conv1").latent.detach().numpy(), work.student.layer("conv1")
     first, code = original.tensors["conv1.weight"].data, layer.codes().numpy()
     assert first is not None

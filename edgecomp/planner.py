@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from edgecomp import quantmath
-from edgecomp.coding import stored_bits
+from edgecomp.coding import PACKED_FORMS, stored_bits
 from edgecomp.errors import BudgetError
 from edgecomp.graph import Array, Graph, Node
 from edgecomp.groups import Channels, number_channels
@@ -39,8 +39,8 @@ def grids_of(graph: Graph, node: Node, formats: Sequence[str]) -> tuple[Grid, ..
     """
     if graph.weight(node).shape[1] == 1:
         return _DENSE
-    grids = (*_COARSE, *_DENSE) if "onnx" in formats else _DENSE
-    return grids if "tflite" not in formats else tuple(grid for grid in grids if grid.bits in (2, 3, 4, 8))
+    grids = (*_COARSE, *_DENSE) if PACKED_FORMS & set(formats) else _DENSE
+    return grids if PACKED_FORMS >= set(formats) else tuple(grid for grid in grids if grid.bits in (2, 3, 4, 8))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

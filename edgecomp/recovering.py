@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from edgecomp.coding import PACKED_FORMS
 from edgecomp.data import LabelledImages
 from edgecomp.graph import Graph
 from edgecomp.spending import Budget, BudgetKind, Candidate, Spent, largest_file
@@ -61,8 +62,8 @@ def recover(
         held_out,
         epochs=epochs,
         seed=seed,
-        # Only ONNX stores codes by their frequency.
-        room=None if "onnx" not in formats else _ROOM_IN_FILE if budget.kind is BudgetKind.MAX_SIZE else _ROOM,
+        # Other forms do not store codes by their frequency.
+        room=None if not PACKED_FORMS & set(formats) else _ROOM_IN_FILE if budget.kind is BudgetKind.MAX_SIZE else _ROOM,
         checkpoint=checkpoint,
         progress=progress,
     )

@@ -2,7 +2,8 @@
 
 Written with flatbuffers and the schema alone. Operators run in stock LiteRT, in its reference, built-in and XNNPACK
 kernels alike; what the format cannot express is refused with the node's name. Weights of 4 bits and fewer are stored as
-int4 where the kernels read it. Batch size is 1; the input can be resized to more images.
+int4 where the kernels read it; or all as int8; or packed, to be unpacked before an interpreter reads the file
+(`unpack_tflite`). Batch size is 1; the input can be resized to more images.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgecomp.artifact import Exported, StoredWeight
-from edgecomp.coding import field_bits
+from edgecomp.artifact import AtRest, Exported, StoredWeight
+from edgecomp.atrest import to_bytes
+from edgecomp.coding import encode, field_bits
 from edgecomp.compress import fuse_clips
 from edgecomp.errors import ExportError
 from edgecomp.graph import Array, Graph, Node, Op, QuantParams, Tensor
@@ -33,15 +35,18 @@ from .tflite_schema import TfliteFile
 
 _LIMITS = {"RELU": (0.0, np.inf), "RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0)}
 """Real limits of the activations that TFLite can fuse."""
+_PACKED_STRUCTURE_BYTES = 200
+"""What a packed weight takes in the file beside its bytes, about: an operator, a tensor, its name."""
 
 
-def to_tflite(graph: Graph) -> Exported:
+def to_tflite(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
     """Write a graph as a TFLite file.
 
     Image tensors are NHWC, the graph's input and output included. Tensors keep their names in the graph.
 
     Args:
         graph: float (gives a float32 file) or quantized, as `verify_float` and `verify_quantized` define them.
+        at_rest: how weights are stored. Packed, and once unpacked, the file is that of INT8, tensor for tensor.
 
     Returns:
         the file, and where its weight bytes went. Equal graphs give equal bytes.
@@ -51,7 +56,7 @@ def to_tflite(graph: Graph) -> Exported:
     """
     if all(tensor.quant is None for tensor in graph.tensors.values()):
         graph = fuse_clips(graph)
-    writer = _Writer(graph)
+    writer = _Writer(graph, at_rest)
     for name in graph.inputs:
         writer.activation(name)
     for node in graph.nodes:
@@ -59,7 +64,7 @@ def to_tflite(graph: Graph) -> Exported:
     data = writer.file.to_bytes(
         inputs=[writer.number[name] for name in graph.inputs], outputs=[writer.number[name] for name in graph.outputs]
     )
-    return Exported(format="tflite", data=data, weights=tuple(writer.weights))
+    return Exported(format="tflite", data=data, weights=tuple(writer.weights), at_rest=at_rest)
 
 
 def pack_dense(codes: Array, width: int) -> bytes:
@@ -82,14 +87,16 @@ class _Writer:
 
     Attributes:
         graph: what is written.
+        at_rest: how weights are stored.
         file: takes tensors and operators.
         number: tensor number by graph name.
         orders: see `layout.feature_orders`.
         weights: one entry a layer so far.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, at_rest: AtRest) -> None:
         self.graph = graph
+        self.at_rest = at_rest
         self.file = TfliteFile()
         self.number: dict[str, int] = {}
         self.orders = feature_orders(graph)
@@ -173,9 +180,11 @@ class _Writer:
         self.file.operator("MINIMUM", version, [middle, high], [output], "MaximumMinimumOptions")
 
     def stored_bits(self, node: Node) -> int:
-        """Give the bits that a code of the layer's weight takes in the file: 32 for float."""
+        """Give the bits that a code of the layer's weight has when the interpreter reads it: 32 for float."""
         weight = self.graph.weight(node)
-        return 32 if weight.quant is None else field_bits("tflite", node, weight.quant.bits)
+        if weight.quant is None:
+            return 32
+        return field_bits("tflite", node, weight.quant.bits) if self.at_rest is AtRest.NATIVE else 8
 
     def layer(self, node: Node, values: Array, *, axis: int) -> list[int]:
         """Add weight and bias of a layer.
@@ -194,6 +203,17 @@ class _Writer:
         if quant is not None:
             bits = quant.bits
             kind, data, quant = f"INT{width}", pack_dense(values, width), replace(quant, axis=axis)
+        if quant is not None and self.at_rest is AtRest.PACKED:
+            encoded = encode(values, bits)
+            if encoded.stored_bytes + _PACKED_STRUCTURE_BYTES < len(data):
+                packed = to_bytes(encoded)
+                self.weights.append(
+                    StoredWeight(
+                        layer=node.name, bits=bits, stored_bits=bits, stored_bytes=len(packed), encoding=encoded.kind
+                    )
+                )
+                number = self.file.packed(weight.name, values.shape, kind, data=packed, quant=quant)
+                return [number, self._bias(node)]
         self.weights.append(StoredWeight(layer=node.name, bits=bits, stored_bits=width, stored_bytes=len(data)))
         return [self.file.tensor(weight.name, values.shape, kind, data=data, quant=quant), self._bias(node)]
 

@@ -22,7 +22,7 @@ FOLDERS = {
 # A module may import any lower row, and what stands before it in its own. The package itself holds only a version.
 LEVELS = (
     ("edgecomp", "errors"),
-    ("graph", "quantmath", "packing", "words", "coding", "target", "preprocessing", "imagefolder", "data"),
+    ("graph", "quantmath", "packing", "words", "coding", "atrest", "target", "preprocessing", "imagefolder", "data"),
     ("ops", "verify", "reference", "groups", "plan", "selection"),
     ("artifact", "files", "compress", "channels", "planner", "bundle", "report", "manifest", "folder",
      "overview", "samples"),
@@ -32,9 +32,10 @@ LEVELS = (
      "pytorch.rounding",
      "pytorch.trial", "pytorch.recover", "pytorch.prune", "pytorch.rebuild", "pytorch.finetune",
      "samples.train"),
-    ("targets", "exporters.layout", "exporters.tflite_schema", "exporters.onnx_model",
+    ("targets", "exporters.layout", "exporters.modelfacts", "exporters.flatbuffer", "exporters.unpack_tflite",
+     "exporters.tflite_schema", "exporters.onnx_model",
      "exporters.onnx_weights", "exporters.to_onnx", "exporters.to_tflite", "exporters",
-     "exporters.modelfacts", "exporters.read_onnx", "exporters.read_tflite", "exporters.describe"),
+     "exporters.read_onnx", "exporters.read_tflite", "exporters.describe", "runtime"),
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
      "benchmarks.relevance_cost", "benchmarks.classes"),

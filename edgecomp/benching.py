@@ -43,9 +43,11 @@ class Benched:
         first = self.comparison.reports[0]
         threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
         cpu = first.environment.get("cpu", "unknown processor")
-        return f"{self.title}: {first.runtime} {first.runtime_version}, {threads}, {cpu}; measured\n\n" + table(
-            rows, header
-        )
+        title = f"{self.title}: {first.runtime} {first.runtime_version}, {threads}, {cpu}; measured"
+        unpacked = [r.label for r in reports.values() if r.execution.get("unpacked_at_load")]
+        if unpacked:
+            title += f"\n{', '.join(unpacked)}: unpacked to int8 when it is loaded; load and memory include that"
+        return f"{title}\n\n{table(rows, header)}"
 
     def _row(self, r: BenchReport, reports: Mapping[str, BenchReport]) -> tuple[object, ...]:
         assert r.p50_us is not None

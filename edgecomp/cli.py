@@ -144,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_build(verbs)
     _add_export(verbs)
+    _add_unpack(verbs)
     _add_verify(verbs)
     _add_bench(verbs)
     _add_inspect(verbs)
@@ -189,6 +190,7 @@ def _add_build(verbs: Any) -> None:
     limits.add_argument("--max-size", type=_size, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
     limits.add_argument("--max-drop", type=_number, metavar="P", help="points of accuracy, on held-out training images")
     p.add_argument("--format", type=_formats, default=("onnx", "tflite"), metavar="onnx,tflite", help="default both")
+    _add_at_rest(p, ("native", "packed"))
     p.add_argument("--io", choices=("float", "int8"), default="float", help="what the files take and give")
     p.add_argument("--score", choices=SCORES, default="lrp", help="what tells important from unimportant")
     p.add_argument("--rule", default="epsilon", metavar="R", help="of relevance: epsilon-plus-flat, gamma:0.5, ...")
@@ -207,9 +209,24 @@ def _add_export(verbs: Any) -> None:
     p.add_argument("plan", type=Path, metavar="PLAN")
     p.add_argument("--graph", type=Path, required=True, metavar="FILE", help="graph.edgecomp, beside the plan")
     p.add_argument("--format", type=_formats, required=True, metavar="F", help="onnx, tflite, or both with a comma")
+    _add_at_rest(p, ("native", "int8", "packed"))
     p.add_argument("--force", action="store_true", help="replace files in DIR")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     p.set_defaults(run=_export)
+
+
+def _add_at_rest(p: Any, choices: Sequence[str]) -> None:
+    about = "of the TFLite file: native (default; any interpreter runs it), int8, packed (smallest; unpack before use)"
+    p.add_argument("--weights-at-rest", choices=choices, default="native", help=about)
+
+
+def _add_unpack(verbs: Any) -> None:
+    p = verbs.add_parser("unpack", help="widen a TFLite file's packed and int4 weights to int8; needs numpy alone")
+    p.add_argument("file", type=Path, nargs="?", metavar="IN.tflite")
+    p.add_argument("-o", "--output", type=Path, metavar="OUT.tflite")
+    p.add_argument("--force", action="store_true", help="replace OUT.tflite")
+    p.add_argument("--cpp-header", action="store_true", help="print where the C++ reader of the same layout lies")
+    p.set_defaults(run=_unpack)
 
 
 def _add_verify(verbs: Any) -> None:
@@ -333,6 +350,7 @@ def _budget(args: argparse.Namespace) -> Budget:
 
 
 def _build(args: argparse.Namespace) -> int:
+    from edgecomp.artifact import AtRest
     from edgecomp.build import Scoring, build
     from edgecomp.channels import parse_pruning
     from edgecomp.overview import results_table
@@ -359,6 +377,7 @@ def _build(args: argparse.Namespace) -> int:
         epochs=args.recover,
         checkpoint=args.checkpoint,
         pruning=parse_pruning(args.prune),
+        at_rest=AtRest(args.weights_at_rest),
         stage=_stage,
     )
     print(results_table(built.manifest))
@@ -371,6 +390,7 @@ def _build(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from edgecomp import bundle
+    from edgecomp.artifact import AtRest, form_of
     from edgecomp.build import rewritten
     from edgecomp.errors import PlanError, UsageError
     from edgecomp.files import write_files
@@ -381,18 +401,36 @@ def _export(args: argparse.Namespace) -> int:
         plan = CompressionPlan.from_json(args.plan.read_text("utf-8"), str(args.plan))
     except UnicodeDecodeError as e:
         raise PlanError(f"{args.plan}: is not text; expected a plan.json") from e
+    at_rest = AtRest(args.weights_at_rest)
+    if at_rest is not AtRest.NATIVE and "tflite" not in args.format:
+        raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
     graph = bundle.load(args.graph)
     files = {name: args.output / f"model.{name}" for name in args.format}
     for path in files.values():
         if path.exists() and not args.force:
             raise UsageError(f"{path}: is there already; give --force to replace it, or another -o")
-    exported = [rewritten(plan, graph, name) for name in args.format]
+    exported = [rewritten(plan, graph, form_of(name, at_rest)) for name in args.format]
     write_files(args.output, {f"model.{file.format}": file.data for file in exported})
     rows = [
         (str(files[file.format]), len(file.data), sum(w.stored_bytes for w in file.weights), file.sha256())
         for file in exported
     ]
     print(table(rows, ("file", "bytes", "weight bytes", "sha256")))
+    return 0
+
+
+def _unpack(args: argparse.Namespace) -> int:
+    from edgecomp.errors import UsageError
+    from edgecomp.report import table
+    from edgecomp.runtime import CPP_HEADER, unpack_file
+
+    if args.cpp_header and args.file is args.output is None:
+        print(CPP_HEADER)
+        return 0
+    if args.cpp_header or args.file is None or args.output is None:
+        raise UsageError("expected IN.tflite and -o OUT.tflite, or --cpp-header alone; see edgecomp unpack --help")
+    sizes = unpack_file(args.file, args.output, force=args.force)
+    print(table(list(sizes.items()), ("file", "bytes")))
     return 0
 
 

@@ -240,8 +240,8 @@ PACKED_FORMS = frozenset({"onnx", "tflite-packed"})
 def field_bits(form: str, node: Node, bits: int) -> int:
     """Give the bits a form of file spends on a code of a layer where every code takes the same.
 
-    ONNX and packed TFLite reach every width. LiteRT's kernels read 4 bits in convolutions and linear layers; in depthwise and grouped
-    convolutions they do too, but 10 to 50 times slower than 8.
+    ONNX and packed TFLite reach every width. LiteRT's kernels read 4 bits in convolutions and linear layers; in
+    depthwise and grouped convolutions they do too, but 10 to 50 times slower than 8.
 
     Args:
         form: see `artifact.form_of`.

@@ -54,6 +54,7 @@ def recover(
     """
     from edgecomp.pytorch.finetune import finetune
 
+    room = _ROOM_IN_FILE if budget.kind is BudgetKind.MAX_SIZE else _ROOM
     found = finetune(
         teacher,
         spent.candidate.graph,
@@ -62,8 +63,7 @@ def recover(
         held_out,
         epochs=epochs,
         seed=seed,
-        # Other forms do not store codes by their frequency.
-        room=None if not PACKED_FORMS & set(formats) else _ROOM_IN_FILE if budget.kind is BudgetKind.MAX_SIZE else _ROOM,
+        room=room if PACKED_FORMS & set(formats) else None,  # other forms do not store codes by their frequency
         checkpoint=checkpoint,
         progress=progress,
     )

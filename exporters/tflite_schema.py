@@ -161,7 +161,8 @@ class TfliteFile:
         """Give the operators that unpack, and what they read the last place among tensors and buffers."""
         operators = []
         for number, data in self._packed:
-            source = self._tensor(f"{self._tensors[number].name}.packed", (len(data),), "UINT8", self._buffer(data), None)
+            name = f"{self._tensors[number].name}.packed"
+            source = self._tensor(name, (len(data),), "UINT8", self._buffer(data), None)
             operators.append(
                 _Operator(code=len(self._codes), inputs=(source,), outputs=(number,), options="", fields=())
             )

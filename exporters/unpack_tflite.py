@@ -27,6 +27,7 @@ import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -242,7 +243,7 @@ def _written(changes: _Changes, buffers: Sequence[Table], where: str, most_bytes
             start, n_bytes = buffer.vector(0, 1)
             contents[number] = (start - 4, start + n_bytes)
     in_file = sorted(contents.values())
-    if any(low[1] > high[0] for low, high in zip(in_file, in_file[1:], strict=False)):
+    if any(low[1] > high[0] for low, high in pairwise(in_file)):
         raise ValueError("the contents of two buffers overlap")
     cut = len(data)
     for start, end in reversed(in_file):
@@ -250,10 +251,8 @@ def _written(changes: _Changes, buffers: Sequence[Table], where: str, most_bytes
             break
         cut = start
     moved = [number for number, (start, _) in contents.items() if start >= cut or number in changes.buffers]
-    n_new = {
-        number: changes.buffers[number].n_codes if number in changes.buffers else contents[number][1] - contents[number][0]
-        for number in moved
-    }
+    n_new = {number: contents[number][1] - contents[number][0] for number in moved}
+    n_new |= {number: widened.n_codes for number, widened in changes.buffers.items()}
     most_new = cut + sum(n_new.values()) + (4 + _ALIGNMENT) * len(moved)
     if most_new > most_bytes:
         raise BundleError(f"{where}: takes up to {most_new} bytes when unpacked, {most_bytes} are allowed")

@@ -235,6 +235,8 @@ def _ranked(flat: Array, group: int) -> tuple[Array, Array, Array]:
 
 PACKED_FORMS = frozenset({"onnx", "tflite-packed"})
 """Those that reach every width, and store frequent codes in fewer bits; see `artifact.form_of`."""
+UNPACKING_BYTES = 200
+"""What unpacking a weight takes in a TFLite file beside its bytes, about: an operator, a tensor, its name."""
 
 
 def field_bits(form: str, node: Node, bits: int) -> int:
@@ -272,4 +274,6 @@ def stored_bits(form: str, node: Node, bits: int, counts: Array) -> int:
     if form not in PACKED_FORMS or n == 0:
         return plain
     limit = (1 << (bits - 1)) - 1
-    return min(plain, int(np.ceil(estimated_bits(np.rint(counts[128 - limit : 129 + limit]).astype(np.int64)))))
+    least = min(plain, int(np.ceil(estimated_bits(np.rint(counts[128 - limit : 129 + limit]).astype(np.int64)))))
+    # A weight that packing hardly makes smaller stays as it is.
+    return 8 * n if form == "tflite-packed" and least + 8 * UNPACKING_BYTES >= 8 * n else least

@@ -34,8 +34,9 @@ def grids_of(graph: Graph, node: Node, formats: Sequence[str]) -> tuple[Grid, ..
     """List the grids worth weighing for a layer.
 
     Grids with a step of their own pay where a format stores frequent codes in fewer bits, and a layer is large enough
-    for that; in layers with one input channel a group there is too little to gain. TFLite stores 5 to 7 bits as 8
-    unless it is packed: where it is asked for, what the other format would gain by them is not worth a file of twice the size.
+    for that; in layers with one input channel a group there is too little to gain. TFLite that is not packed stores 5
+    to 7 bits as 8: where it is asked for, what the other format would gain by them is not worth a file of twice the
+    size.
     """
     if graph.weight(node).shape[1] == 1:
         return _DENSE

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgecomp.artifact import AtRest, Exported, StoredWeight
 from edgecomp.atrest import to_bytes
-from edgecomp.coding import encode, field_bits
+from edgecomp.coding import UNPACKING_BYTES, encode, field_bits
 from edgecomp.compress import fuse_clips
 from edgecomp.errors import ExportError
 from edgecomp.graph import Array, Graph, Node, Op, QuantParams, Tensor
@@ -35,8 +35,6 @@ from .tflite_schema import TfliteFile
 
 _LIMITS = {"RELU": (0.0, np.inf), "RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0)}
 """Real limits of the activations that TFLite can fuse."""
-_PACKED_STRUCTURE_BYTES = 200
-"""What a packed weight takes in the file beside its bytes, about: an operator, a tensor, its name."""
 
 
 def to_tflite(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
@@ -205,7 +203,7 @@ class _Writer:
             kind, data, quant = f"INT{width}", pack_dense(values, width), replace(quant, axis=axis)
         if quant is not None and self.at_rest is AtRest.PACKED:
             encoded = encode(values, bits)
-            if encoded.stored_bytes + _PACKED_STRUCTURE_BYTES < len(data):
+            if encoded.stored_bytes + UNPACKING_BYTES < len(data):
                 packed = to_bytes(encoded)
                 self.weights.append(
                     StoredWeight(

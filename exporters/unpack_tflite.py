@@ -64,6 +64,8 @@ def unpack_tflite(data: bytes, where: str, *, most_bytes: int = MOST_BYTES) -> b
     """
     if data[4:8] != _IDENTIFIER:
         raise BundleError(f"{where}: is no TFLite file")
+    if len(data) > MOST_BYTES:
+        raise BundleError(f"{where}: has {len(data)} bytes, a TFLite file can have {MOST_BYTES}")
     try:
         return _unpack(data, where, most_bytes)
     except MEANT_BY_DAMAGED as e:
@@ -76,23 +78,14 @@ def is_packed(data: bytes | mmap.mmap) -> bool:
         return False
     try:
         return any(text == OPERATOR for text in custom_codes(Flatbuffer(data).root()).values())
-    except (BundleError, *MEANT_BY_DAMAGED):
+    except MEANT_BY_DAMAGED:
         return False
 
 
 def custom_codes(model: Table) -> dict[int, str]:
-    """Name the custom operators of a model by their number in its list of codes.
-
-    Raises:
-        BundleError: one is ours, of a later layout.
-    """
-    found = {}
-    for number, code in enumerate(model.tables(1)):
-        if max(code.number(0, "b"), code.number(3, "i")) == _CUSTOM:
-            found[number] = code.text(1)
-            if found[number].startswith("edgecomp.Unpack.") and found[number] != OPERATOR:
-                raise BundleError(f"operator {found[number]!r:.60} is of a later edgecomp, this one reads {OPERATOR!r}")
-    return found
+    """Name the custom operators of a model by their number in its list of codes."""
+    codes = enumerate(model.tables(1))
+    return {n: code.text(1) for n, code in codes if max(code.number(0, "b"), code.number(3, "i")) == _CUSTOM}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +135,12 @@ class _Changes:
 def _unpack(data: bytes, where: str, most_bytes: int) -> bytes:
     model = Flatbuffer(data).root()
     graphs, buffers = model.tables(2), model.tables(4)
-    ours = {number for number, text in custom_codes(model).items() if text == OPERATOR}
+    ours = set()
+    for number, text in custom_codes(model).items():
+        if text == OPERATOR:
+            ours.add(number)
+        elif text.startswith(OPERATOR[:-1]):
+            raise BundleError(f"{where}: operator {text!r:.60} is of a later edgecomp, this one reads {OPERATOR!r}")
     tensors = [graph.tables(0) for graph in graphs]
     used = Counter(tensor.number(2, "I") for of_graph in tensors for tensor in of_graph)
     changes = _Changes(data=data)

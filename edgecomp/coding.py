@@ -23,7 +23,7 @@ GROUPS = (1, 2, 4)
 """Codes a symbol; more than one in large tensors only."""
 _SMALLEST_GROUPED = 1 << 20
 _QUICK_ROUNDS = 2
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 # Bits that a tensor holds -> where the next width of a number begins to pay.
 _CONTENT_LIMITS = (5e4, 2e5, 2e6)
 _GROUP_WORTH = 1.02

@@ -1,8 +1,8 @@
 """The TFLite flatbuffer as bytes: tensors, operators and buffers in, a file out. Knows no operator's meaning.
 
 Equal buffers, vectors, quantization tables and options are written once and shared: of a small model's file, repeated
-zero points alone would be a tenth. The contents of all buffers stand at the end of the file, and nothing else does:
-`unpack_tflite` then replaces them without leaving the old ones behind.
+zero points alone would be a tenth. In a packed file the contents of all buffers stand at its end, and nothing else does
+there: `unpack_tflite` replaces them without leaving the old ones behind, and aligns them.
 """
 
 from __future__ import annotations
@@ -207,12 +207,19 @@ class _Packer:
             self._builder.PrependUOffsetTRelative(offset)
         return int(self._builder.EndVector())
 
-    def _contents(self, data: bytes) -> int:
+    def _contents(self, data: bytes, alignment: int) -> dict[str, object]:
         if not data:
-            return 0
+            return {}
         # Aligned elements, not merely an aligned table: kernels read them in place from a memory-mapped file.
-        self._builder.Prep(_ALIGNMENT, len(data))
-        return int(self._builder.CreateByteVector(data))
+        self._builder.Prep(alignment, len(data))
+        return {"Data": self._builder.CreateByteVector(data)}
+
+    def _all_buffers(self, buffers: Sequence[bytes], *, packed: bool) -> int:
+        if packed:
+            fields = [self._contents(data, 4) for data in buffers]
+            return self._tables([self._table("Buffer", **each) for each in fields])
+        # Each table by its contents, where it fits into what alignment leaves empty.
+        return self._tables([self._table("Buffer", **self._contents(data, _ALIGNMENT)) for data in buffers])
 
     def _quantization(self, quant: QuantParams) -> int:
         scale = quant.scale.reshape(-1).astype("<f4")
@@ -290,8 +297,7 @@ class _Packer:
         outputs: tuple[int, ...],
     ) -> bytes:
         """Write everything and give the finished file."""
-        contents = [self._contents(data) for data in buffers]
-        data = self._tables([self._table("Buffer", **({"Data": at} if at else {})) for at in contents])
+        data = self._all_buffers(buffers, packed=OPERATOR in codes)
         main = self._table(
             "SubGraph",
             Tensors=self._tables([self._tensor(tensor) for tensor in tensors]),

@@ -12,8 +12,8 @@ Unpacking changes the file in few places and moves nothing but the contents of b
    now gets the unpacked codes.
 3. A tensor of type INT4 becomes INT8, and its buffer gets one byte a code.
 4. The contents of buffers that stand at the end of the file are cut off, and all contents that were cut off or are new
-   are written there, in the order of buffers, on multiples of 16 bytes. In files of other writers, contents that do not
-   stand at the end stay there, unused.
+   are written there, in the order of buffers, on multiples of 16 bytes. Contents that do not stand at the end,
+   as in files that are not packed or not ours, stay there, unused.
 
 `edgecomp_unpack.hpp` does the same in C++, to the byte. Chosen 2026-11-24.
 """

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgecomp import manifest
 from edgecomp.errors import BundleError, UsageError
 from edgecomp.files import MANIFEST
-from edgecomp.folder import open_folder
+from edgecomp.folder import BuiltFolder, open_folder
 from edgecomp.report import BenchReport, Comparison, table
 
 if TYPE_CHECKING:
     from edgecomp.check import Stage
 
 COMPRESSED, INT8, FLOAT = "compressed", "plain int8", "float32"
+CUT = ", cut"
+"""Behind the names of the other models where they lack channels or classes of the network that was compressed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -25,16 +28,18 @@ class Benched:
     Attributes:
         title: the file.
         comparison: the measurements.
-        accuracy_percent: by label of the comparison.
+        accuracy_percent: by label of the comparison, of those that it was measured on.
+        note: what the other models are, to stand below the table.
     """
 
     title: str
     comparison: Comparison
     accuracy_percent: Mapping[str, float]
+    note: str = ""
 
     def table(self) -> str:
         """Give the table for people: bytes, accuracy, latency, memory; ratios of medians from the one run."""
-        reports = {r.label: r for r in self.comparison.reports}
+        reports = {r.label.removesuffix(CUT): r for r in self.comparison.reports}
         rows = [self._row(r, reports) for r in reports.values()]
         header = (
             "model", "file bytes", "smaller", "accuracy", "p50 ms", "p90 ms", "min ms", "time / int8", "95 %",
@@ -47,13 +52,13 @@ class Benched:
         unpacked = [r.label for r in reports.values() if r.execution.get("unpacked_at_load")]
         if unpacked:
             title += f"\n{', '.join(unpacked)}: unpacked to int8 when it is loaded; load and memory include that"
-        return f"{title}\n\n{table(rows, header)}"
+        return "\n\n".join(part for part in (title, table(rows, header), self.note) if part)
 
     def _row(self, r: BenchReport, reports: Mapping[str, BenchReport]) -> tuple[object, ...]:
         assert r.p50_us is not None
         assert r.p90_us is not None
         assert r.min_us is not None
-        ratio = self.comparison.ratios.get(r.label) if self.comparison.baseline == INT8 else None
+        ratio = self.comparison.ratios.get(r.label)
         float_report = reports.get(FLOAT)
         accuracy = self.accuracy_percent.get(r.label)
         return (
@@ -64,7 +69,7 @@ class Benched:
             f"{r.p50_us / 1e3:.3f}",
             f"{r.p90_us / 1e3:.3f}",
             f"{r.min_us / 1e3:.3f}",
-            "1.000" if r.label == INT8 else "-" if ratio is None else f"{ratio.median:.3f}",
+            "1.000" if r.label == self.comparison.baseline else "-" if ratio is None else f"{ratio.median:.3f}",
             "-" if ratio is None else f"{ratio.low:.3f}-{ratio.high:.3f}",
             "-" if float_report is None or float_report.p50_us is None else f"{r.p50_us / float_report.p50_us:.3f}",
             "-" if r.load_ms is None else f"{r.load_ms:.1f}",
@@ -123,19 +128,37 @@ def _bench_folder(
     if not artifacts:
         found = only or "its files"
         raise UsageError(f"{path}: {found} cannot run in {runtime}; leave --runtime out for each format's own")
+    cut = CUT if _is_cut(folder) else ""
     benched = []
     for entry in artifacts:
         others = yardsticks(folder.plan, folder.graph, entry["format"])
         entries = [
-            (FLOAT, others["fp32"].data, entry["format"]),
-            (INT8, others["int8"].data, entry["format"]),
+            (FLOAT + cut, others["fp32"].data, entry["format"]),
+            (INT8 + cut, others["int8"].data, entry["format"]),
             (COMPRESSED, folder.artifact(entry), entry["format"]),
         ]
         comparison = _run(entries, entry["path"], runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
-        known = {FLOAT: folder.record["float"]["accuracy"], COMPRESSED: entry["accuracy"]["value"]}
+        known = {COMPRESSED: entry["accuracy"]["value"]}
         title = str(path / entry["path"])
-        benched.append(Benched(title=title, comparison=comparison, accuracy_percent=known))
+        benched.append(Benched(title=title, comparison=comparison, accuracy_percent=known, note=_note(folder)))
     return benched
+
+
+def _is_cut(folder: BuiltFolder) -> bool:
+    """Tell whether the float graph in a folder has fewer weights than the network that was compressed."""
+    n_weights = sum(manifest.weight_counts(folder.graph).values())
+    return 4 * n_weights < int(folder.record["float"]["weight_bytes"])
+
+
+def _note(folder: BuiltFolder) -> str:
+    """Say what the float and the plain int8 model are, and what the network before compression was."""
+    before = folder.record["float"]
+    what = "what is left of it, channels or classes cut" if _is_cut(folder) else "all of it"
+    return (
+        f"Before compression: {before['accuracy']:.2f} % accuracy in torch, {before['weight_bytes']} bytes of float32 "
+        f"weights.\n{FLOAT} and {INT8} are {what}, with weights adjusted to the plan: for time and memory, no "
+        "accuracy was measured on them."
+    )
 
 
 def _run(
@@ -150,7 +173,7 @@ def _run(
 ) -> Comparison:
     from edgecomp.benchmarks.bench import bench
 
-    baseline = INT8 if any(label == INT8 for label, _, _ in entries) else None
+    baseline = next((label for label, _, _ in entries if label.startswith(INT8)), None)
     with stage(f"measuring {name}", 200) as advance:
         done = {"latency": 0, "memory": 0}
 

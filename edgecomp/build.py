@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgecomp import bundle, manifest, planner
+from edgecomp import bundle, intake, launched, manifest, planner
 from edgecomp.artifact import AtRest, Exported, form_of
 from edgecomp.channels import IRRELEVANT, Pruning
-from edgecomp.check import Stage, measure, measure_accuracy
+from edgecomp.check import Stage, at_chance, measure, measure_accuracy
 from edgecomp.compress import compress, narrowest_bits, on_grids
-from edgecomp.data import LabelledImages, draw, load
+from edgecomp.data import LabelledImages, draw
 from edgecomp.errors import DataError, UsageError
 from edgecomp.files import MANIFEST, MANIFEST_SCHEMA, PLAN_FILE, check_output_folder, new_folder, write_file
 from edgecomp.graph import Array, Graph
@@ -25,8 +25,7 @@ from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, w
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.pruning import check_pruning, pruned
 from edgecomp.quantmath import Grid
-from edgecomp.recovering import recover
-from edgecomp.selection import parse_classes, select_classes
+from edgecomp.recovering import recover, recovery_settings
 from edgecomp.spending import (
     Budget,
     BudgetKind,
@@ -39,7 +38,6 @@ from edgecomp.spending import (
 )
 
 if TYPE_CHECKING:
-    from edgecomp.data import DataSet
     from edgecomp.pytorch.scores import Scorer
 
 SAMPLE = "sample"
@@ -106,6 +104,7 @@ def build(
     pruning: Pruning = IRRELEVANT,
     at_rest: AtRest = AtRest.NATIVE,
     stage: Stage = silent,
+    warn: Callable[[str], object] = lambda text: None,
 ) -> Built:
     """Compress a model and write its folder.
 
@@ -131,12 +130,13 @@ def build(
         pruning: which channels are cut; what remains is then compressed like any other network.
         at_rest: how the TFLite file stores weights.
         stage: shows how far the work is.
+        warn: told, before the long work, what looks wrong but is no error.
 
     Raises:
         EdgecompError: by kind, see `errors`.
         OSError: the folder cannot be written.
     """
-    check_output_folder(folder, force=force)
+    _check_folder(folder, force=force)
     if at_rest is not AtRest.NATIVE and "tflite" not in formats:
         raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
     formats = [form_of(name, at_rest) for name in formats]
@@ -155,18 +155,30 @@ def build(
     check_pruning(pruning, budget)
     _check_rule(scoring.rule)
     if model is None:
-        model, weights, preprocessing = _sample(preprocessing)
+        model, weights, preprocessing = intake.sample(preprocessing)
     preprocessing = preprocessing or Preprocessing(mean=(0.0,), std=(1.0,))
     data = data or SAMPLE
-    images = _load_images(data, test_share, seed, preprocessing, stage)
-    shape = _input_shape(images.test, preprocessing, input_shape)
-    original = _capture(model, weights, shape, images, stage)
-    graph, images, class_weights = _select(original, images, classes)
-    float_accuracy = _float_accuracy(graph, images.test, preprocessing, stage)
+    from edgecomp.pytorch.sharing import by_first, join, together
+
+    join()
+    with together():
+        images = intake.load_images(data, test_share, seed, preprocessing, stage)
+        shape = intake.input_shape(images.test, preprocessing, input_shape)
+        original = intake.capture(model, weights, shape, images, stage)
+        uncut, images, class_weights = intake.select(original, images, classes)
+    float_accuracy = by_first(lambda: _float_accuracy(uncut, images.test, preprocessing, stage))
+    n_classes = int(np.prod(uncut.tensors[uncut.outputs[0]].shape))
+    if at_chance(float_accuracy, len(images.test), n_classes):
+        without = " (--weights was not given)" if weights is None and ":" in model else ""
+        warn(
+            f"the float network is right on {float_accuracy:.2f} % of {len(images.test)} test images, no better than "
+            f"chance with {n_classes} classes; is it trained{without}, and do --mean, --std and the like give it what "
+            "it was trained on?"
+        )
     drop_points, rest, held_out = None, images.train, None
     if budget.kind is BudgetKind.MAX_DROP:
         train, rest, held_out = _split(images.train, n_calibration, seed=seed)
-        drop_points = _drop_measure(graph, held_out, preprocessing, formats)
+        drop_points = _drop_measure(uncut, held_out, preprocessing, formats)
     else:
         if epochs:
             from edgecomp.pytorch.finetune import split
@@ -174,11 +186,26 @@ def build(
             # Reconstruction must not have seen what recovery is judged by.
             rest, held_out = split(images.train, seed=seed)
         train = draw(rest, n_calibration, seed=seed)
-    batches = _batches(graph, train, preprocessing)
+    asked = {
+        "pruning": pruning.text(),
+        "reconstruction": "weights and biases, by layers" if reconstruction else "none",
+        "budget": f"{budget.kind} {budget.asked:g}",
+        "formats": ",".join(formats),
+        "seed": str(seed),
+        **({} if classes is None else {"classes": intake.chosen_text(classes, original, uncut)}),
+    }
+    if epochs:
+        from edgecomp.pytorch import progress
+
+        checkpoint = checkpoint or folder.absolute().with_name(f"{folder.absolute().name}.recover")
+        options = {"score": f"{scoring}", "io": io.value, "calibration": str(len(train)), "input": f"{preprocessing}"}
+        settings = recovery_settings(epochs, seed, budget, formats, {**asked, **options})
+        by_first(lambda: progress.check(checkpoint, settings.key(uncut, rest)))
+    batches = _batches(uncut, train, preprocessing)
     scorer = _scorer(scoring, batches, train.labels, class_weights, seed)
     with stage("cutting channels", len(pruning.slices())) as advance:
         graph = pruned(
-            graph,
+            uncut,
             pruning,
             scorer,
             held_out,
@@ -187,21 +214,17 @@ def build(
             compensation=reconstruction,
             progress=advance,
         )
-    if epochs:
-        from edgecomp.pytorch import finetune
-
-        checkpoint = checkpoint or folder.absolute().with_name(f"{folder.absolute().name}.recover")
-        finetune.check(checkpoint, graph)
     relevance, ranges = _explain(graph, scorer, batches, stage)
     keep = planner.irrelevant_channels(graph, relevance)
-    with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
-        if reconstruction:
-            from edgecomp.pytorch.trial import trial_choices, try_grids
 
-            trials = try_grids(graph, batches, formats, progress=advance)
-            choices = trial_choices(graph, trials, relevance, formats)
-        else:
-            choices = planner.layer_choices(graph, relevance, keep, formats, progress=advance)
+    def choices() -> Sequence[planner.LayerChoices]:
+        with stage("weighing bits", sum(manifest.weight_counts(graph).values())) as advance:
+            if reconstruction:
+                from edgecomp.pytorch.trial import trial_choices, try_grids
+
+                trials = try_grids(graph, batches, formats, progress=advance)
+                return trial_choices(graph, trials, relevance, formats)
+            return planner.layer_choices(graph, relevance, keep, formats, progress=advance)
 
     def planned(rounded: Graph, grids: Mapping[str, Grid]) -> Candidate:
         plan = CompressionPlan(
@@ -214,11 +237,7 @@ def build(
             made_by={
                 "relevance": relevance.rule,
                 "samples": str(relevance.n_samples),
-                "pruning": pruning.text(),
-                "reconstruction": "weights and biases, by layers" if reconstruction else "none",
-                "budget": f"{budget.kind} {budget.asked:g}",
-                "formats": ",".join(formats),
-                "seed": str(seed),
+                **asked,
             },
         )
         return Candidate(graph=rounded, plan=plan)
@@ -233,121 +252,70 @@ def build(
             return planned(reconstruct(graph, ranges, grids, batches, progress=advance), grids)
 
     make = reconstructed if reconstruction else draft
-    spent = _spend(budget, choices, draft, make, formats, drop_points, stage)
+    spent = by_first(lambda: _spend(budget, choices(), draft, make, formats, drop_points, stage))
     if epochs:
         assert checkpoint is not None
         assert held_out is not None
         with stage("fine-tuning", epochs * len(rest)) as advance:
             spent = recover(
                 spent,
+                uncut,
                 graph,
                 rest,
                 held_out,
                 budget=budget,
                 formats=formats,
-                epochs=epochs,
-                seed=seed,
+                settings=settings,
                 checkpoint=checkpoint,
                 drop_points=drop_points,
                 progress=advance,
             )
-    plan = spent.candidate.plan
-    quantized = compress(spent.candidate.graph, plan)
-    exported = _export(quantized, formats, stage)
-    measured = [measure(e, quantized, images.test, preprocessing, stage) for e in exported]
-    plan_text = plan.to_json()
-    record: dict[str, object] = {
-        "schema": MANIFEST_SCHEMA,
-        "model": graph.name,
-        "data": data,
-        "test_share": float(test_share),
-        "preprocessing": preprocessing.to_json(),
-        "classes": list(images.classes),
-        "io": io.value,
-        "budget": {"kind": budget.kind.value, "asked": budget.asked, "got": spent.got, "met": spent.met},
-        "float": manifest.float_entry(original, float_accuracy, len(images.test)),
-        "artifacts": [manifest.artifact_entry(e, quantized, m) for e, m in zip(exported, measured, strict=True)],
-        "layers": manifest.layer_entries(original, quantized, plan, relevance, exported),
-        "graph_digest": plan.graph_digest,
-        "plan_sha256": hashlib.sha256(plan_text.encode()).hexdigest(),
-        "seed": seed,
-        "tools": manifest.tool_versions(),
-    }
-    with new_folder(folder, force=force) as work:
-        for e in exported:
-            write_file(work / f"model.{e.format}", e.data)
-        bundle.save(spent.candidate.graph, work / bundle.GRAPH_FILE)
-        write_file(work / PLAN_FILE, plan_text.encode())
-        write_file(work / "README.md", overview(record).encode())
-        write_file(work / MANIFEST, write_json(record).encode())
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    return Built(folder=folder, manifest=record, budget_met=spent.met)
+
+    def written() -> Mapping[str, object]:
+        plan = spent.candidate.plan
+        quantized = compress(spent.candidate.graph, plan)
+        exported = _export(quantized, formats, stage)
+        measured = [measure(e, quantized, images.test, preprocessing, stage) for e in exported]
+        plan_text = plan.to_json()
+        record: dict[str, object] = {
+            "schema": MANIFEST_SCHEMA,
+            "model": graph.name,
+            "data": data,
+            "test_share": float(test_share),
+            "preprocessing": preprocessing.to_json(),
+            "classes": list(images.classes),
+            "io": io.value,
+            "budget": {"kind": budget.kind.value, "asked": budget.asked, "got": spent.got, "met": spent.met},
+            "float": manifest.float_entry(original, float_accuracy, len(images.test)),
+            "artifacts": [manifest.artifact_entry(e, quantized, m) for e, m in zip(exported, measured, strict=True)],
+            "layers": manifest.layer_entries(original, quantized, plan, relevance, exported),
+            "graph_digest": plan.graph_digest,
+            "plan_sha256": hashlib.sha256(plan_text.encode()).hexdigest(),
+            "seed": seed,
+            "tools": manifest.tool_versions(),
+        }
+        with new_folder(folder, force=force) as work:
+            for e in exported:
+                write_file(work / f"model.{e.format}", e.data)
+            bundle.save(spent.candidate.graph, work / bundle.GRAPH_FILE)
+            write_file(work / PLAN_FILE, plan_text.encode())
+            write_file(work / "README.md", overview(record, plan.made_by).encode())
+            write_file(work / MANIFEST, write_json(record).encode())
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        return record
+
+    return Built(folder=folder, manifest=by_first(written), budget_met=spent.met)
 
 
-def _sample(preprocessing: Preprocessing | None) -> tuple[str, Path, Preprocessing]:
-    from edgecomp.samples import sample_files
+def _check_folder(folder: Path, *, force: bool) -> None:
+    """Refuse a folder that may not be written; the first process alone writes, so it alone is asked."""
+    if launched.place()[1] == 1:
+        return check_output_folder(folder, force=force)
+    from edgecomp.pytorch.sharing import by_first, join
 
-    files = sample_files()
-    own = Preprocessing.from_json(files.record["preprocessing"], "sample.json")
-    return files.record["model"], files.weights, preprocessing or own
-
-
-def _load_images(data: str, test_share: float, seed: int, preprocessing: Preprocessing, stage: Stage) -> DataSet:
-    def progress(items: Sequence[object], total: int, what: str) -> Iterator[object]:
-        with stage(what, total) as advance:
-            for item in items:
-                yield item
-                advance(1)
-
-    return load(
-        data,
-        seed=seed,
-        resize=preprocessing.resize,
-        test_share=test_share,
-        progress=progress,  # type: ignore[arg-type]
-    )
-
-
-def _input_shape(
-    images: LabelledImages, preprocessing: Preprocessing, asked: tuple[int, int, int] | None
-) -> tuple[int, int, int]:
-    channels, height, width = images.inputs(preprocessing, 0, 1).shape[1:]
-    found = (channels, height, width)
-    if asked is not None and asked != found:
-        raise DataError(
-            f"images are {_dims(found)} after preprocessing, --input-shape says {_dims(asked)}; "
-            "change --resize, --crop or --pad, or the images"
-        )
-    return found
-
-
-def _dims(shape: tuple[int, int, int]) -> str:
-    return ",".join(map(str, shape))
-
-
-def _capture(model: str, weights: Path | None, shape: tuple[int, int, int], images: DataSet, stage: Stage) -> Graph:
-    from edgecomp.pytorch.capture import capture
-    from edgecomp.pytorch.load import load_module
-
-    with stage("reading the model", 2) as advance:
-        module = load_module(model, weights)
-        advance(1)
-        graph = capture(module, shape, name=model.rpartition(":")[2] or model)
-        advance(1)
-    outputs = int(np.prod(graph.tensors[graph.outputs[0]].shape))
-    labels = 1 + max(int(images.train.labels.max()), int(images.test.labels.max()))
-    if labels > outputs:
-        raise DataError(f"labels go up to {labels - 1}, the model has {outputs} outputs; are these its images?")
-    return graph
-
-
-def _select(graph: Graph, images: DataSet, classes: str | None) -> tuple[Graph, DataSet, Array | None]:
-    """Keep what the chosen classes need: their outputs, their images, and their weights where these differ."""
-    if classes is None:
-        return graph, images, None
-    chosen = parse_classes(classes, images.classes)
-    return select_classes(graph, chosen.indices), images.of_classes(chosen.indices), chosen.class_weights()
+    join()
+    return by_first(lambda: check_output_folder(folder, force=force))
 
 
 def _float_accuracy(graph: Graph, test: LabelledImages, preprocessing: Preprocessing, stage: Stage) -> float:
@@ -440,8 +408,9 @@ def _drop_measure(
     from edgecomp.benchmarks.runners import default_runtime
     from edgecomp.exporters import export
     from edgecomp.pytorch.network import accuracy
+    from edgecomp.pytorch.sharing import by_first
 
-    before = accuracy(graph, held_out, preprocessing)
+    before = by_first(lambda: accuracy(graph, held_out, preprocessing))
 
     def drop_points(candidate: Candidate) -> float:
         quantized = compress(candidate.graph, candidate.plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,16 @@ def measure_accuracy(
     with ThreadPoolExecutor(len(shares)) as pool:
         total = sum(pool.map(right, runners, shares))
     return 100 * total / len(images), len(images)
+
+
+def at_chance(percent: float, n_images: int, n_classes: int) -> bool:
+    """Tell whether an accuracy is within three standard errors of guessing, or below it.
+
+    Of so few images that not even all of them right would tell, nothing is said.
+    """
+    chance = 1 / n_classes
+    most = chance + 3 * math.sqrt(chance * (1 - chance) / n_images)
+    return percent / 100 <= most < 1
 
 
 def output_step(graph: Graph) -> float:

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 a defect of ours; 2 usage, configuration, unreadable input or a full disk; 3 a budget is not met;
 4 parity or accuracy is not met; 5 the model or format is not supported; 6 a runtime or device is missing or its run is
-not valid; 130 interrupted.
+not valid; 130 interrupted. Of the processes of torchrun the first alone prints; all leave with its exit code.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from edgecomp import __version__, errors
+from edgecomp import __version__, errors, launched
+from edgecomp.arguments import read_bytes, read_formats, read_number, read_numbers, read_shape
 
 if TYPE_CHECKING:
     from edgecomp.preprocessing import Preprocessing
@@ -44,7 +46,11 @@ OPTIONAL = frozenset(
 
 def entry() -> NoReturn:
     """Be the console command: run and leave with the exit code."""
-    raise SystemExit(main())
+    code = main()
+    if launched.place()[1] > 1:
+        # torchrun ends the others as soon as one has ended with an error: each is to leave with its own code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
+        if args.verb != "build" and launched.place()[1] > 1:
+            raise errors.UsageError(f"{args.verb} is the work of one process; of the verbs torchrun shares only build")
         code: int = args.run(args)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -116,8 +124,13 @@ def _open_standard_streams() -> None:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"edgecomp: {' '.join(message.split())}", file=sys.stderr)
+    if launched.is_first():
+        print(f"edgecomp: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _warn(text: str) -> None:
+    _complain(f"warning: {text}", 0)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -161,17 +174,17 @@ def _add_build(verbs: Any) -> None:
         help="torchvision:NAME, package.module:factory, or a .pt2 file; without it the bundled sample is built",
     )
     p.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or a state_dict saved by torch")
-    p.add_argument("--input-shape", type=_shape, metavar="C,H,W", help="checked against the preprocessed images")
+    p.add_argument("--input-shape", type=read_shape, metavar="C,H,W", help="checked against the preprocessed images")
     p.add_argument(
         "--data",
         metavar="D",
         help="sample, fashion-mnist:ROOT, cifar10:ROOT, folder:PATH (directory or .zip), npz:PATH, module:function",
     )
     p.add_argument(
-        "--test-share", type=_number, default=0.2, metavar="P", help="of data without a test part (default 0.2)"
+        "--test-share", type=read_number, default=0.2, metavar="P", help="of data without a test part (default 0.2)"
     )
-    p.add_argument("--mean", type=_numbers, metavar="M", help="per channel, of pixels / 255; default 0")
-    p.add_argument("--std", type=_numbers, metavar="S", help="per channel, of pixels / 255; default 1")
+    p.add_argument("--mean", type=read_numbers, metavar="M", help="per channel, of pixels / 255; default 0")
+    p.add_argument("--std", type=read_numbers, metavar="S", help="per channel, of pixels / 255; default 1")
     p.add_argument("--resize", type=int, metavar="N", help="shorter side to N, then the centre N x N")
     p.add_argument("--crop", type=int, metavar="N", help="the centre N x N of what --resize gives")
     p.add_argument("--pad", type=int, metavar="N", help="black pixels on each side, before normalisation")
@@ -186,10 +199,11 @@ def _add_build(verbs: Any) -> None:
         help="whole channels: a share of the weights, e.g. 0.5; auto: as --max-drop allows; nonpositive; default zero",
     )
     limits = p.add_mutually_exclusive_group()
-    limits.add_argument("--avg-bits", type=_number, metavar="X", help="mean bits a weight on disk (default 4)")
-    limits.add_argument("--max-size", type=_size, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
-    limits.add_argument("--max-drop", type=_number, metavar="P", help="points of accuracy, on held-out training images")
-    p.add_argument("--format", type=_formats, default=("onnx", "tflite"), metavar="onnx,tflite", help="default both")
+    limits.add_argument("--avg-bits", type=read_number, metavar="X", help="mean bits a weight on disk (default 4)")
+    limits.add_argument("--max-size", type=read_bytes, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
+    limits.add_argument("--max-drop", type=read_number, metavar="P", help="points, on held-out training images")
+    both = ("onnx", "tflite")
+    p.add_argument("--format", type=read_formats, default=both, metavar="onnx,tflite", help="default both")
     _add_at_rest(p, ("native", "packed"))
     p.add_argument("--io", choices=("float", "int8"), default="float", help="what the files take and give")
     p.add_argument("--score", choices=SCORES, default="lrp", help="what tells important from unimportant")
@@ -208,7 +222,7 @@ def _add_export(verbs: Any) -> None:
     p = verbs.add_parser("export", help="write a file again from a plan and its graph; needs no torch and no data")
     p.add_argument("plan", type=Path, metavar="PLAN")
     p.add_argument("--graph", type=Path, required=True, metavar="FILE", help="graph.edgecomp, beside the plan")
-    p.add_argument("--format", type=_formats, required=True, metavar="F", help="onnx, tflite, or both with a comma")
+    p.add_argument("--format", type=read_formats, required=True, metavar="F", help="onnx, tflite, or both with a comma")
     _add_at_rest(p, ("native", "int8", "packed"))
     p.add_argument("--force", action="store_true", help="replace files in DIR")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
@@ -263,53 +277,13 @@ def _add_targets(verbs: Any) -> None:
     p.set_defaults(run=_targets)
 
 
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not -1e300 < value < 1e300:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number")
-    return value
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(_number(part) for part in text.split(","))
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    parts = text.lower().replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected channels, height and width, e.g. 3,224,224")
-    return int(parts[0]), int(parts[1]), int(parts[2])
-
-
-def _size(text: str) -> float:
-    units = {"kb": 1000, "mb": 1000**2, "k": 1024, "kib": 1024, "m": 1024**2, "mib": 1024**2, "b": 1}
-    digits = text.strip().lower()
-    for unit in sorted(units, key=len, reverse=True):
-        if digits.endswith(unit) and digits != unit:
-            return _number(digits.removesuffix(unit)) * units[unit]
-    return _number(digits)
-
-
-def _formats(text: str) -> tuple[str, ...]:
-    from edgecomp.exporters import FORMATS
-
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    for name in names:
-        if name not in FORMATS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not a format; expected {', '.join(FORMATS)}")
-    return names
-
-
 # ---- progress --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _stage(name: str, total: int) -> Iterator[Callable[[int], object]]:
     """Show a bar with the time left on a terminal; be silent elsewhere, and where tqdm is not installed."""
-    if not sys.stderr.isatty():
+    if not (sys.stderr.isatty() and launched.is_first()):
         yield lambda n: None
         return
     try:
@@ -328,8 +302,15 @@ def _stage(name: str, total: int) -> Iterator[Callable[[int], object]]:
 def _preprocessing(args: argparse.Namespace) -> Preprocessing | None:
     from edgecomp.preprocessing import Preprocessing
 
-    if args.mean is None and args.std is None and args.resize is None and args.pad is None and args.crop is None:
+    given = {name: getattr(args, name) for name in ("mean", "std", "resize", "pad", "crop")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
         return None
+    if args.model is None:
+        from edgecomp.intake import sample
+
+        # The bundled network was trained with its own: each option changes what it names.
+        return replace(sample(None)[2], **given)
     return Preprocessing(
         mean=args.mean or (0.0,) * len(args.std or (1.0,)),
         std=args.std or (1.0,) * len(args.mean or (0.0,)),
@@ -379,9 +360,11 @@ def _build(args: argparse.Namespace) -> int:
         pruning=parse_pruning(args.prune),
         at_rest=AtRest(args.weights_at_rest),
         stage=_stage,
+        warn=_warn,
     )
-    print(results_table(built.manifest))
-    print(f"\n{args.output}: README.md there explains the files")
+    if launched.is_first():
+        print(results_table(built.manifest))
+        print(f"\n{args.output}: README.md there explains the files")
     if not built.budget_met:
         asked, got = args.max_drop, built.manifest["budget"]["got"]  # type: ignore[index]
         return _complain(f"budget: at most {asked:g} points lost asked for, the most precise plan loses {got:g}", 3)

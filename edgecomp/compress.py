@@ -14,12 +14,12 @@ from edgecomp import quantmath
 from edgecomp.errors import GraphError, PlanError
 from edgecomp.graph import Array, Attribute, Graph, Node, Op, QuantParams
 from edgecomp.groups import is_depthwise, kept_numbers, number_channels
-from edgecomp.ops import OPS, SHARES_SCALE
+from edgecomp.ops import OPS, PROBABILITIES, SHARES_SCALE, ints
 from edgecomp.plan import ActRange, CompressionPlan, Io, validate
 from edgecomp.quantmath import Grid
 from edgecomp.verify import verify_float, verify_quantized
 
-_CLAMPING = frozenset({Op.CONV2D, Op.LINEAR, Op.ADD})
+_CLAMPING = frozenset({Op.CONV2D, Op.LINEAR, Op.ADD, Op.MUL})
 
 
 def compress(graph: Graph, plan: CompressionPlan) -> Graph:
@@ -81,6 +81,9 @@ def cut(graph: Graph, keep: Mapping[str, tuple[bool, ...]]) -> Graph:
             if bias is not None:
                 assert bias.data is not None
                 tensors[bias.name] = replace(bias, data=bias.data[rows], shape=(int(rows.sum()),))
+        if node.op is Op.RESHAPE and not kept[channels.of[node.outputs[0]]].all():
+            n, _, *rest = ints(node.attrs, "shape")
+            node = replace(node, attrs={"shape": (n, int(kept[channels.of[node.outputs[0]]].sum()), *rest)})
         nodes.append(node)
         shape = OPS[node.op].shape([tensors[name].shape for name in node.inputs], node.attrs)
         tensors[node.outputs[0]] = replace(tensors[node.outputs[0]], shape=shape)
@@ -90,7 +93,7 @@ def cut(graph: Graph, keep: Mapping[str, tuple[bool, ...]]) -> Graph:
 
 
 def fuse_clips(graph: Graph) -> Graph:
-    """Let a conv2d, linear or add write the tensor of the clip behind it, when nobody else reads its own.
+    """Let a conv2d, linear, add or mul write the tensor of the clip behind it, when nobody else reads its own.
 
     What the clip limited becomes the node's clamp later, in codes: the attributes low and high travel with the node.
     """
@@ -132,13 +135,10 @@ def activation_params(graph: Graph, ranges: Mapping[str, ActRange]) -> dict[str,
             name = leader[name]
         return name
 
-    softmax_outputs = set()
     for node in graph.nodes:
         if node.op in SHARES_SCALE:
             for name in node.inputs:
                 leader[find(name)] = find(node.outputs[0])
-        if node.op is Op.SOFTMAX:
-            softmax_outputs.add(node.outputs[0])
     bounds: dict[str, tuple[float, float]] = {}
     for name in names:
         low, high = ranges[name].low, ranges[name].high
@@ -147,6 +147,12 @@ def activation_params(graph: Graph, ranges: Mapping[str, ActRange]) -> dict[str,
             low, high = min(low, bounds[top][0]), max(high, bounds[top][1])
         bounds[top] = (low, high)
     chosen = {top: quantmath.activation_params(*bound) for top, bound in bounds.items()}
+    # TFLite fixes the codes of probabilities; what shares its scale with anything else gets that of all together.
+    others = {find(node.outputs[0]) for node in graph.nodes if node.op not in SHARES_SCALE | PROBABILITIES}
+    for node in graph.nodes:
+        top = find(node.outputs[0])
+        if node.op in PROBABILITIES and top not in others and top not in map(find, graph.inputs):
+            chosen[top] = quantmath.UNIT
     # Raising one output can ask for another further on; a graph settles after as many rounds as it has loops of shared
     # scales, in practice one.
     for _ in graph.nodes:
@@ -160,11 +166,7 @@ def activation_params(graph: Graph, ranges: Mapping[str, ActRange]) -> dict[str,
                 chosen[top], raised = quantmath.activation_params(*bounds[top]), True
         if not raised:
             break
-    params = {name: chosen[find(name)] for name in names}
-    for name in softmax_outputs:
-        # TFLite fixes the output of an int8 softmax: steps of 1/256 from 0.
-        params[name] = QuantParams(bits=8, scale=np.array(1 / 256), zero_point=np.array(-128))
-    return params
+    return {name: chosen[find(name)] for name in names}
 
 
 def _read(graph: Graph, node: Node) -> list[str]:
@@ -176,9 +178,12 @@ def _least_scale(graph: Graph, node: Node, inputs: Sequence[QuantParams]) -> flo
 
     Only an output that was (nearly) constant on the calibration data asks for less.
     """
-    if node.op not in (Op.CONV2D, Op.LINEAR, Op.ADD, Op.GLOBAL_AVG_POOL):
+    if node.op not in (Op.CONV2D, Op.LINEAR, Op.ADD, Op.MUL, Op.GLOBAL_AVG_POOL, Op.SILU, Op.HARD_SWISH):
         return 0.0
-    largest = max(float(params.scale) for params in inputs)
+    scales = [float(params.scale) for params in inputs]
+    if node.op in (Op.SILU, Op.HARD_SWISH):
+        scales.append(float(quantmath.SHARES.scale))
+    largest = max(scales) if node.op in (Op.ADD, Op.GLOBAL_AVG_POOL) else float(np.prod(scales))
     if node.op in (Op.CONV2D, Op.LINEAR):
         weight = graph.weight(node).data
         assert weight is not None
@@ -284,7 +289,8 @@ def narrowest_bits(graph: Graph, name: str, grid: Grid) -> int:
 def insert_borders(graph: Graph, io: Io) -> Graph:
     """Put quantize and dequantize at the ends for float input and output; leave an int8 model as it is.
 
-    A softmax that ends the model then works on real numbers: 1/256 is too coarse to tell unlikely classes apart.
+    A softmax or sigmoid that ends the model then works on real numbers: 1/256 is too coarse to tell unlikely classes
+    apart.
     """
     if io is Io.INT8:
         return graph
@@ -299,7 +305,7 @@ def insert_borders(graph: Graph, io: Io) -> Graph:
     outputs = []
     for name in graph.outputs:
         last = producer.get(name)
-        if last is not None and last.op is Op.SOFTMAX and not consumers[name]:
+        if last is not None and last.op in PROBABILITIES and not consumers[name]:
             place = next(i for i, n in enumerate(nodes) if n.name == last.name)
             source, real = nodes[place].inputs[0], f"{name}.logits"
             tensors[real] = replace(tensors[source], name=real, quant=None)

@@ -66,24 +66,37 @@ def check_output_folder(folder: Path, *, force: bool) -> None:
     """Refuse a place where nothing new may be written; cheap, to be asked before long work.
 
     Raises:
-        UsageError: the folder exists (without `force`), is a file, or holds something that no build of ours made.
+        UsageError: the folder exists (without `force`), is a file, holds something that no build of ours made, or
+            stands where no other folder can be made.
     """
     if not folder.exists() and not folder.is_symlink():
-        parent = next(p for p in folder.absolute().parents if p.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise UsageError(f"{folder}: {parent} is not a folder one may write to; choose another -o")
+        _check_parent(folder, next(p for p in folder.absolute().parents if p.exists()))
         return
     if not folder.is_dir() or folder.is_symlink():
         raise UsageError(f"{folder}: is there and is not a plain folder; choose another -o")
     if folder.is_mount() or Path.cwd().is_relative_to(folder.resolve()):
         # Neither can be replaced by another folder: a mount refuses, and who stands there would see the old one.
         raise UsageError(f"{folder}: is a mount point or the current folder; choose a folder within it as -o")
-    if not any(folder.iterdir()):
-        return
-    if not force:
-        raise UsageError(f"{folder}: is there already; give --force to replace it, or another -o")
-    if not _is_ours(folder):
-        raise UsageError(f"{folder}: holds files that edgecomp did not make; --force replaces only an earlier build")
+    if any(folder.iterdir()):
+        if not force:
+            raise UsageError(f"{folder}: is there already; give --force to replace it, or another -o")
+        if not _is_ours(folder):
+            raise UsageError(
+                f"{folder}: holds files that edgecomp did not make; --force replaces only an earlier build"
+            )
+    _check_parent(folder, folder.absolute().parent)
+
+
+def _check_parent(folder: Path, parent: Path) -> None:
+    """Refuse a folder in which no other can be made; one that may be written by its flags may still take none."""
+    probe = parent / f".{folder.name}{_UNFINISHED}{os.getpid()}-probe"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as e:
+        raise UsageError(
+            f"{folder}: {parent} is not a folder one may write to ({e.strerror}); choose another -o"
+        ) from e
 
 
 def _is_ours(folder: Path) -> bool:

@@ -170,6 +170,8 @@ def read_manifest(text: str, where: str) -> Mapping[str, Any]:
         raise BundleError(f"{where}: 'test_share' is {obj['test_share']!r:.60}, expected a number between 0 and 1")
     if not _is_number(obj["float"].get("accuracy")):
         raise BundleError(f"{where}: float: 'accuracy' is missing")
+    if not isinstance(obj["float"].get("weight_bytes"), int):
+        raise BundleError(f"{where}: float: 'weight_bytes' is missing")
     return obj
 
 

@@ -14,11 +14,14 @@ from typing import cast
 import numpy as np
 
 from edgecomp import quantmath
+from edgecomp.curves import CURVES, curve_codes
 from edgecomp.errors import GraphError
 from edgecomp.graph import Array, Attribute, Node, Op, QuantParams, Tensor
 
 SHARES_SCALE = frozenset({Op.MAX_POOL, Op.AVG_POOL, Op.CONCAT, Op.FLATTEN, Op.RESHAPE, Op.CLIP})
 """Operators that only move, compare or average codes: all they read and write has one scale and zero point."""
+PROBABILITIES = frozenset({Op.SOFTMAX, Op.SIGMOID})
+"""Operators that make probabilities of logits; their codes are steps of 1/256, `quantmath.UNIT`."""
 
 Shape = tuple[int, ...]
 Attrs = Mapping[str, Attribute]
@@ -176,6 +179,44 @@ def _add_integer(node: Node, tensors: Mapping[str, Tensor], values: Mapping[str,
     low, high = clamp_codes(node)
     result: Array = np.clip(total + int(y.zero_point), low, high).astype(np.int8)
     return result
+
+
+def _mul_shape(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    a, b = shapes
+    if a == b or (len(a) == 4 and b == (*a[:2], 1, 1)):
+        return a
+    if len(b) == 4 and a == (*b[:2], 1, 1):
+        return b
+    raise GraphError(f"inputs of shapes {list(shapes)}: expected equal shapes, or (N, C, 1, 1) beside (N, C, H, W)")
+
+
+def _mul(values: Sequence[Array], attrs: Attrs) -> Array:
+    return values[0] * values[1]
+
+
+def _mul_integer(node: Node, tensors: Mapping[str, Tensor], values: Mapping[str, Array]) -> Array:
+    a, b = node.inputs
+    quants = (_quant(tensors, a), _quant(tensors, b))
+    product = quantmath.multiply(values[a], values[b], quants, _quant(tensors, node.outputs[0]))
+    result: Array = np.clip(product, *clamp_codes(node)).astype(np.int8)
+    return result
+
+
+def _curve(op: Op) -> OpRow:
+    """Make the row of a function of one number."""
+
+    def integer(node: Node, tensors: Mapping[str, Tensor], values: Mapping[str, Array]) -> Array:
+        table = curve_codes(op, _quant(tensors, node.inputs[0]), _quant(tensors, node.outputs[0]))
+        result: Array = table[values[node.inputs[0]].astype(np.int64) - quantmath.ACT_MIN]
+        return result
+
+    return OpRow(
+        arity=(1, 1),
+        attributes=(),
+        shape=_same_shape,
+        compute=lambda values, attrs: CURVES[op](values[0]),
+        compute_integer=integer,
+    )
 
 
 def _clip(values: Sequence[Array], attrs: Attrs) -> Array:
@@ -351,6 +392,15 @@ OPS: Mapping[Op, OpRow] = {
         compute=_add,
         compute_integer=_add_integer,
     ),
+    # two tensors of one shape, or (N, C, 1, 1) beside (N, C, H, W): the gate of squeeze and excitation
+    Op.MUL: OpRow(
+        arity=(2, 2),
+        attributes=(),
+        optional=("clamp",),
+        shape=_mul_shape,
+        compute=_mul,
+        compute_integer=_mul_integer,
+    ),
     Op.CONCAT: OpRow(
         arity=(1, 1 << 16),
         attributes=("axis",),
@@ -386,6 +436,8 @@ OPS: Mapping[Op, OpRow] = {
         compute=_clip,
         compute_integer=_clip_integer,
     ),
+    # see `curves`
+    **{op: _curve(op) for op in CURVES},
     # (N, C, H, W) -> (N, C*H*W)
     Op.FLATTEN: OpRow(
         arity=(1, 1),

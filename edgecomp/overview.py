@@ -85,11 +85,39 @@ def layers_table(record: Mapping[str, Any]) -> str:
     )
 
 
-def overview(record: Mapping[str, Any]) -> str:
+def _making(record: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
+    """Say in plain words what was done to the network, a line for each step that was taken."""
+    layers = record["layers"]
+    weights, weights_before, channels, channels_before = (
+        sum(layer[key] for layer in layers) for key in ("weights", "weights_before", "kept_channels", "channels_before")
+    )
+    lines = []
+    if "classes" in made_by:
+        lines.append(f"For {made_by['classes']}. Outputs, images, relevance and every figure here are theirs alone.")
+    if "relevance" in made_by:
+        lines.append(f"What matters was told by {made_by['relevance']}, on {made_by['samples']} training images.")
+    if channels < channels_before:
+        asked = made_by.get("pruning", "zero")
+        what = "channels without any relevance" if asked == "zero" else f"whole channels (--prune {asked})"
+        if "classes" in made_by:
+            what = f"outputs of the other classes, and {what}{', if any' if asked == 'zero' else ''}"
+        lines.append(
+            f"Cut: {what}; {channels} of {channels_before} output channels are left, {weights} of {weights_before} "
+            f"weights, {100 * weights / weights_before:.1f} %."
+        )
+    if made_by.get("reconstruction", "none") != "none":
+        lines.append(f"Reconstruction on the same images, without labels: {made_by['reconstruction']}.")
+    if "recovery" in made_by:
+        lines.append(f"Recovery, fine-tuning to the uncut float network's answers: {made_by['recovery']}.")
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def overview(record: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
     """Write the page.
 
     Args:
         record: a manifest.
+        made_by: what the plan says of its making, see `plan.CompressionPlan`.
     """
     budget, n = record["budget"], record["float"]["n"]
     names = [a["path"] + ", packed" * (a.get("weights_at_rest") == "packed") for a in record["artifacts"]]
@@ -106,6 +134,9 @@ the runtime named; "equal to reference" compares the file's outputs with edgecom
 last place. A file is accepted when on 99 % of them it names the reference's class, or one within 4 steps of it.
 Budget: {_BUDGETS[budget["kind"]]} {budget["asked"]:g}, came to {budget["got"]:g}{unmet}.
 
+## How it was made
+
+{_making(record, made_by)}
 ## Files
 
 {table(files, ("file", "what it is"))}

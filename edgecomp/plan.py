@@ -28,7 +28,9 @@ class LayerRelevance:
     """What Layer-wise Relevance Propagation says of one layer, as means over the samples.
 
     With a the input, s = R_out / stabilised(z) and c_w = sum over positions of a * s, a weight's relevance is
-    R_w = w * c_w (epsilon rule; c_w is the gradient of the explained output in the limit epsilon -> 0).
+    R_w = w * c_w (epsilon rule; c_w is the gradient of the explained output in the limit epsilon -> 0). Of a
+    layer that acts on the output through gates alone these are its effects to first order, not relevance
+    (`pytorch.propagate`, "aside").
 
     Attributes:
         weight: float32, the weight's shape: mean R_w, signed.

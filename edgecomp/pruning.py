@@ -57,13 +57,14 @@ def pruned(
     """
     from edgecomp.pytorch.network import accuracy
     from edgecomp.pytorch.prune import prune_as_asked
+    from edgecomp.pytorch.sharing import by_first
 
     if pruning.policy is not CutPolicy.AUTO:
         return prune_as_asked(graph, pruning, scorer, compensation=compensation, progress=progress)
     assert held_out is not None
-    least = accuracy(graph, held_out, preprocessing) - _SHARE_OF_DROP * budget.asked
+    least = by_first(lambda: accuracy(graph, held_out, preprocessing)) - _SHARE_OF_DROP * budget.asked
 
     def within(smaller: Graph) -> bool:
-        return accuracy(smaller, held_out, preprocessing) >= least
+        return by_first(lambda: accuracy(smaller, held_out, preprocessing)) >= least
 
     return prune_as_asked(graph, pruning, scorer, compensation=compensation, within=within, progress=progress)

@@ -7,6 +7,7 @@ without floating point computes the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -188,6 +189,30 @@ def dequantize(codes: Array, params: QuantParams) -> Array:
     return ((codes.astype(np.int32) - zero_point).astype(np.float32) * scale).astype(np.float32)
 
 
+UNIT = QuantParams(bits=8, scale=np.array(1 / 256), zero_point=np.array(ACT_MIN))
+"""Steps of 1/256 from 0: what TFLite demands of an int8 softmax and sigmoid."""
+
+
+SHARES = QuantParams(bits=8, scale=np.array(1 / 255), zero_point=np.array(ACT_MIN))
+"""Steps of 1/255 from 0 to 1, both exact."""
+
+
+def table(function: Callable[[Array], Array], source: QuantParams, target: QuantParams) -> Array:
+    """Work out what a function of one number makes of every code: int8 (256,), entry i for code i - 128.
+
+    Exact but for one rounding, half to even, on float64; saturating.
+
+    Args:
+        function: on float64 arrays, element by element.
+        source: of the codes that are read; one scale.
+        target: of those that are written; one scale.
+    """
+    codes = np.arange(ACT_MIN, ACT_MAX + 1)
+    real = function((codes - int(source.zero_point)) * float(source.scale))
+    found: Array = np.clip(np.rint(real / float(target.scale)) + int(target.zero_point), ACT_MIN, ACT_MAX)
+    return found.astype(np.int8)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Multiplier:
     """A positive real factor as integers: value = mantissa / 2^shift.
@@ -238,6 +263,13 @@ def requantize(
     """Rescale an int64 accumulator, add the zero point and clamp to [low, high]: int8 codes."""
     result: Array = np.clip(rescale(accumulator, factor) + zero_point, low, high).astype(np.int8)
     return result
+
+
+def multiply(a: Array, b: Array, quants: tuple[QuantParams, QuantParams], target: QuantParams) -> Array:
+    """Multiply codes of activations and rescale to those of `target`: int8, not clamped any further."""
+    x, y = (codes.astype(np.int64) - int(q.zero_point) for codes, q in zip((a, b), quants, strict=True))
+    factor = multiplier(np.array(float(quants[0].scale) * float(quants[1].scale) / float(target.scale)))
+    return requantize(x * y, factor, int(target.zero_point))
 
 
 def add_multipliers(scale_a: float, scale_b: float, scale_out: float) -> tuple[int, int, int]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgecomp.coding import PACKED_FORMS
 from edgecomp.data import LabelledImages
 from edgecomp.graph import Graph
 from edgecomp.spending import Budget, BudgetKind, Candidate, Spent, largest_file
+
+if TYPE_CHECKING:
+    from edgecomp.pytorch.finetune import Recovered
+    from edgecomp.pytorch.progress import Settings
 
 _ROOM = 0.997
 """Share of the entropy of their codes that weights may have afterwards: what a coder makes of it varies a little."""
@@ -17,16 +22,28 @@ _ROOM_IN_FILE = 0.99
 """The same where a file must not grow."""
 
 
+def recovery_settings(
+    epochs: int, seed: int, budget: Budget, formats: Sequence[str], options: Mapping[str, str]
+) -> Settings:
+    """Say how a build trains what its budget bought; `options` are those that the result depends on."""
+    from edgecomp.pytorch.progress import Settings
+
+    room = _ROOM_IN_FILE if budget.kind is BudgetKind.MAX_SIZE else _ROOM
+    # Other forms do not store codes by their frequency.
+    by_frequency = bool(PACKED_FORMS & set(formats))
+    return Settings(epochs=epochs, seed=seed, room=room if by_frequency else None, options=options)
+
+
 def recover(
     spent: Spent,
     teacher: Graph,
+    original: Graph,
     train: LabelledImages,
     held_out: LabelledImages,
     *,
     budget: Budget,
     formats: Sequence[str],
-    epochs: int,
-    seed: int,
+    settings: Settings,
     checkpoint: Path,
     drop_points: Callable[[Candidate], float] | None,
     progress: Callable[[int], object],
@@ -35,16 +52,16 @@ def recover(
 
     Args:
         spent: what the budget bought.
-        teacher: the float graph.
+        teacher: the float graph with all its channels.
+        original: the float graph that was compressed, its channels cut.
         train: what to train with.
         held_out: what to judge by; none of `train`.
         budget: that was spent.
         formats: what is to be exported.
-        epochs: at least 1.
-        seed: of the order of images.
+        settings: see `finetune`.
         checkpoint: see `finetune`.
         drop_points: measures how many points a candidate loses; for a budget of them.
-        progress: told of images, `epochs` times as many as there are in `train`.
+        progress: told of images, `settings.epochs` times as many as there are in `train`.
 
     Returns:
         the candidate to export; how it went stands in its plan, under "recovery".
@@ -53,22 +70,34 @@ def recover(
         EdgecompError, KeyboardInterrupt, OSError: as `finetune`.
     """
     from edgecomp.pytorch.finetune import finetune
+    from edgecomp.pytorch.sharing import by_first
 
-    room = _ROOM_IN_FILE if budget.kind is BudgetKind.MAX_SIZE else _ROOM
     found = finetune(
         teacher,
+        original,
         spent.candidate.graph,
         spent.candidate.plan,
         train,
         held_out,
-        epochs=epochs,
-        seed=seed,
-        room=room if PACKED_FORMS & set(formats) else None,  # other forms do not store codes by their frequency
+        settings=settings,
         checkpoint=checkpoint,
         progress=progress,
     )
-    what = f"{epochs} epochs of {len(train)} images"
-    result = f"{found.before:.2f} % to {found.after:.2f} % of {len(held_out)} images held out"
+    what = f"{settings.epochs} epochs of {len(train)} images"
+    return by_first(lambda: _within(budget, spent, found, what, len(held_out), formats, drop_points))
+
+
+def _within(
+    budget: Budget,
+    spent: Spent,
+    found: Recovered,
+    what: str,
+    n_held_out: int,
+    formats: Sequence[str],
+    drop_points: Callable[[Candidate], float] | None,
+) -> Spent:
+    """Take what was trained where it gained something and keeps the budget."""
+    result = f"{found.before:.2f} % to {found.after:.2f} % of {n_held_out} images held out"
     if not found.kept:
         return _told(spent, f"{what}, left out: from {result}")
     after = replace(spent, candidate=Candidate(graph=found.graph, plan=found.plan))

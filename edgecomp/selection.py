@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from edgecomp.curves import FUNCTIONS
 from edgecomp.errors import UsageError
 from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op
 from edgecomp.ops import OPS
 from edgecomp.verify import verify_float
 
-_KEEPS_CLASSES = frozenset({Op.SOFTMAX, Op.FLATTEN, Op.RESHAPE, Op.CLIP, Op.GLOBAL_AVG_POOL, Op.AVG_POOL, Op.MAX_POOL})
+_KEEPS_CLASSES = FUNCTIONS | {
+    Op.SOFTMAX, Op.FLATTEN, Op.RESHAPE, Op.CLIP, Op.GLOBAL_AVG_POOL, Op.AVG_POOL, Op.MAX_POOL,
+}  # fmt: skip
 """What may stand between the layer whose rows are the classes and the output."""
 _NAMES_SHOWN = 20
 

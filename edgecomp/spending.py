@@ -15,8 +15,13 @@ from edgecomp.plan import CompressionPlan
 from edgecomp.quantmath import Grid
 
 _MEAN_BITS_STEPS = 6
+"""Candidates made for a mean width: each costs a reconstruction."""
+_MOST_PLANS = 16
+"""Plans made for them; many turn out to be one that was tried."""
 _LITTLE_LESS = 0.99
-"""What is asked for next when more came of it than was asked: each attempt costs a reconstruction."""
+"""What is aimed at, as a share of what is asked: a little more would be too much."""
+_NEAR = 0.98
+"""What is near enough, as a share of what is asked."""
 
 
 class BudgetKind(StrEnum):
@@ -48,6 +53,8 @@ class Budget:
                 raise UsageError(f"--avg-bits {self.asked:g}: expected 0.1 to 8")
             case BudgetKind.MAX_SIZE if not 1 <= self.asked < 2**40:
                 raise UsageError(f"--max-size {self.asked:g}: expected bytes, from 1 to 2^40")
+            case BudgetKind.MAX_SIZE if self.asked % 1:
+                raise UsageError(f"--max-size {self.asked}: expected whole bytes, e.g. {self.asked // 1:.0f}")
             case BudgetKind.MAX_DROP if not 0 <= self.asked <= 100:
                 raise UsageError(f"--max-drop {self.asked:g}: expected percentage points from 0 to 100")
 
@@ -84,6 +91,8 @@ def spend_mean_bits(
 ) -> Spent:
     """Spend mean bits a weight, as the format that stores least really writes them.
 
+    The first candidate that comes to 98 % of the limit or more is taken; else the best of a few within it.
+
     Args:
         choices: of every layer.
         asked: the limit.
@@ -93,20 +102,68 @@ def spend_mean_bits(
     Raises:
         BudgetError: the formats cannot store so few bits.
     """
-    least = planner.mean_bits(choices, {c.name: c.cheapest() for c in choices})
-    room, got = asked, float("inf")
-    for _ in range(_MEAN_BITS_STEPS):
-        candidate = make(planner.solve_mean_bits(choices, room))
-        got = least_mean_bits(candidate, formats)
-        if got <= asked:
-            return Spent(candidate=candidate, got=round(got, 4), met=True)
-        if room <= least:
+    search = _Search(least=planner.mean_bits(choices, {c.name: c.cheapest() for c in choices}), asked=asked)
+    kept, got = None, 0.0
+    tried: dict[tuple[Grid, ...], float] = {}
+    for _ in range(_MOST_PLANS):
+        grids = planner.solve_mean_bits(choices, search.room)
+        what = tuple(grids[c.name] for c in choices)
+        if what not in tried:
+            if len(tried) == _MEAN_BITS_STEPS:
+                break
+            candidate = make(grids)
+            tried[what] = least_mean_bits(candidate, formats)
+            if tried[what] <= asked:
+                kept, got = candidate, tried[what]
+        if search.seen(tried[what]):
             break
-        # Weights that make up for others end on less frequent codes than in their trial.
-        room = max(least, room * asked / got * _LITTLE_LESS)
-    raise BudgetError(
-        f"budget: a mean of {asked:g} bits a weight asked for, the least that was found is {got:.2f}; allow more"
-    )
+    if kept is None:
+        found = min(tried.values())
+        raise BudgetError(
+            f"budget: a mean of {asked:g} bits a weight asked for, the least that was found is {found:.2f}; allow more"
+        )
+    return Spent(candidate=kept, got=round(got, 4), met=True)
+
+
+class _Search:
+    """Looks for the room at which what comes of it is just within what was asked.
+
+    More room means a smaller error, so of what fits the last is kept: it had more room than any before.
+
+    Args:
+        least: the room below which there is nothing.
+        asked: what may come of it.
+
+    Attributes:
+        room: to be tried next.
+    """
+
+    def __init__(self, *, least: float, asked: float) -> None:
+        self.room = asked
+        self._least, self._asked = least, asked
+        self._fits, self._over = (0.0, 0.0), (math.inf, math.inf)
+
+    def seen(self, got: float) -> bool:
+        """Take in what came of the room; tell whether nothing better is to be expected."""
+        asked = self._asked
+        if got <= asked:
+            self._fits = self.room, got
+            if got >= _NEAR * asked:
+                return True
+        else:
+            self._over = self.room, got
+            if self.room <= self._least:
+                return True
+        (fits, fits_got), (over, over_got) = self._fits, self._over
+        if fits == 0:
+            # Weights that make up for others end on less frequent codes than in their trial.
+            self.room = max(self._least, over * asked / over_got * _LITTLE_LESS)
+        elif math.isinf(over):
+            self.room = fits * max(asked / fits_got * _LITTLE_LESS, 2 - _NEAR)
+        else:
+            share = (_LITTLE_LESS * asked - fits_got) / (over_got - fits_got)
+            self.room = fits + (over - fits) * min(max(share, 0.25), 0.75)
+        return over - fits < (1 - _NEAR) / 4 * asked
 
 
 def least_mean_bits(candidate: Candidate, formats: Sequence[str]) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 from edgecomp import quantmath
 from edgecomp.errors import GraphError
 from edgecomp.graph import Graph, Node, Op
-from edgecomp.ops import OPS, SHARES_SCALE, clamp_codes
+from edgecomp.ops import OPS, PROBABILITIES, SHARES_SCALE, clamp_codes
 
 
 def verify_float(graph: Graph) -> None:
@@ -34,7 +34,7 @@ def verify_quantized(graph: Graph) -> None:
 
     Float tensors occur only at the borders; weights are int8 codes within their bits with one positive scale a channel;
     biases are int32 with scale input x weight; operators that only move codes share scale and zero point; every
-    conv2d, linear, add and clip has a clamp.
+    conv2d, linear, add, mul and clip has a clamp.
 
     Raises:
         GraphError: naming node or tensor, what was found and what was expected.
@@ -63,11 +63,11 @@ def _verify_quantized_node(graph: Graph, node: Node) -> None:
         if quants[coded] is None or quants[1 - coded] is not None:
             raise GraphError(f"node {node.name!r}: {node.op} must stand between a float and an integer tensor")
         return
-    if node.op is Op.SOFTMAX and quants[0] is None and quants[1] is None:
+    if node.op in PROBABILITIES and quants[0] is None and quants[1] is None:
         return
     if any(q is None for q in quants):
         raise GraphError(f"node {node.name!r}: {node.op} reads or writes a float tensor inside the quantized part")
-    if node.op in (Op.CONV2D, Op.LINEAR, Op.ADD, Op.CLIP):
+    if node.op in (Op.CONV2D, Op.LINEAR, Op.ADD, Op.MUL, Op.CLIP):
         if "clamp" not in node.attrs:
             raise GraphError(f"node {node.name!r}: attribute 'clamp' is missing")
         low, high = clamp_codes(node)

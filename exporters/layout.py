@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgecomp.curves import FUNCTIONS
 from edgecomp.graph import Array, Graph, Node, Op
 from edgecomp.ops import ints
 
@@ -19,7 +20,7 @@ TO_NCHW = (0, 3, 1, 2)
 """Permutation that turns an NHWC array into NCHW."""
 Shape = tuple[int, ...]
 Pads = tuple[int, int, int, int]
-_ELEMENTWISE = frozenset({Op.CLIP, Op.SOFTMAX, Op.QUANTIZE, Op.DEQUANTIZE})
+_ELEMENTWISE = FUNCTIONS | {Op.CLIP, Op.SOFTMAX, Op.QUANTIZE, Op.DEQUANTIZE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +84,8 @@ def feature_orders(graph: Graph) -> dict[str, Array]:
 
     A flatten in NHWC gives features in (H, W, C) order. That costs nothing as long as every reader is indifferent or is
     a linear layer, whose weight columns can be permuted instead. A flatten that feeds a graph output, a reshape, or a
-    sum of two different orders is left out, with all that follows from it: it has to restore the order by a transpose.
+    sum or product of two different orders is left out, with all that follows from it: it has to restore the order by a
+    transpose.
 
     Returns:
         by tensor name, int64 (F,): entry j is the graph's feature that lies at place j. Tensors that lie in the graph's
@@ -118,7 +120,7 @@ def _walk(graph: Graph, restored: set[str]) -> tuple[dict[str, Array], set[str]]
             order = orders[names[0]]
         elif node.op is Op.CONCAT:
             order = _concatenated(graph, node, orders)
-        elif node.op is Op.ADD and len(names) == 2 and np.array_equal(orders[names[0]], orders[names[1]]):
+        elif node.op in (Op.ADD, Op.MUL) and len(names) == 2 and np.array_equal(orders[names[0]], orders[names[1]]):
             order = orders[names[0]]
         else:
             blamed |= origin

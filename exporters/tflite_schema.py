@@ -24,6 +24,21 @@ _ALIGNMENT = 16
 _MAX_BYTES = (1 << 31) - 1
 
 
+def pack_dense(codes: Array, width: int) -> bytes:
+    """Pack int8 codes as TFLite's INT2 and INT4: the first code in the lowest bits, zeros after the last.
+
+    Args:
+        codes: int8, each within -2^(width-1) .. 2^(width-1) - 1.
+        width: 2 or 4 bits; 8 leaves the codes as they are.
+    """
+    per_byte = 8 // width
+    fields = codes.reshape(-1).view(np.uint8) & np.uint8((1 << width) - 1)
+    fields = np.append(fields, np.zeros(-fields.size % per_byte, dtype=np.uint8)).reshape(-1, per_byte)
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    packed: Array = np.bitwise_or.reduce(fields << shifts, axis=1)
+    return packed.tobytes()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Tensor:
     name: str

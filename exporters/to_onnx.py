@@ -21,9 +21,11 @@ import numpy as np
 from edgecomp import __version__
 from edgecomp.artifact import Exported, StoredWeight
 from edgecomp.coding import Encoded, dense, encode
+from edgecomp.curves import gate_codes
 from edgecomp.errors import ExportError
-from edgecomp.graph import Graph, Node, Op, Tensor
+from edgecomp.graph import Graph, Node, Op, QuantParams, Tensor
 from edgecomp.ops import clamp_codes, ints
+from edgecomp.quantmath import ACT_MAX, ACT_MIN, SHARES, UNIT, quantize
 
 from .onnx_model import DOMAIN, Model
 from .onnx_weights import word_levels, write_codes
@@ -265,6 +267,70 @@ def _add(model: Model, graph: Graph, node: Node) -> None:
     _write(model, graph, node, "Add", [a, b])
 
 
+def _mul(model: Model, graph: Graph, node: Node) -> None:
+    a = _read(model, graph, node.inputs[0])
+    b = a if node.inputs[1] == node.inputs[0] else _read(model, graph, node.inputs[1])
+    _write(model, graph, node, "Mul", [a, b])
+
+
+def _sigmoid(model: Model, graph: Graph, node: Node) -> None:
+    _write(model, graph, node, "Sigmoid", [_read(model, graph, node.inputs[0])])
+
+
+def _hard_sigmoid(model: Model, graph: Graph, node: Node) -> None:
+    """Write relu6(x + 3) / 6; of codes, a sum with 3 on six times the output's scale, clamped."""
+    output = graph.tensors[node.outputs[0]]
+    if output.quant is None:
+        model.node("HardSigmoid", [node.inputs[0]], output.name, name=node.name, alpha=1 / 6, beta=0.5)
+        return
+    sixfold = replace(output, quant=replace(output.quant, scale=output.quant.scale * np.float32(6)))
+    summed = model.temporary("Add", [_read(model, graph, node.inputs[0]), _three(model)], name=node.name)
+    low, high = (int(quantize(np.array(limit), output.quant)) for limit in (0.0, 1.0))
+    if (low, high) == (ACT_MIN, ACT_MAX):
+        model.node("QuantizeLinear", [summed, *_activation_params(model, sixfold)], output.name)
+        return
+    codes = model.temporary("QuantizeLinear", [summed, *_activation_params(model, sixfold)])
+    _clip_codes(model, codes, low, high, output.name)
+
+
+def _three(model: Model) -> str:
+    codes, scale, zero_point = (np.uint8([255]), np.float32(3 / 255), np.uint8(0))
+    return model.temporary("DequantizeLinear", [model.constant(np.asarray(v)) for v in (codes, scale, zero_point)])
+
+
+def _by_gate(graph: Graph, node: Node) -> bool:
+    """Tell whether a silu or hard_swish is a product of codes."""
+    source, target = graph.tensors[node.inputs[0]].quant, graph.tensors[node.outputs[0]].quant
+    return source is not None and target is not None and gate_codes(node.op, source, target) is not None
+
+
+def _silu(model: Model, graph: Graph, node: Node) -> None:
+    if not _by_gate(graph, node):
+        x = _read(model, graph, node.inputs[0])
+        _write(model, graph, node, "Mul", [x, model.temporary("Sigmoid", [x])])
+        return
+    gate = model.temporary("Sigmoid", [_read(model, graph, node.inputs[0])])
+    _weigh(model, graph, node, gate, UNIT, UNIT)
+
+
+def _hard_swish(model: Model, graph: Graph, node: Node) -> None:
+    x = _read(model, graph, node.inputs[0])
+    if not _by_gate(graph, node):
+        _write(model, graph, node, "HardSwish", [x])
+        return
+    # relu6(x + 3) in steps of 6/255, read as steps of 1/255
+    gate = model.temporary("Add", [x, _three(model)])
+    _weigh(model, graph, node, gate, replace(SHARES, scale=np.float32(6) * SHARES.scale), SHARES)
+
+
+def _weigh(model: Model, graph: Graph, node: Node, gate: str, written: QuantParams, read: QuantParams) -> None:
+    """Multiply the node's input by a gate that is rounded to codes; these may be written and read by two scales."""
+    zero_point = model.constant(np.asarray(np.uint8(0)))
+    codes = model.temporary("QuantizeLinear", [gate, model.constant(written.scale), zero_point])
+    share = model.temporary("DequantizeLinear", [codes, model.constant(read.scale), zero_point])
+    _write(model, graph, node, "Mul", [_read(model, graph, node.inputs[0]), share])
+
+
 def _clip(model: Model, graph: Graph, node: Node) -> None:
     output = graph.tensors[node.outputs[0]]
     if output.quant is not None:
@@ -336,6 +402,11 @@ _EMIT: dict[Op, Any] = {
     Op.CONV2D: _conv,
     Op.LINEAR: _linear,
     Op.ADD: _add,
+    Op.MUL: _mul,
+    Op.SIGMOID: _sigmoid,
+    Op.HARD_SIGMOID: _hard_sigmoid,
+    Op.SILU: _silu,
+    Op.HARD_SWISH: _hard_swish,
     Op.CLIP: _clip,
     Op.MAX_POOL: _max_pool,
     Op.AVG_POOL: _avg_pool,

@@ -17,11 +17,13 @@ from edgecomp.artifact import AtRest, Exported, StoredWeight
 from edgecomp.atrest import to_bytes
 from edgecomp.coding import UNPACKING_BYTES, encode, field_bits
 from edgecomp.compress import fuse_clips
+from edgecomp.curves import gate_codes
 from edgecomp.errors import ExportError
 from edgecomp.graph import Array, Graph, Node, Op, QuantParams, Tensor
-from edgecomp.ops import clamp_codes, ints
-from edgecomp.quantmath import ACT_MAX, ACT_MIN, bias_scale
+from edgecomp.ops import ints
+from edgecomp.quantmath import ACT_MAX, ACT_MIN, SHARES, UNIT, bias_scale, quantize
 
+from .fused import fused_activation, limits_of
 from .layout import (
     TO_NCHW,
     TO_NHWC,
@@ -31,10 +33,7 @@ from .layout import (
     stored_shape,
     window_padding,
 )
-from .tflite_schema import TfliteFile
-
-_LIMITS = {"RELU": (0.0, np.inf), "RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0)}
-"""Real limits of the activations that TFLite can fuse."""
+from .tflite_schema import TfliteFile, pack_dense
 
 
 def to_tflite(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
@@ -63,21 +62,6 @@ def to_tflite(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
         inputs=[writer.number[name] for name in graph.inputs], outputs=[writer.number[name] for name in graph.outputs]
     )
     return Exported(format="tflite", data=data, weights=tuple(writer.weights), at_rest=at_rest)
-
-
-def pack_dense(codes: Array, width: int) -> bytes:
-    """Pack int8 codes as TFLite's INT2 and INT4: the first code in the lowest bits, zeros after the last.
-
-    Args:
-        codes: int8, each within -2^(width-1) .. 2^(width-1) - 1.
-        width: 2 or 4 bits; 8 leaves the codes as they are.
-    """
-    per_byte = 8 // width
-    fields = codes.reshape(-1).view(np.uint8) & np.uint8((1 << width) - 1)
-    fields = np.append(fields, np.zeros(-fields.size % per_byte, dtype=np.uint8)).reshape(-1, per_byte)
-    shifts = np.arange(0, 8, width, dtype=np.uint8)
-    packed: Array = np.bitwise_or.reduce(fields << shifts, axis=1)
-    return packed.tobytes()
 
 
 class _Writer:
@@ -127,6 +111,46 @@ class _Writer:
         version = 1 if self.source(node).quant is None else 2
         self.file.operator(op, version, inputs, [self.activation(node.outputs[0])], options, **fields)
 
+    def probabilities(self, op: str, node: Node, options: str = "", **fields: object) -> None:
+        """Add an operator whose codes the format fixes, and a change of scale behind it where the graph has another."""
+        result, x = self.result(node), self.number[node.inputs[0]]
+        if result.quant is None or (result.quant.scale, result.quant.zero_point) == (UNIT.scale, UNIT.zero_point):
+            self.operator(op, node, [x], options, **fields)
+            return
+        fixed = self.scratch(f"{node.name}.share", stored_shape(result.shape), replace(result, quant=UNIT))
+        self.file.operator(op, 2, [x], [fixed], options, **fields)
+        self.file.operator("QUANTIZE", 2, [fixed], [self.activation(node.outputs[0])], "QuantizeOptions")
+
+    def by_gate(self, node: Node) -> bool:
+        """Tell whether a silu or hard_swish of codes is a product with a gate in codes."""
+        source, result = self.source(node).quant, self.result(node).quant
+        return source is not None and result is not None and gate_codes(node.op, source, result) is not None
+
+    def halved(self, node: Node) -> list[int]:
+        """Add x / 6 and the constant 1/2, whose sum, clamped, is the hard-sigmoid of the node's input.
+
+        The product by 1/6 is exact: its codes are those of x, on a scale that is divided by 6.
+        """
+        source = self.source(node)
+        assert source.quant is not None
+        sixfold = replace(source.quant, scale=source.quant.scale / np.float32(6))
+        inner = self.scratch(f"{node.name}.sixth", stored_shape(source.shape), replace(source, quant=sixfold))
+        codes = np.full(1, ACT_MAX, dtype=np.int8)
+        sixth, half = (
+            self.constant(codes, quant=replace(SHARES, scale=np.array(value / ACT_MAX), zero_point=np.array(0)))
+            for value in (1 / 6, 1 / 2)
+        )
+        self.file.operator("MUL", 2, [self.number[node.inputs[0]], sixth], [inner], "MulOptions")
+        return [inner, half]
+
+    def detour(self, node: Node, write: Callable[[_Writer, Node, int, int], None]) -> None:
+        """Let `write` add a function on real numbers, from one tensor number to another, between codes."""
+        shape = stored_shape(self.result(node).shape)
+        real, found = (self.file.tensor(f"{node.name}.{part}", shape, "FLOAT32") for part in ("real", "found"))
+        self.file.operator("DEQUANTIZE", 2, [self.number[node.inputs[0]]], [real], "DequantizeOptions")
+        write(self, node, real, found)
+        self.file.operator("QUANTIZE", 1, [found], [self.activation(node.outputs[0])], "QuantizeOptions")
+
     def transpose(self, number: int, order: Sequence[int], output: int, like: Tensor) -> None:
         """Add a transpose of rank 4."""
         permutation = self.constant(np.asarray(order, dtype=np.int32))
@@ -170,7 +194,7 @@ class _Writer:
     def clamp(self, node: Node, number: int, output: int) -> None:
         """Clamp to limits that no activation of TFLite has, by a minimum and a maximum."""
         like = self.result(node)
-        limits = np.array([_limits(node, like)]).T.astype(np.float32 if like.quant is None else np.int8)
+        limits = np.array([limits_of(node, like)]).T.astype(np.float32 if like.quant is None else np.int8)
         low, high = (self.constant(limit, quant=like.quant) for limit in limits)
         middle = self.scratch(f"{node.name}.low", stored_shape(like.shape), like)
         version = 1 if like.quant is None else 2
@@ -235,7 +259,7 @@ class _Writer:
         self, op: str, version: int, node: Node, inputs: Sequence[int], options: str, **fields: object
     ) -> None:
         """Add an operator with a fused activation, and what it cannot fuse behind it."""
-        activation = _activation(node, self.result(node))
+        activation = fused_activation(node, self.result(node))
         output = self.activation(node.outputs[0])
         target = output
         if activation is None:
@@ -262,39 +286,6 @@ class _Writer:
 
 def _little_endian(values: Array) -> bytes:
     return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
-
-
-def _limits(node: Node, output: Tensor) -> tuple[float, float]:
-    """Give what the node clamps its output to: codes if that is quantized, else real numbers."""
-    if output.quant is not None:
-        return clamp_codes(node)
-    low, high = node.attrs.get("low", -np.inf), node.attrs.get("high", np.inf)
-    return float(low), float(high)  # type: ignore[arg-type]
-
-
-def _activation(node: Node, output: Tensor) -> str | None:
-    """Name the activation that gives exactly the node's limits; None where TFLite has none."""
-    limits = _limits(node, output)
-    if output.quant is None:
-        names = {limit: name for name, limit in _LIMITS.items()} | {(-np.inf, np.inf): "NONE"}
-        return names.get(limits)
-    scale, zero_point = np.float32(output.quant.scale), int(output.quant.zero_point)
-    if limits == (ACT_MIN, ACT_MAX):
-        # Saturation does it all; say RELU where it means that, for readers of the file.
-        return "RELU" if zero_point == ACT_MIN else "NONE"
-    for name, (low, high) in _LIMITS.items():
-        if limits == (_kernel_code(low, scale, zero_point), _kernel_code(high, scale, zero_point)):
-            return name
-    return None
-
-
-def _kernel_code(limit: float, scale: np.float32, zero_point: int) -> int:
-    """Turn a limit into a code as TFLite's kernels do: float32, ties away from zero."""
-    if np.isinf(limit):
-        return ACT_MAX
-    steps = np.float32(limit) / scale
-    code = zero_point + int(np.sign(steps) * np.floor(np.abs(steps) + np.float32(0.5)))
-    return max(ACT_MIN, min(ACT_MAX, code))
 
 
 # ---- one handler an operator -----------------------------------------------------------------------------------------
@@ -343,6 +334,67 @@ def _add(writer: _Writer, node: Node) -> None:
     writer.activated("ADD", version, node, [writer.number[name] for name in node.inputs], "AddOptions")
 
 
+def _mul(writer: _Writer, node: Node) -> None:
+    version = 1 if writer.result(node).quant is None else 2
+    writer.activated("MUL", version, node, [writer.number[name] for name in node.inputs], "MulOptions")
+
+
+def _logistic(writer: _Writer, node: Node) -> None:
+    writer.probabilities("LOGISTIC", node)
+
+
+def _silu(writer: _Writer, node: Node) -> None:
+    """Write x * sigmoid(x): the format has no operator for it."""
+    x, source = writer.number[node.inputs[0]], writer.source(node)
+    if source.quant is not None and not writer.by_gate(node):
+        writer.detour(node, _silu_of_reals)
+        return
+    like = source if source.quant is None else replace(source, quant=UNIT)
+    gate = writer.scratch(f"{node.name}.gate", stored_shape(source.shape), like)
+    version = 1 if source.quant is None else 2
+    writer.file.operator("LOGISTIC", version, [x], [gate])
+    writer.operator("MUL", node, [x, gate], "MulOptions")
+
+
+def _silu_of_reals(writer: _Writer, node: Node, x: int, output: int) -> None:
+    gate = writer.file.tensor(f"{node.name}.gate", stored_shape(writer.result(node).shape), "FLOAT32")
+    writer.file.operator("LOGISTIC", 1, [x], [gate])
+    writer.file.operator("MUL", 1, [x, gate], [output], "MulOptions")
+
+
+def _hard_swish(writer: _Writer, node: Node) -> None:
+    """Write the operator on real numbers, but as a product with a hard-sigmoid on codes.
+
+    XNNPACK does not take the operator on codes, and the built-in kernel is many times slower than three that it takes.
+    """
+    source = writer.source(node)
+    if source.quant is None:
+        writer.operator("HARD_SWISH", node, [writer.number[node.inputs[0]]])
+    elif not writer.by_gate(node):
+        writer.detour(node, lambda w, _, x, y: w.file.operator("HARD_SWISH", 1, [x], [y]))
+    else:
+        gate = writer.scratch(f"{node.name}.gate", stored_shape(source.shape), replace(source, quant=SHARES))
+        writer.file.operator("ADD", 2, writer.halved(node), [gate], "AddOptions")
+        writer.operator("MUL", node, [writer.number[node.inputs[0]], gate], "MulOptions")
+
+
+def _hard_sigmoid(writer: _Writer, node: Node) -> None:
+    """Write relu6(x + 3) / 6: the format has no operator for it."""
+    source, result = writer.source(node), writer.result(node)
+    if source.quant is not None:
+        assert result.quant is not None
+        limits = tuple(int(quantize(np.array(limit), result.quant)) for limit in (0.0, 1.0))
+        clamped = replace(node, attrs={"clamp": limits})
+        writer.activated("ADD", 2, clamped, writer.halved(node), "AddOptions")
+        return
+    three, sixth = (writer.constant(np.full(1, v, dtype=np.float32)) for v in (3, 1 / 6))
+    inner = writer.scratch(f"{node.name}.relu6", stored_shape(source.shape), source)
+    function = writer.file.schema.ActivationFunctionType.RELU6
+    inputs = [writer.number[node.inputs[0]], three]
+    writer.file.operator("ADD", 1, inputs, [inner], "AddOptions", fusedActivationFunction=function)
+    writer.operator("MUL", node, [inner, sixth], "MulOptions")
+
+
 def _concat(writer: _Writer, node: Node) -> None:
     axis = stored_axis(int(node.attrs["axis"]), len(writer.result(node).shape))  # type: ignore[arg-type]
     inputs = [writer.number[name] for name in node.inputs]
@@ -365,7 +417,7 @@ def _global_avg_pool(writer: _Writer, node: Node) -> None:
 
 
 def _clip(writer: _Writer, node: Node) -> None:
-    activation = _activation(node, writer.result(node))
+    activation = fused_activation(node, writer.result(node))
     x = writer.number[node.inputs[0]]
     if activation in ("RELU", "RELU6"):
         writer.operator(activation, node, [x])
@@ -397,7 +449,7 @@ def _softmax(writer: _Writer, node: Node) -> None:
     axis = int(node.attrs["axis"])  # type: ignore[arg-type]
     if stored_axis(axis, rank) != rank - 1:
         raise ExportError(f"tflite: {node.name!r}: softmax over axis {axis}, the format has channels only (images: 1)")
-    writer.operator("SOFTMAX", node, [writer.number[node.inputs[0]]], "SoftmaxOptions", beta=1.0)
+    writer.probabilities("SOFTMAX", node, "SoftmaxOptions", beta=1.0)
 
 
 def _quantize(writer: _Writer, node: Node) -> None:
@@ -412,6 +464,11 @@ _HANDLERS: Mapping[Op, Callable[[_Writer, Node], None]] = {
     Op.CONV2D: _conv2d,
     Op.LINEAR: _linear,
     Op.ADD: _add,
+    Op.MUL: _mul,
+    Op.SIGMOID: _logistic,
+    Op.HARD_SIGMOID: _hard_sigmoid,
+    Op.SILU: _silu,
+    Op.HARD_SWISH: _hard_swish,
     Op.CONCAT: _concat,
     Op.MAX_POOL: _pool,
     Op.AVG_POOL: _pool,

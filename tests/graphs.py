@@ -87,6 +87,20 @@ class Build:
         attrs = {"kernel": kernel, "stride": stride, "pads": pads, "include_pad": include_pad}
         return self.node(Op.AVG_POOL, name, (x,), attrs)
 
+    def function(self, op: Op, name: str, x: str) -> str:
+        return self.node(op, name, (x,), {})
+
+    def mul(self, name: str, x: str, y: str) -> str:
+        return self.node(Op.MUL, name, (x, y), {})
+
+    def squeezed(self, name: str, x: str, squeeze: int, inner: Op | None, gate: Op) -> str:
+        """Squeeze and excitation: mean over space, two 1x1 convolutions, a gate for each channel of x."""
+        point = {"kernel": (1, 1), "pads": (0, 0, 0, 0)}
+        y = self.conv(f"{name}.fc1", self.node(Op.GLOBAL_AVG_POOL, f"{name}.pool", (x,), {}), squeeze, **point)  # type: ignore[arg-type]
+        y = self.clip(f"{name}.act", y) if inner is None else self.function(inner, f"{name}.act", y)
+        y = self.conv(f"{name}.fc2", y, self.tensors[x].shape[1], **point)  # type: ignore[arg-type]
+        return self.mul(f"{name}.mul", self.function(gate, f"{name}.gate", y), x)
+
     def graph(self, output: str, name: str = "net") -> Graph:
         return Graph(
             name=name, nodes=tuple(self.nodes), tensors=self.tensors, inputs=("input",), outputs=(output,)
@@ -167,7 +181,24 @@ def dense(seed: int = 0) -> Graph:
     return b.graph(b.linear("fc", x, 5), "dense")
 
 
-GRAPHS = {"plain": plain, "residual": residual, "separable": separable, "branches": branches}
+def gated(seed: int = 0) -> Graph:
+    """Every gate and every function of one number: the shape of EfficientNet, then of MobileNetV3."""
+    b = Build(seed, (3, 8, 8))
+    x = b.function(Op.HARD_SWISH, "stem.act", b.conv("stem", "input", 8))
+    y = b.function(Op.SILU, "expand.act", b.conv("expand", x, 12, (1, 1), pads=(0, 0, 0, 0)))
+    y = b.function(Op.SILU, "dw.act", b.conv("dw", y, 12, groups=12))
+    y = b.squeezed("se", y, 6, Op.SILU, Op.SIGMOID)
+    x = b.node(Op.ADD, "add", (b.conv("project", y, 8, (1, 1), pads=(0, 0, 0, 0)), x), {})
+    y = b.function(Op.HARD_SWISH, "conv.act", b.conv("conv", x, 10, stride=(2, 2)))
+    y = b.squeezed("se2", y, 5, None, Op.HARD_SIGMOID)
+    # A product of equal shapes, limited behind it.
+    y = b.clip("both.relu6", b.mul("both", y, b.function(Op.SIGMOID, "side.gate", b.conv("side", y, 10))), 0, 6)
+    x = b.node(Op.FLATTEN, "flatten", (b.node(Op.GLOBAL_AVG_POOL, "pool", (y,), {}),), {})
+    x = b.function(Op.HARD_SWISH, "fc1.act", b.linear("fc1", x, 14))
+    return b.graph(b.linear("fc2", x, 10), "gated")
+
+
+GRAPHS = {"plain": plain, "residual": residual, "separable": separable, "branches": branches, "gated": gated}
 
 
 def images(graph: Graph, count: int, seed: int = 1) -> np.ndarray:

@@ -16,7 +16,7 @@ from edgecomp.exporters import export
 from edgecomp.exporters.layout import stored_axis, window_padding
 from edgecomp.graph import Graph, Op
 from edgecomp.groups import is_depthwise, number_channels
-from edgecomp.ops import OPS, ints
+from edgecomp.ops import OPS, PROBABILITIES, ints
 from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.quantmath import WEIGHT_BITS
@@ -150,6 +150,19 @@ class _Draw(Build):
     def some_add(self, x: str) -> str:
         return self.node(Op.ADD, self.name("add"), (x, self.partner(x, None)), {})
 
+    def some_function(self, x: str) -> str:
+        op = Op(str(pick(self.draw, "sigmoid", "hard_sigmoid", "silu", "silu", "hard_swish", "hard_swish")))
+        return self.function(op, self.name(op.value), x)
+
+    def some_product(self, x: str) -> str:
+        """A gate of each channel, or of each value; or any two."""
+        if self.chance(0.2):
+            return self.mul(self.name("mul"), x, self.partner(x, None))
+        gate = Op(str(pick(self.draw, "sigmoid", "hard_sigmoid")))
+        if len(self.shape(x)) == 4 and self.chance(0.6):
+            return self.squeezed(self.name("se"), x, self.count(1, 4), Op.SILU if self.chance(0.5) else None, gate)
+        return self.mul(self.name("mul"), self.function(gate, self.name("gate"), self.partner(x, None)), x)
+
     def some_concat(self, x: str) -> str:
         axis = int(pick(self.draw, 1, 1, 1, 2, 3)) if len(self.shape(x)) == 4 else 1  # type: ignore[call-overload]
         parts = (x, *(self.partner(x, axis) for _ in range(self.count(1, 2))))
@@ -159,7 +172,13 @@ class _Draw(Build):
 
     def body(self, x: str) -> str:
         for _ in range(self.count(1, 6)):
-            match pick(self.draw, "conv", "conv", "conv", "clip", "clip", "pool", "add", "concat"):
+            match pick(
+                self.draw, "conv", "conv", "conv", "clip", "clip", "pool", "add", "concat", "function", "product"
+            ):
+                case "function":
+                    x = self.some_function(x)
+                case "product":
+                    x = self.some_product(x)
                 case "conv":
                     x = self.some_conv(x)
                 case "clip":
@@ -188,7 +207,11 @@ class _Draw(Build):
             x = self.node(Op.FLATTEN, self.name("flatten"), (x,), {})
         for _ in range(self.count(0, 2)):
             x = self.linear(self.name("fc"), x, self.count(1, MAX_CHANNELS), bias=self.chance(0.8))
-            match pick(self.draw, "clip", "clip", "add", "concat", "nothing"):
+            match pick(self.draw, "clip", "clip", "add", "concat", "function", "product", "nothing"):
+                case "function":
+                    x = self.some_function(x)
+                case "product":
+                    x = self.some_product(x)
                 case "clip":
                     x = self.some_clip(x)
                 case "add":
@@ -386,8 +409,8 @@ def sensitivity(graph: Graph, x: np.ndarray, want: np.ndarray) -> float:
                 value = np.clip(value.astype(np.int64) + noise, -128, 127).astype(np.int8)
             values[output.name] = value
         largest = max(largest, float(np.abs(values[graph.outputs[0]].astype(np.float64) - want).max()))
-    float_softmax = graph.producer()[graph.outputs[0]].op is Op.SOFTMAX and want.dtype != np.int8
-    return 3 * largest + (1e-5 if float_softmax else 1.001 * unit(graph))
+    real = graph.producer()[graph.outputs[0]].op in PROBABILITIES and want.dtype != np.int8
+    return 3 * largest + (1e-5 if real else 1.001 * unit(graph))
 
 
 def run_all(graph: Graph, x: np.ndarray) -> dict[str, dict[str, np.ndarray]]:

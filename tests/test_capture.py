@@ -157,6 +157,19 @@ CASES = {
     "adaptive max": (nn.AdaptiveMaxPool2d((3, 1)), [MAX]),
     "add": (Function(lambda m, x: torch.relu(x) + x), [CLIP, Op.ADD]),
     "add twice": (Function(lambda m, x: x + x), [Op.ADD]),
+    "sigmoid": (nn.Sigmoid(), [Op.SIGMOID]),
+    "sigmoid functional": (Function(lambda m, x: x.sigmoid()), [Op.SIGMOID]),
+    "hardsigmoid": (nn.Hardsigmoid(inplace=True), [Op.HARD_SIGMOID]),
+    "silu": (nn.SiLU(inplace=True), [Op.SILU]),
+    "hardswish": (nn.Hardswish(), [Op.HARD_SWISH]),
+    "silu written out": (Function(lambda m, x: x * torch.sigmoid(x)), [Op.SIGMOID, Op.MUL]),
+    "mul in place": (Function(lambda m, x: m.conv(x).mul_(x), conv=nn.Conv2d(C, C, 1)), [CONV, Op.MUL]),
+    "mul a value a channel": (Function(lambda m, x: x.mean((2, 3), keepdim=True) * x), [MEAN, Op.MUL]),
+    "mul features": (Function(lambda m, x: features(x) * features(x)), [MEAN, FLAT, MEAN, FLAT, Op.MUL]),
+    "mul expanded": (
+        Function(lambda m, x: x * torch.sigmoid(m.fc(features(x))).view(-1, C, 1, 1).expand_as(x), fc=nn.Linear(C, C)),
+        [MEAN, FLAT, Op.LINEAR, Op.SIGMOID, Op.RESHAPE, Op.MUL],
+    ),
     "cat channels": (Function(lambda m, x: torch.cat([x, torch.relu(x), x], 1)), [CLIP, Op.CONCAT]),
     "cat channels from the end": (Function(lambda m, x: torch.cat((x, x), dim=-3)), [Op.CONCAT]),
     "cat features": (
@@ -398,10 +411,22 @@ def zoo(name: str) -> nn.Module:
             nn.MaxPool2d(2, stride=2, ceil_mode=True),
             Inception(32, 8, 8, 12, 4, 6, 6),
         )
+    elif name == "mnasnet":
+        module = models.MNASNet(0.5, num_classes=10)
+        # The layers that most of it repeats.
+        module.layers = nn.Sequential(*module.layers[:10], *module.layers[14:])
+        module.layers[10] = nn.Conv2d(24, 1280, 1, bias=False)
+    elif name == "inception":
+        from torchvision.models.inception import BasicConv2d as Basic
+        from torchvision.models.inception import InceptionA, InceptionB
+
+        module = nn.Sequential(Basic(3, 16, kernel_size=3, stride=2), InceptionA(16, 8), InceptionB(232))
+    elif name == "resnext":
+        from torchvision.models.resnet import Bottleneck
+
+        module = models.ResNet(Bottleneck, [1, 1, 1, 1], groups=4, width_per_group=8, num_classes=10)
     elif name == "shufflenet":
         module = models.ShuffleNetV2([1, 1, 1], [8, 16, 32, 64, 64])
-    elif name == "mobilenet_v3":
-        module = models.mobilenet_v3_small(weights=None).features[:2]
     else:
         module = getattr(models, name)(weights=None, num_classes=10)
     return randomised(module)
@@ -415,6 +440,9 @@ def zoo(name: str) -> nn.Module:
         ("squeezenet1_1", 64, 26),
         ("densenet", 48, 17),
         ("googlenet", 40, 13),
+        ("mnasnet", 48, 23),
+        ("inception", 40, 12),
+        ("resnext", 48, 18),
     ],
 )
 def test_torchvision(name: str, side: int, n_layers: int) -> None:

@@ -8,12 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edgecomp.check import at_chance
 from edgecomp.cli import main
+from edgecomp.errors import UsageError
+from edgecomp.preprocessing import Preprocessing
 from tests.tiny import Place
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +62,9 @@ BAD = {
     "too many bits": (["--avg-bits", "9"], 2, "0.1 to 8"),
     "bits that formats cannot store": (["--avg-bits", "3", "--format", "tflite"], 3, "4.00 bits"),
     "impossible size": (["--max-size", "1000"], 3, "the smallest possible has"),
+    "part of a byte": (["--max-size", "20000.5"], 2, "--max-size 20000.5: expected whole bytes, e.g. 20000"),
+    "part of a byte by its unit": (["--max-size", "17.1K"], 2, "expected whole bytes, e.g. 17510"),
+    "whole bytes by a unit": (["--max-size", "0.5K"], 3, "a file of 512 bytes asked for"),
     "unknown rule": (["--rule", "lrp"], 2, "epsilon-plus"),
     "rule with a number out of range": (["--rule", "gamma:-1"], 2, "-1 is out of range"),
     "no calibration": (["--calib", "0"], 2, "--calib"),
@@ -142,6 +149,77 @@ def test_other_verbs_say_what_is_wrong(
     assert error.count("\n") == 1
     assert found in error
     assert not (place.folder / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ([], {}),
+        (["--crop", "20"], {"crop": 20}),
+        (["--pad", "0"], {"pad": 0}),
+        (["--resize", "32", "--pad", "0"], {"resize": 32, "pad": 0}),
+        (["--mean", "0.5"], {"mean": (0.5,)}),
+        (["--std", "0.25"], {"std": (0.25,)}),
+    ],
+)
+def test_an_option_changes_only_its_own_part_of_the_samples_preprocessing(
+    options: list[str], changed: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Preprocessing] = []
+
+    def load_images(data: str, share: float, seed: int, preprocessing: Preprocessing, stage: object) -> None:
+        seen.append(preprocessing)
+        raise UsageError("seen enough")
+
+    monkeypatch.setattr("edgecomp.intake.load_images", load_images)
+    assert main(["build", *options, "-o", "x"]) == 2
+    own = Preprocessing(mean=(0.286,), std=(0.353,), pad=2)
+    assert seen == [replace(own, **changed)]  # type: ignore[arg-type]
+
+
+def test_means_that_do_not_fit_the_samples_std(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "--mean", "0.1,0.2,0.3", "-o", "x"]) == 2
+    assert capsys.readouterr().err == "edgecomp: mean has 3 values and std 1; give equally many\n"
+
+
+def test_an_untrained_network_is_warned_of_before_the_work(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place.folder)
+    data = dict(np.load("data.npz"))
+    np.savez("odd.npz", **{**data, "y_test": np.random.default_rng(0).permutation(data["y_test"])})
+    argv = [word for word in place.command() if word not in ("--weights", "tiny.pt")]
+    said: list[str] = []
+
+    def explain(*arguments: object) -> None:
+        said.append(capsys.readouterr().err)
+        raise UsageError("seen enough")
+
+    monkeypatch.setattr("edgecomp.build._explain", explain)
+    assert main([*argv, "--data", "npz:odd.npz"]) == 2
+    assert said[0].startswith("edgecomp: warning: the float network is right on ")
+    assert "% of 200 test images, no better than chance with 4 classes" in said[0]
+    assert "is it trained (--weights was not given)" in said[0]
+    assert said[0].count("\n") == 1
+    capsys.readouterr()
+    assert main(place.command()) == 2
+    assert said[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("percent", "n_images", "n_classes", "expected"),
+    [
+        (10.0, 10_000, 10, True),
+        (10.89, 10_000, 10, True),  # 10 + 3 * 0.3
+        (10.91, 10_000, 10, False),
+        (0.0, 100, 10, True),
+        (91.6, 2000, 10, False),
+        (50.0, 2, 2, False),  # two images tell nothing
+        (100.0, 2, 4, False),
+    ],
+)
+def test_chance(percent: float, n_images: int, n_classes: int, expected: bool) -> None:
+    assert at_chance(percent, n_images, n_classes) is expected
 
 
 def run(*argv: str, folder: Path, **options: object) -> subprocess.Popen[str]:

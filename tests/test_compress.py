@@ -183,6 +183,47 @@ def test_bits_by_layer(bits: int) -> None:
     assert (off <= scale[:, None, None, None] * (0.5 + 1e-5))[inside].all()
 
 
+# ---- probabilities ---------------------------------------------------------------------------------------------------
+
+
+def scale_of(quantized: Graph, name: str) -> tuple[float, int]:
+    q = quantized.tensors[name].quant
+    assert q is not None
+    return float(q.scale), int(q.zero_point)
+
+
+def test_codes_of_probabilities() -> None:
+    """Steps of 1/256 wherever nothing else shares the scale, through what only moves codes too."""
+    b = Build(0, (3, 6, 6))
+    gate = b.max_pool("pool", b.function(Op.SIGMOID, "alone", b.conv("c", "input", 4)))
+    x = b.mul("m", gate, b.conv("d", "input", 4, stride=(2, 2)))
+    y = b.node(Op.CONCAT, "cat", (b.function(Op.SIGMOID, "beside", b.conv("e", x, 4)), x), {"axis": 1})
+    graph = b.graph(b.function(Op.SIGMOID, "s", b.node(Op.FLATTEN, "f", (y,), {})))
+    quantized = compress(graph, plan_for(graph, io=Io.INT8))
+    for name in ("alone", "pool", "s"):
+        assert scale_of(quantized, name) == (1 / 256, -128)
+    assert scale_of(quantized, "beside") == scale_of(quantized, "m") == scale_of(quantized, "cat")
+    assert scale_of(quantized, "beside")[0] != 1 / 256
+    flat = b.node(Op.SOFTMAX, "soft", (b.linear("fc", "f", 5),), {"axis": 1})
+    graph = b.graph(b.node(Op.FLATTEN, "last", (flat,), {}))
+    quantized = compress(graph, plan_for(graph))
+    assert scale_of(quantized, "last") == scale_of(quantized, "soft") == (1 / 256, -128)
+
+
+@pytest.mark.parametrize("op", [Op.SOFTMAX, Op.SIGMOID])
+def test_probabilities_at_the_end_are_real_numbers(op: Op) -> None:
+    b = Build(0, (3, 6, 6))
+    x = b.linear("fc", b.node(Op.FLATTEN, "f", ("input",), {}), 5)
+    graph = b.graph(b.node(op, "p", (x,), {"axis": 1} if op is Op.SOFTMAX else {}))
+    quantized = compress(graph, plan_for(graph))
+    assert [n.op for n in quantized.nodes][-2:] == [Op.DEQUANTIZE, op]
+    assert quantized.tensors["p"].quant is None
+    values = reference.run(quantized, {"input": images(graph, 4)})
+    logits = values["p.logits"].astype(np.float64)
+    want = np.exp(logits) / (np.exp(logits).sum(1, keepdims=True) if op is Op.SOFTMAX else 1 + np.exp(logits))
+    np.testing.assert_allclose(values["p"], want, rtol=1e-5)
+
+
 # ---- clips -----------------------------------------------------------------------------------------------------------
 
 

@@ -302,7 +302,7 @@ def manifest_text(graph: Graph) -> str:
         "artifacts": [manifest.artifact_entry(exported, graph, measured)],
         "layers": [dict(zip(names, ("conv1", "conv2d", 216, 8, 4, 0.5, 12.5, 108), strict=True))],
         "budget": {"kind": "avg-bits", "asked": 4.0, "got": 3.9, "met": True},
-        "float": {"accuracy": 92.0, "n": 2000},
+        "float": {"accuracy": 92.0, "n": 2000, "weight_bytes": 864},
         "classes": ["shirt", "shoe"],
         "test_share": 0.2,
         "seed": 7,

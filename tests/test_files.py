@@ -177,6 +177,30 @@ def test_force_replaces_an_earlier_build_whole(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["out", "out/new"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc")
+@pytest.mark.parametrize("place", ["/proc/edgecomp-out", "/proc/self/a/b"])
+def test_a_place_that_takes_no_folders_is_refused_early(place: str) -> None:
+    """Its flags may say that one may write there, and for root they always do."""
+    with pytest.raises(UsageError, match=r"is not a folder one may write to .*choose another -o") as caught:
+        check_output_folder(Path(place), force=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_earlier_build_in_a_folder_that_takes_no_other_is_refused_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = earlier_build(tmp_path / "out")
+    check_output_folder(out, force=True)
+    assert listing(tmp_path)[0] == "out"
+
+    def refuse(path: Path, *args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UsageError, match="Permission denied"):
+        check_output_folder(out, force=True)
+
+
 def test_new_and_empty_folders_need_no_force(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for place in (tmp_path / "empty", tmp_path / "a" / "b" / "c"):

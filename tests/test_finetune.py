@@ -13,15 +13,16 @@ import pytest
 import torch
 
 from edgecomp.cli import main
-from edgecomp.compress import on_grids
+from edgecomp.compress import cut, on_grids
 from edgecomp.data import LabelledImages
-from edgecomp.errors import BundleError, DataError, UsageError
+from edgecomp.errors import DataError
 from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.pytorch import finetune as tuning
-from edgecomp.pytorch.finetune import Recovered, check, divergence, finetune, split
+from edgecomp.pytorch.finetune import Recovered, divergence, finetune, split
 from edgecomp.pytorch.network import Network, accuracy
+from edgecomp.pytorch.progress import Settings
 from edgecomp.pytorch.rebuild import Layer, Rebuilt, entropy_bits
 from edgecomp.quantmath import Grid
 from tests.graphs import images, plain, plan_for, separable
@@ -63,12 +64,11 @@ def tuned(
     train, held_out = split(labelled(graph, n), seed=0)
     return finetune(
         graph,
+        graph,
         *rounded(graph, bits),
         train,
         held_out,
-        epochs=epochs,
-        seed=seed,
-        room=room,
+        settings=Settings(epochs=epochs, seed=seed, room=room),
         checkpoint=checkpoint,
         progress=progress,
     )
@@ -112,8 +112,9 @@ def test_what_is_worse_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tuning, "_WEIGHT_RATE", 5.0)
     graph = plain()
     train, held_out = split(labelled(graph, 512), seed=0)
+    settings = Settings(epochs=1, seed=0, room=1.0)
     found = finetune(
-        graph, graph, plan_for(graph, 6), train, held_out, epochs=1, seed=0, room=1.0, checkpoint=tmp_path / "c"
+        graph, graph, graph, plan_for(graph, 6), train, held_out, settings=settings, checkpoint=tmp_path / "c"
     )
     assert not found.kept
     assert found.after < found.before
@@ -142,68 +143,27 @@ def test_interrupted_gives_the_same_as_not(make: Callable[[], Graph], tmp_path: 
     assert once_more.graph.digest() == whole.graph.digest()
 
 
+def test_answers_are_the_teachers_and_leanings_those_of_the_cut_graph(tmp_path: Path) -> None:
+    teacher = plain(seed=5)
+    keep = {node.name: (True,) * plain().weight(node).shape[0] for node in plain().layers()}
+    original = cut(plain(), {**keep, "conv1": (*keep["conv1"][1:], False)})
+    compressed, plan = rounded(original, 4)
+    train, cpu = labelled(teacher, 64), torch.device("cpu")
+    settings = Settings(epochs=2, seed=0, room=None)
+    work = tuning._Work(teacher, original, compressed, plan, train, settings=settings, device=cpu)
+    latent, layer = work.student.layer("conv1").latent.detach().numpy(), work.student.layer("conv1")
+    first, code = original.tensors["conv1.weight"].data, layer.codes().numpy()
+    assert first is not None
+    leaning = np.clip(first / layer.scale.numpy()[:, None, None, None] - code, -0.45, 0.45)
+    np.testing.assert_allclose(latent, code + leaning, atol=1e-6)
+    work.step()
+    with torch.no_grad():
+        answers = Network(teacher)(torch.from_numpy(np.array(train.images))).flatten(1)
+    np.testing.assert_allclose(work._answers.numpy(), answers.numpy(), atol=1e-5)
+
+
 def test_another_seed_is_another_result(tmp_path: Path) -> None:
     assert tuned(tmp_path / "1", seed=1).graph.digest() != tuned(tmp_path / "2", seed=2).graph.digest()
-
-
-@pytest.fixture
-def part(tmp_path: Path) -> Path:
-    """The checkpoint of an interrupted recovery."""
-    path = tmp_path / "part"
-
-    def interrupt(n: int) -> None:
-        if n:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tuned(path, progress=interrupt)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("changed", "found"),
-    [
-        ({"graph": plain(seed=5)}, "model"),
-        ({"bits": 3}, "plan"),
-        ({"n": 256}, "training images"),
-        ({"seed": 3}, "seed was 0, is 3"),
-        ({"epochs": 3}, "epochs was 2, is 3"),
-        ({"room": None}, "room"),
-    ],
-)
-def test_a_checkpoint_of_something_else_is_refused(changed: dict[str, object], found: str, part: Path) -> None:
-    before = part.read_bytes()
-    with pytest.raises(UsageError, match=f"something else: .*{found}.*--checkpoint") as caught:
-        tuned(part, **changed)  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
-    assert part.read_bytes() == before
-
-
-def test_early_check(part: Path, tmp_path: Path) -> None:
-    check(part, plain())
-    check(tmp_path / "none", plain())
-    with pytest.raises(UsageError, match="something else: model was"):
-        check(part, plain(seed=5))
-    with pytest.raises(UsageError, match="is no folder"):
-        check(tmp_path / "nowhere" / "c", plain())
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"mine" * 99])
-def test_a_damaged_checkpoint_is_refused(damage: Callable[[bytes], bytes], part: Path) -> None:
-    part.write_bytes(damage(part.read_bytes()))
-    with pytest.raises(BundleError, match="no checkpoint of a recovery, or damaged"):
-        tuned(part)
-
-
-def test_a_checkpoint_runs_no_code(part: Path, tmp_path: Path) -> None:
-    class Trap:
-        def __reduce__(self) -> tuple[object, ...]:
-            return (Path.touch, (tmp_path / "sprung",))
-
-    torch.save({"schema": tuning.SCHEMA, "key": Trap(), "state": {}}, part)
-    with pytest.raises(BundleError, match="damaged"):
-        tuned(part)
-    assert not (tmp_path / "sprung").exists()
 
 
 def test_divergence_is_kullback_leibler() -> None:
@@ -242,7 +202,8 @@ def test_the_bundled_network_recovers(tmp_path: Path) -> None:
     test = draw(data.test, 300, seed=0)
     train, held_out = split(data.train, seed=0)
     assert accuracy(graph, test, p) > 88
-    found = finetune(graph, graph, plan, train, held_out, epochs=2, seed=0, room=1.0, checkpoint=tmp_path / "c")
+    settings = Settings(epochs=2, seed=0, room=1.0)
+    found = finetune(graph, graph, graph, plan, train, held_out, settings=settings, checkpoint=tmp_path / "c")
     before, after = (tuning._judge(Rebuilt(g, q), test, q) for g, q in ((graph, plan), (found.graph, found.plan)))
     assert after > before + 10
 
@@ -272,6 +233,29 @@ def test_build_recovers(budget: str, place: Place, tmp_path: Path, monkeypatch: 
     assert main(["verify", str(out)]) == 0
     if budget == "max size":
         assert (out / "model.onnx").stat().st_size <= 4800
+
+
+def test_the_uncut_network_teaches(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With channels cut and for some of the classes: the answers are those of the network before any channel went."""
+    monkeypatch.chdir(place.folder)
+    seen: list[tuple[Graph, Graph]] = []
+
+    def spied(teacher: Graph, original: Graph, *others: object, **more: object) -> Recovered:
+        seen.append((teacher, original))
+        return finetune(teacher, original, *others, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning, "finetune", spied)
+    argv = [*place.command()[:-1], str(tmp_path / "out"), "--avg-bits", "4", "--format", "onnx", "--recover", "1"]
+    assert main([*argv, "--classes", "0,2,3", "--prune", "0.4"]) == 0
+    (teacher, original), = seen
+    trained = torch.load(place.folder / "tiny.pt", weights_only=True)
+    shapes = {name: t.shape for name, t in teacher.tensors.items() if t.data is not None}
+    assert shapes["conv2.weight"] == trained["conv2.weight"].shape
+    found = teacher.tensors["fc.weight"].data
+    assert found is not None
+    np.testing.assert_array_equal(found, trained["fc.weight"][[0, 2, 3]].numpy())
+    cut_weights = sum(t.data.size for t in original.tensors.values() if t.data is not None and t.data.ndim > 1)
+    assert cut_weights < 0.61 * sum(np.prod(shape) for shape in shapes.values() if len(shape) > 1)
 
 
 def test_build_goes_on_after_ctrl_c(
@@ -324,11 +308,3 @@ def test_wrong_use_is_one_line(
     error = capsys.readouterr().err
     assert found in error
     assert error.count("\n") == 1
-
-
-def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
-    graph = plain()
-    with pytest.raises(UsageError, match="is a folder, expected a file"):
-        check(tmp_path, graph)
-    with pytest.raises(UsageError, match="is no folder; name another --checkpoint"):
-        check(tmp_path / "missing" / "file", graph)

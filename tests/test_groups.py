@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from edgecomp import reference
+from edgecomp.compress import cut
 from edgecomp.errors import GraphError
 from edgecomp.graph import Graph, Node, Op
 from edgecomp.groups import is_depthwise, kept_numbers, number_channels
@@ -23,6 +26,14 @@ TOGETHER: dict[str, list[set[str]]] = {
     "branches": [{"stem"}, {"a"}, {"b"}, {"mix"}],
     "multiplied": [{"stem", "dw1", "dw2"}],
     "dense": [{"stem"}, {"conv1"}, {"conv2"}, {"side"}],
+    "gated": [
+        {"stem", "project"},
+        {"expand", "dw", "se.fc2"},
+        {"se.fc1"},
+        {"conv", "se2.fc2", "side"},
+        {"se2.fc1"},
+        {"fc1"},
+    ],
 }
 LOCKED = {
     "plain": {"fc2"},
@@ -31,6 +42,7 @@ LOCKED = {
     "branches": {"fc"},
     "multiplied": {"fc"},
     "dense": {"fc"},
+    "gated": {"fc2"},
 }
 
 
@@ -177,9 +189,47 @@ def lowered(b: Build) -> str:
     return b.conv("d", b.clip("clip", b.conv("c", "input", 4), -2.0, -0.5), 2)
 
 
+def halved(b: Build) -> str:
+    return b.conv("d", b.function(Op.SIGMOID, "s", b.conv("c", "input", 4)), 2)
+
+
+def halved_and_pooled(b: Build) -> str:
+    x = b.function(Op.HARD_SWISH, "h", b.function(Op.HARD_SIGMOID, "s", b.conv("c", "input", 4)))
+    return b.conv("d", b.max_pool("p", b.clip("r", x)), 2)
+
+
+def halved_and_flattened(b: Build) -> str:
+    x = b.function(Op.SIGMOID, "s", b.conv("c", "input", 4))
+    return b.linear("d", b.node(Op.FLATTEN, "f", (x,), {}), 2)
+
+
+def halved_and_added(b: Build) -> str:
+    x = b.function(Op.SIGMOID, "s", b.conv("c", "input", 4))
+    return b.conv("d", b.node(Op.ADD, "add", (b.conv("e", "input", 4), x), {}), 2)
+
+
+def two_gates(b: Build) -> str:
+    x, y = (b.function(Op.SIGMOID, f"s{name}", b.conv(name, "input", 4)) for name in "ce")
+    return b.conv("d", b.mul("m", x, y), 2)
+
+
+def gate_read_twice(b: Build) -> str:
+    x = b.function(Op.SIGMOID, "s", b.conv("c", "input", 4))
+    y = b.mul("m", x, b.conv("e", "input", 4))
+    return b.conv("d", b.node(Op.CONCAT, "cat", (y, x), {"axis": 1}), 2)
+
+
+def gate_of_the_input(b: Build) -> str:
+    return b.conv("d", b.mul("m", b.function(Op.SIGMOID, "s", b.conv("c", "input", 3)), "input"), 2)
+
+
 @pytest.mark.parametrize(
     "build",
-    [softmax_inside, reshaped, stacked, grouped, added_to_the_input, depthwise_on_the_input, lifted, lowered],
+    [
+        softmax_inside, reshaped, stacked, grouped, added_to_the_input, depthwise_on_the_input, lifted, lowered,
+        halved, halved_and_pooled, halved_and_flattened, halved_and_added, two_gates, gate_read_twice,
+        gate_of_the_input,
+    ],
     ids=lambda build: build.__name__,
 )
 def test_locked(build: Callable[[Build], str]) -> None:
@@ -187,6 +237,53 @@ def test_locked(build: Callable[[Build], str]) -> None:
     graph = b.graph(build(b))
     channels = number_channels(graph)
     assert channels.locked[channels.of["c"]].all()
+
+
+def gate(b: Build) -> str:
+    return b.conv("d", b.mul("m", b.function(Op.SIGMOID, "s", b.conv("c", "input", 4)), b.conv("e", "input", 4)), 2)
+
+
+def gate_limited(b: Build) -> str:
+    x = b.clip("r", b.function(Op.HARD_SIGMOID, "s", b.conv("c", "input", 4)), 0.25, 0.75)
+    return b.conv("d", b.mul("m", b.function(Op.SILU, "h", b.conv("e", "input", 4)), x), 2)
+
+
+def gate_before_depthwise(b: Build) -> str:
+    """The depthwise rows go with the channel, bias and all."""
+    return b.conv("d", b.conv("w", b.function(Op.SIGMOID, "s", b.conv("c", "input", 4)), 8, groups=4), 2)
+
+
+def gate_of_features(b: Build) -> str:
+    """Squeeze and excitation by linear layers, as it was first published."""
+    x = b.conv("e", "input", 4)
+    y = b.node(Op.FLATTEN, "f", (b.node(Op.GLOBAL_AVG_POOL, "p", (x,), {}),), {})
+    y = b.function(Op.SIGMOID, "s", b.linear("c", b.clip("r", b.linear("l", y, 3)), 4))
+    return b.conv("d", b.mul("m", x, b.node(Op.RESHAPE, "v", (y,), {"shape": (1, 4, 1, 1)})), 2)
+
+
+@pytest.mark.parametrize(
+    "build", [gate, gate_limited, gate_before_depthwise, gate_of_features], ids=lambda build: build.__name__
+)
+def test_gates_are_cut_with_what_they_gate(build: Callable[[Build], str]) -> None:
+    """And the cut graph gives what one with rows and biases of zero gives."""
+    b = Build(0, (3, 6, 6))
+    graph = b.graph(build(b))
+    channels = number_channels(graph)
+    assert not channels.locked[channels.of["c"]].any()
+    keep = {node.name: [True] * graph.weight(node).shape[0] for node in graph.layers()}
+    tensors = dict(graph.tensors)
+    for node in graph.layers():
+        gone = np.isin(channels.of[node.outputs[0]], channels.of["c"][[0, 2]])
+        keep[node.name] = (~gone).tolist()
+        for name in node.inputs[1:]:
+            data = np.array(tensors[name].data)
+            data[gone] = 0
+            tensors[name] = replace(tensors[name], data=data)
+    x = {"input": np.random.default_rng(0).standard_normal((2, 3, 6, 6))}
+    want = reference.run(replace(graph, tensors=tensors), x)["d"]
+    smaller = cut(graph, {name: tuple(flags) for name, flags in keep.items()})
+    assert smaller.tensors["c"].shape[1] == 2
+    np.testing.assert_allclose(reference.run(smaller, x)["d"], want, rtol=0, atol=1e-12)
 
 
 def test_only_the_channels_that_are_read_are_locked() -> None:

@@ -116,6 +116,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     **{f"without {key}": (lambda r, key=key: r.pop(key), f"'{key}' is missing") for key in KEYS[1:]},  # type: ignore[misc]
     "no artifacts": (lambda r: r.update(artifacts=[]), "at least one"),
     "artifacts by name": (lambda r: r.update(artifacts={"onnx": {}}), "list of at least one"),
+    "float without its bytes": (lambda r: r["float"].pop("weight_bytes"), "float: 'weight_bytes' is missing"),
     "an artifact that is a string": (lambda r: r.update(artifacts=["model.onnx"]), "artifact 0: expected an object"),
     **{
         f"artifact without {key}": (lambda r, key=key: r["artifacts"][1].pop(key), f"artifact 1: '{key}' is missing")  # type: ignore[misc]
@@ -172,7 +173,7 @@ def test_what_is_no_json_of_ours(text: str, reason: str) -> None:
 
 
 def test_the_page_for_people_says_what_the_manifest_says(record: dict[str, Any]) -> None:
-    page = overview(record)
+    page = overview(record, {})
     assert results_table(record) in page
     onnx, tflite = record["artifacts"]
     for entry in (onnx, tflite):
@@ -183,5 +184,5 @@ def test_the_page_for_people_says_what_the_manifest_says(record: dict[str, Any])
         assert cells[4:6] == ["87.50 %", "-2.50"]
         assert cells[6] == "99.50 % (max 1)"
     assert "mean bits a weight, at most 4, came to 4." in page
-    assert "(not met)" in overview({**record, "budget": {**record["budget"], "met": False}})
-    assert "model.tflite" not in overview({**record, "artifacts": [onnx]})
+    assert "(not met)" in overview({**record, "budget": {**record["budget"], "met": False}}, {})
+    assert "model.tflite" not in overview({**record, "artifacts": [onnx]}, {})

@@ -120,6 +120,11 @@ def test_avg_pool(case: str, include_pad: int) -> None:
 
 OTHERS: dict[str, tuple[Op, dict[str, object], Callable[..., torch.Tensor], int]] = {
     "add": (Op.ADD, {}, lambda a, b: a + b, 2),
+    "mul": (Op.MUL, {}, lambda a, b: a * b, 2),
+    "sigmoid": (Op.SIGMOID, {}, torch.sigmoid, 1),
+    "hard sigmoid": (Op.HARD_SIGMOID, {}, F.hardsigmoid, 1),
+    "silu": (Op.SILU, {}, F.silu, 1),
+    "hard swish": (Op.HARD_SWISH, {}, F.hardswish, 1),
     "concat channels": (Op.CONCAT, {"axis": 1}, lambda *t: torch.cat(t, 1), 3),
     "concat rows": (Op.CONCAT, {"axis": 2}, lambda *t: torch.cat(t, 2), 2),
     "concat last": (Op.CONCAT, {"axis": -1}, lambda *t: torch.cat(t, -1), 2),
@@ -144,6 +149,31 @@ def test_other_operators(case: str) -> None:
     check(op, values, attrs, torch_form(*(torch.from_numpy(v) for v in values)))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_mul_of_one_value_a_channel(first: bool) -> None:
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal(shape) for shape in ((2, 3, 1, 1), (2, 3, 4, 5))]
+    values = values if first else values[::-1]
+    check(Op.MUL, values, {}, torch.from_numpy(values[0]) * torch.from_numpy(values[1]))
+
+
+CURVES = {
+    Op.SIGMOID: torch.sigmoid,
+    Op.HARD_SIGMOID: F.hardsigmoid,
+    Op.SILU: F.silu,
+    Op.HARD_SWISH: F.hardswish,
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("op", CURVES)
+def test_functions_far_from_zero(op: Op) -> None:
+    """Flat ends and corners, without overflow."""
+    x = np.array([[-1e3, -100.0, -40, -3.5, -3, -1e-9, 0, 1e-9, 2.5, 3, 3.5, 40, 1e3]])
+    check(op, [x], {}, CURVES[op](torch.from_numpy(x)))
+    assert OPS[op].compute([x.astype(np.float32)], {}).dtype == np.float32
+
+
 def test_softmax_of_large_values() -> None:
     x = np.array([[1e4, 1e4 - 1, -1e4]])
     check(Op.SOFTMAX, [x], {"axis": 1}, F.softmax(torch.from_numpy(x), 1))
@@ -157,6 +187,9 @@ BAD_SHAPES = {
     "linear": (Op.LINEAR, [(1, 4), (3, 5)], {}, "do not fit together"),
     "linear of an image": (Op.LINEAR, [(1, 4, 1, 1), (3, 4)], {}, "do not fit together"),
     "add": (Op.ADD, [(1, 4, 2, 2), (1, 4, 1, 1)], {}, "expected equal shapes"),
+    "mul": (Op.MUL, [(1, 4, 2, 2), (1, 4, 2, 1)], {}, "expected equal shapes, or"),
+    "mul of another channel": (Op.MUL, [(1, 4, 2, 2), (1, 1, 1, 1)], {}, "expected equal shapes, or"),
+    "mul of rows": (Op.MUL, [(1, 4), (1, 1)], {}, "expected equal shapes, or"),
     "concat": (Op.CONCAT, [(1, 4, 2, 2), (1, 4, 3, 2)], {"axis": 1}, "differ beside axis 1"),
     "reshape": (Op.RESHAPE, [(1, 4, 2, 2)], {"shape": (1, 5, 3)}, "does not fit"),
     "reshape of the batch": (Op.RESHAPE, [(1, 4, 2, 2)], {"shape": (2, 8)}, "does not fit"),
@@ -286,6 +319,60 @@ def test_add_in_integers(scales: tuple[float, float, float]) -> None:
         real = (p * Fraction(float(a.scale)) + q * Fraction(float(b.scale))) / Fraction(float(y.scale))
         if abs(real - half_up(real)) < Fraction(499, 1000):
             assert got[index] == clamp(half_up(real) - 7, -100)
+
+
+@pytest.mark.parametrize("shapes", [((2, 3, 4, 5), (2, 3, 4, 5)), ((2, 3, 1, 1), (2, 3, 4, 5)), ((2, 7), (2, 7))])
+@pytest.mark.parametrize("scales", [(0.02, 1 / 256, 0.004), (0.02, 0.03, 0.1), (3.0, 0.5, 0.02)])
+def test_mul_in_integers(shapes: tuple[tuple[int, ...], ...], scales: tuple[float, float, float]) -> None:
+    rng = np.random.default_rng(5)
+    a, b, y = (params(scale, zero) for scale, zero in zip(scales, (4, -128, -7), strict=True))
+    graph = one_node(Op.MUL, list(shapes), [a, b, y], {"clamp": (-100, 120)})
+    values = {"x0": codes(rng, shapes[0]), "x1": codes(rng, shapes[1])}
+    got = reference.run(graph, values)["y"]
+    factor = multiplier(np.array(float(a.scale) * float(b.scale) / float(y.scale)))
+    x0, x1 = (np.broadcast_to(values[name], shapes[1]) for name in ("x0", "x1"))
+    for index in np.ndindex(shapes[1]):
+        product = (int(x0[index]) - 4) * (int(x1[index]) + 128)
+        want = half_up(Fraction(product * int(factor.mantissa), 2 ** int(factor.shift)))
+        assert got[index] == clamp(want - 7, -100, 120), index
+
+
+# Scales of input and output, and which functions are then no product with a gate in codes.
+CURVE_SCALES = {
+    (0.05, 0.04): set[Op](),
+    (0.1, 1 / 256): {Op.SILU, Op.HARD_SWISH},
+    (0.5, 0.7): set[Op](),
+    (0.001, 0.0001): set[Op](),
+}
+
+
+@pytest.mark.parametrize("scales", CURVE_SCALES, ids=str)
+@pytest.mark.parametrize("op", CURVES)
+def test_functions_in_integers(op: Op, scales: tuple[float, float]) -> None:
+    """Every code, against torch in float64 and one rounding; or a rounded gate, and a rounded product with it."""
+    x, y = params(scales[0], 9), params(scales[1], -100)
+    graph = one_node(op, [(1, 256)], [x, y], {})
+    every = np.arange(-128, 128).astype(np.int8)[None]
+    got = reference.run(graph, {"x0": every[:, ::-1]})["y"][0, ::-1]
+    assert got.dtype == np.int8
+    x_step, y_step = (float(np.float32(scale)) for scale in scales)
+    real = (torch.arange(-128, 128).double() - 9) * x_step
+    exact = [clamp(half_even(Fraction(v)) - 100) for v in (CURVES[op](real) / y_step).tolist()]
+    want = exact
+    if op in (Op.SILU, Op.HARD_SWISH):
+        steps = 256 if op is Op.SILU else 255
+        gate = torch.sigmoid(real) if op is Op.SILU else F.hardsigmoid(real)
+        shares = [min(half_even(Fraction(v * steps)), 255) for v in gate.tolist()]
+        factor = multiplier(np.array(x_step * float(np.float32(1 / steps)) / y_step))
+        products = [
+            half_up(Fraction((code - 9) * share * int(factor.mantissa), 2 ** int(factor.shift)))
+            for code, share in zip(range(-128, 128), shares, strict=True)
+        ]
+        by_gate = [clamp(product - 100) for product in products]
+        apart = max(abs(a - b) for a, b in zip(by_gate, exact, strict=True))
+        assert (apart > 1) == (op in CURVE_SCALES[scales])
+        want = exact if apart > 1 else by_gate
+    assert got.tolist() == want
 
 
 @pytest.mark.parametrize("include_pad", [0, 1])

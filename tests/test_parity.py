@@ -24,16 +24,22 @@ N_IMAGES = 8
 # How far onnxruntime may be from the reference when it is given the reference's own inputs: steps of the last place,
 # and the share of elements that may be off at all. Where products are rescaled, onnxruntime multiplies by a float32
 # factor: a sum within some millionths of a tie can go the other way. Average pools add float32 numbers, and round ties
-# to even with the zero point included: on a 2x2 window a quarter of all means are ties.
+# to even with the zero point included: on a 2x2 window a quarter of all means are ties. Its softmax rounds down here
+# and there where the scale is not the usual 1/256.
 EXACT = (0, 0.0)
 NEAR_TIES = (1, 1e-4)
 TOLERANCE: dict[Op, tuple[int, float]] = {
     Op.CONV2D: NEAR_TIES,
     Op.LINEAR: NEAR_TIES,
     Op.ADD: NEAR_TIES,
+    Op.MUL: NEAR_TIES,
+    Op.SIGMOID: NEAR_TIES,
+    Op.HARD_SIGMOID: NEAR_TIES,
+    Op.SILU: NEAR_TIES,
+    Op.HARD_SWISH: NEAR_TIES,
     Op.GLOBAL_AVG_POOL: NEAR_TIES,
     Op.AVG_POOL: (1, 0.3),
-    Op.SOFTMAX: (1, 1e-2),
+    Op.SOFTMAX: (1, 3e-2),
     Op.CONCAT: EXACT,
     Op.MAX_POOL: EXACT,
     Op.CLIP: EXACT,
@@ -175,6 +181,10 @@ def test_cut_networks(name: str) -> None:
         "branches": {"stem": (5,), "a": (0,), "b": (1, 2), "mix": (7,)},
         "multiplied": {"stem": (1,), "dw1": (2, 3), "dw2": (4, 5, 6, 7)},
         "dense": {"stem": (0,), "conv1": (2,), "conv2": (0, 1), "side": (3,)},
+        "gated": {
+            "expand": (0, 5), "dw": (0, 5), "se.fc2": (0, 5), "se.fc1": (3,),
+            "conv": (9,), "se2.fc2": (9,), "side": (9,), "fc1": (1, 2, 3),
+        },
     }
     quantized = compress(graph, plan_for(graph, 3, drop=drop[name]))
     x = images(graph, N_IMAGES)

@@ -448,3 +448,65 @@ def test_a_mean_width_is_never_exceeded(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(BudgetError, match=r"a mean of 2\.5 bits a weight asked for, the least that was found is 2\.8"):
         spending.spend_mean_bits(LADDER, 2.5, ["onnx"], make)  # type: ignore[arg-type]
     assert asked_for[-1] == 2.0
+
+
+FINE = [choice(f"l{i}", 20 + 7 * i, {b: 4.0 ** (8 - b) * (i + 1) for b in range(2, 9)}) for i in range(40)]
+
+
+@pytest.mark.parametrize("asked", [2.5, 3.0, 4.0, 5.5])
+@pytest.mark.parametrize(
+    ("written", "most_tries"),
+    [
+        (lambda mean: mean, 1),
+        (lambda mean: 0.985 * mean, 1),
+        (lambda mean: 0.8 * mean, 3),
+        (lambda mean: mean - 0.3, 4),
+        (lambda mean: mean + 0.3, 5),
+        (lambda mean: 0.4 * np.ceil(mean / 0.4), 6),
+    ],
+)
+def test_a_mean_width_is_spent(
+    asked: float, written: Callable[[float], float], most_tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written may be less than the trials said: then more is tried, but not where it is near already."""
+    from edgecomp import spending
+
+    tried: list[float] = []
+
+    def make(grids: Mapping[str, Grid]) -> float:
+        tried.append(written(mean_bits(FINE, grids)))
+        return tried[-1]
+
+    monkeypatch.setattr(spending, "least_mean_bits", lambda candidate, _: candidate)
+    spent = spending.spend_mean_bits(FINE, asked, ["onnx"], make)  # type: ignore[arg-type]
+    assert spent.candidate == max(found for found in tried if found <= asked)
+    assert spent.got == pytest.approx(spent.candidate, abs=1e-4)
+    assert len(tried) <= most_tries
+    if most_tries < 6:  # the last is written in steps too large for it
+        assert spent.got >= 0.98 * asked
+
+
+@often
+@given(instances(), st.floats(2, 8), st.lists(st.floats(0.6, 1.5), min_size=16, max_size=16))
+def test_whatever_is_written_the_limit_holds(
+    case: tuple[list[LayerChoices], float], asked: float, factors: list[float]
+) -> None:
+    from edgecomp import spending
+
+    choices, _ = case
+    tried: list[float] = []
+
+    def make(grids: Mapping[str, Grid]) -> float:
+        tried.append(mean_bits(choices, grids) * factors[len(tried)])
+        return tried[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spending, "least_mean_bits", lambda candidate, _: candidate)
+        try:
+            spent = spending.spend_mean_bits(choices, asked, ["onnx"], make)  # type: ignore[arg-type]
+        except BudgetError:
+            assert not any(found <= asked for found in tried)
+        else:
+            assert spent.candidate in tried
+            assert spent.candidate <= asked
+    assert len(tried) <= 6

@@ -37,7 +37,7 @@ def run_with_layers(graph: Graph, x: torch.Tensor) -> tuple[torch.Tensor, dict[s
     return last.flatten(1), {node.name: kept[node.name] for node in graph.layers()}
 
 
-@pytest.mark.parametrize("name", ["residual", "branches"])
+@pytest.mark.parametrize("name", ["residual", "branches", "gated"])
 def test_taylor_is_the_gradient_of_the_loss(name: str) -> None:
     graph = GRAPHS[name]()
     found = score_by(Score.TAYLOR, graph, labelled(graph))
@@ -98,7 +98,7 @@ def test_wanda_and_magnitude_by_hand() -> None:
         np.testing.assert_allclose(magnitude.layers[node.name].output_cost, 1 / energy, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["plain", "residual"])
+@pytest.mark.parametrize("name", ["plain", "residual", "gated"])
 def test_deeplift_sums_to_the_difference(name: str) -> None:
     """What all channels of a layer on the only path contribute is the output's difference from the reference's."""
     graph = GRAPHS[name]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from edgecomp.benching import _note
 from edgecomp.cli import main
+from edgecomp.folder import open_folder
 from tests.tiny import Place
 
 
@@ -112,6 +115,58 @@ def test_bench_measures_beside_float_and_int8(place: Place, capsys: pytest.Captu
         assert report["source"] == "measured"
         assert len(report["samples_us"]) >= 10
         assert report["min_us"] <= report["p50_us"] <= report["p90_us"]
+
+
+def test_bench_names_what_it_compares_with(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Channels are gone in the float file too: it is called so, the uncut network's accuracy is not given as its."""
+    monkeypatch.chdir(place.folder)
+    assert main([*place.command()[:-1], "cut", "--prune", "0.5", "--classes", "0,2", "--format", "onnx"]) == 0
+    capsys.readouterr()
+    assert main(["bench", "cut", "--min-secs", "0.05"]) == 0
+    text = capsys.readouterr().out
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    rows = {row[0]: row for row in cells[2:]}
+    assert list(rows) == ["float32, cut", "plain int8, cut", "compressed"]
+    manifest = json.loads((place.folder / "cut" / "manifest.json").read_text())
+    assert [row[3] for row in rows.values()] == ["-", "-", f"{manifest['artifacts'][0]['accuracy']['value']:.2f} %"]
+    assert rows["plain int8, cut"][7] == "1.000"
+    assert re.fullmatch(r"\d+\.\d{3}", rows["compressed"][7])
+    assert f"{manifest['float']['accuracy']:.2f} % accuracy in torch, 4640 bytes of float32" in text
+    assert "what is left of it, channels or classes cut" in text
+    assert "all of it" in _note(open_folder(place.folder / "out"))
+
+
+def test_the_page_says_what_was_done(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.folder)
+    options = ["--avg-bits", "3", "--prune", "0.4", "--classes", "0,2=3,3", "--recover", "1", "--format", "onnx"]
+    assert main([*place.command()[:-1], "told", *options]) == 0
+    manifest = json.loads((place.folder / "told" / "manifest.json").read_text())
+    made_by = json.loads((place.folder / "told" / "plan.json").read_text())["made_by"]
+    page = (place.folder / "told" / "README.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("- ")]
+    assert lines[0] == (
+        "- For 3 of 4 classes: 0,2=3,3. Outputs, images, relevance and every figure here are theirs alone."
+    )
+    n_training = int(200 * 3 / 4)
+    n_held_out = n_training // 8
+    assert lines[1].startswith("- What matters was told by epsilon 1e-06; classes 0*1,1*3,2*1, on 64 training images.")
+    left = sum(layer["weights"] for layer in manifest["layers"])
+    channels = sum(layer["kept_channels"] for layer in manifest["layers"])
+    assert left < 0.61 * 1160
+    assert lines[2] == (
+        f"- Cut: outputs of the other classes, and whole channels (--prune 0.4); {channels} of 20 output channels "
+        f"are left, {left} of 1160 weights, {100 * left / 1160:.1f} %."
+    )
+    assert lines[4].startswith("- Recovery, fine-tuning to the uncut float network's answers: 1 epochs of ")
+    assert made_by["recovery"] in lines[4]
+    assert f"{n_training - n_held_out} images" in lines[4]
+    assert f"{n_held_out} images held out" in lines[4]
+    plain = (place.folder / "out" / "README.md").read_text()
+    assert "classes" not in plain
+    assert "--prune" not in plain
+    assert "Recovery" not in plain
 
 
 def test_int8_input_and_output(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

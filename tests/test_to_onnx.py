@@ -100,9 +100,13 @@ def test_onnxruntime_folds_and_fuses(name: str, bits: int, io: Io) -> None:
     assert widened == ()
     assert ops["QLinearConv"] == sum(n.op is Op.CONV2D for n in graph.nodes)
     assert ops["QGemm"] == sum(n.op is Op.LINEAR for n in graph.nodes)
-    assert ops["QLinearAdd"] == sum(n.op is Op.ADD for n in graph.nodes)
+    # A hard-swish is a sum, limited, and a product; a silu a sigmoid and a product.
+    assert ops["QLinearAdd"] == sum(n.op in (Op.ADD, Op.HARD_SIGMOID, Op.HARD_SWISH) for n in graph.nodes)
+    assert ops["QLinearMul"] == sum(n.op in (Op.MUL, Op.SILU, Op.HARD_SWISH) for n in graph.nodes)
+    assert ops["QLinearSigmoid"] == sum(n.op in (Op.SIGMOID, Op.SILU) for n in graph.nodes)
     # Nothing of the unpacking is left, and no operator runs on real numbers but a softmax behind the border.
     assert not {"BitShift", "BitwiseAnd", "BitwiseOr", "Where", "Slice", "Conv", "Gemm", "MatMul"} & set(ops)
+    assert not {"Add", "Mul", "Sigmoid", "HardSigmoid", "HardSwish"} & set(ops)
     assert ops["DequantizeLinear"] == (1 if io is Io.FLOAT else 2)
     assert ops["QuantizeLinear"] == (1 if io is Io.FLOAT else 2)
 
@@ -204,6 +208,24 @@ def concat_of_the_input(b: Build) -> str:
     return b.node(Op.CONCAT, "cat", ("input", b.conv("c", "input", 4), "input"), {"axis": 1})
 
 
+def product_with_itself(b: Build) -> str:
+    x = b.conv("c", "input", 4)
+    return b.mul("mul", x, x)
+
+
+def gate_with_two_readers(b: Build) -> str:
+    x, y = b.conv("c", "input", 4), b.function(Op.HARD_SIGMOID, "s", b.conv("d", "input", 4))
+    return b.node(Op.CONCAT, "cat", (b.mul("m", y, x), y), {"axis": 1})
+
+
+def swishes_of_the_input(b: Build) -> str:
+    return b.mul("m", b.function(Op.HARD_SWISH, "h", "input"), b.function(Op.SILU, "s", "input"))
+
+
+def hard_sigmoid_beside_others(b: Build) -> str:
+    return b.node(Op.CONCAT, "cat", (b.function(Op.HARD_SIGMOID, "s", "input"), "input"), {"axis": 1})
+
+
 def relu_of_the_input(b: Build) -> str:
     return b.conv("c", b.clip("relu", "input"), 4)
 
@@ -244,6 +266,10 @@ ODD = [
     clip_with_two_readers,
     tensor_with_three_readers,
     concat_of_the_input,
+    product_with_itself,
+    gate_with_two_readers,
+    swishes_of_the_input,
+    hard_sigmoid_beside_others,
     relu_of_the_input,
     clip_of_the_input_alone,
     without_bias,

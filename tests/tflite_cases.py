@@ -35,6 +35,16 @@ def flat_sum_of_two_orders(b: Build) -> str:
     return b.linear("fc", add(b, flat(b, "f", "input"), b.linear("fc1", flat(b, "g", "input"), 192)), 9)
 
 
+def flat_product_linear(b: Build) -> str:
+    x, y = b.conv("c", "input", 4), b.function(Op.SIGMOID, "s", b.conv("d", "input", 4))
+    return b.linear("fc", b.mul("m", flat(b, "f", x), flat(b, "g", y)), 9)
+
+
+def beside(b: Build, x: str) -> str:
+    """Let x share its scale with the input."""
+    return b.node(Op.CONCAT, "cat", (x, "input"), {"axis": 1})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A small graph.
@@ -100,6 +110,46 @@ CASES = {
     "conv of one channel": Case(build=lambda b: b.conv("c", "input", 4), ops="CONV_2D", shape=(1, 8, 8)),
     "residual add": Case(
         build=lambda b: b.clip("r", add(b, b.conv("c", "input", 3), "input")), ops="CONV_2D ADD+RELU", steps=2
+    ),
+    # A step of the convolution is several of the product.
+    "mul": Case(build=lambda b: b.mul("m", b.conv("c", "input", 3), "input"), ops="CONV_2D MUL", steps=4),
+    "mul relu": Case(
+        build=lambda b: b.clip("r", b.mul("m", b.conv("c", "input", 3), "input")), ops="CONV_2D MUL+RELU", steps=4
+    ),
+    "sigmoid": Case(build=lambda b: b.function(Op.SIGMOID, "s", b.max_pool("p", "input")), ops="MAX_POOL_2D LOGISTIC"),
+    "sigmoid beside others": Case(
+        build=lambda b: beside(b, b.function(Op.SIGMOID, "s", "input")),
+        ops="LOGISTIC QUANTIZE CONCATENATION",
+    ),
+    "softmax beside others": Case(
+        build=lambda b: beside(b, b.node(Op.SOFTMAX, "s", ("input",), {"axis": 1})),
+        ops="SOFTMAX QUANTIZE CONCATENATION",
+    ),
+    "hard sigmoid": Case(build=lambda b: b.function(Op.HARD_SIGMOID, "s", "input"), ops="MUL ADD+RELU"),
+    "hard sigmoid of features": Case(
+        build=lambda b: b.function(Op.HARD_SIGMOID, "s", "input"), ops="MUL ADD+RELU", shape=(17,)
+    ),
+    "hard sigmoid beside others": Case(
+        build=lambda b: beside(b, b.function(Op.HARD_SIGMOID, "s", "input")),
+        ops="MUL ADD MAXIMUM MINIMUM CONCATENATION",
+    ),
+    "silu": Case(build=lambda b: b.function(Op.SILU, "s", "input"), ops="LOGISTIC MUL"),
+    "silu of what is mostly below zero": Case(
+        build=lambda b: b.function(Op.SILU, "s", b.clip("r", "input", -20, 0.1)),
+        ops="MAXIMUM MINIMUM DEQUANTIZE LOGISTIC MUL QUANTIZE",
+    ),
+    "hard swish": Case(build=lambda b: b.function(Op.HARD_SWISH, "s", "input"), ops="MUL ADD MUL"),
+    "hard swish of what is mostly below zero": Case(
+        build=lambda b: b.function(Op.HARD_SWISH, "s", b.clip("r", "input", -20, 0.1)),
+        ops="MAXIMUM MINIMUM DEQUANTIZE HARD_SWISH QUANTIZE",
+    ),
+    "squeeze and excitation": Case(
+        build=lambda b: b.squeezed("se", "input", 4, None, Op.HARD_SIGMOID),
+        ops="MEAN CONV_2D+RELU CONV_2D MUL ADD+RELU MUL",
+        steps=2,
+    ),
+    "flatten to product to linear": Case(
+        build=flat_product_linear, ops="CONV_2D CONV_2D LOGISTIC RESHAPE RESHAPE MUL FULLY_CONNECTED", steps=3
     ),
     "concat": Case(
         build=lambda b: b.node(Op.CONCAT, "cat", (b.conv("c", "input", 5), b.conv("d", "input", 4)), {"axis": 1}),

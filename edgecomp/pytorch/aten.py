@@ -10,9 +10,9 @@ from typing import cast
 import numpy as np
 import torch
 
-from edgecomp.errors import CaptureError
+from edgecomp.errors import CaptureError, GraphError
 from edgecomp.graph import WEIGHTED, Array, Op
-from edgecomp.pytorch.calls import Activation, Call, Padded, Value, operator_name
+from edgecomp.pytorch.calls import Activation, Call, Expanded, Padded, Value, operator_name
 
 
 def _with_bias(weight: Array, bias: Array | None) -> dict[str, Array]:
@@ -156,10 +156,39 @@ def _add(call: Call) -> Value:
     return call.emit(Op.ADD, [a, b])
 
 
+def _mul(call: Call) -> Value:
+    factors = []
+    for name in ("self", "other"):
+        value = call.args[name]
+        factors.append(value.inner if isinstance(value, Expanded) else call.activation(name))
+    a, b = factors
+    if all(isinstance(call.args[name], Expanded) for name in ("self", "other")):
+        raise call.refuse("of two tensors that were expanded is not supported")
+    try:
+        return call.emit(Op.MUL, factors)
+    except GraphError as e:
+        raise call.refuse(f"of shapes {a.shape} and {b.shape} is not supported, only equal shapes, or one value a "
+                          "channel (N, C, 1, 1)") from e  # fmt: skip
+
+
+def _function(op: Op) -> Callable[[Call], Value]:
+    """Translate to a function of one number."""
+    return lambda call: call.emit(op, [call.activation("self")])
+
+
+def _expand(call: Call) -> Value:
+    x, shape = call.activation("self"), call.out_shape()
+    if shape != x.shape and len(shape) == len(x.shape) == 4 and x.shape == (*shape[:2], 1, 1):
+        return Expanded(x, shape)
+    return _same(call)
+
+
 def _cat(call: Call) -> Value:
     parts = call.args["tensors"]
     if any(isinstance(part, Padded) for part in parts):
         raise call.refuse("of a tensor with zeros around it is not supported, only conv2d of such")
+    if any(isinstance(part, Expanded) for part in parts):
+        raise call.refuse("of a tensor that was expanded is not supported, only mul of such")
     if not all(isinstance(part, Activation) for part in parts):
         raise call.refuse("with a constant tensor is not supported")
     ndim = len(parts[0].shape)
@@ -286,10 +315,11 @@ def _pad(call: Call) -> Value:
 
 
 _RESHAPES = ("flatten", "view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "unflatten", "view_as")
-_SAME = ("dropout", "feature_dropout", "alpha_dropout", "detach", "alias", "contiguous", "to", "expand")
+_SAME = ("dropout", "feature_dropout", "alpha_dropout", "detach", "alias", "contiguous", "to")
+_EXPANDS = ("expand", "expand_as")
 _COPIES = ("clone", "_to_copy", "lift_fresh_copy")
 
-VIEWS = frozenset(_RESHAPES + _SAME)
+VIEWS = frozenset(_RESHAPES + _SAME + _EXPANDS)
 """Operators whose output shares memory with their input: what is then done in place to one is done to the other."""
 
 TRANSLATORS: Mapping[str, Callable[[Call], Value]] = {
@@ -308,7 +338,12 @@ TRANSLATORS: Mapping[str, Callable[[Call], Value]] = {
     "clip": _clip("min", "max"),
     "clamp_min": _clip("min", math.inf),
     "clamp_max": _clip(-math.inf, "max"),
+    "sigmoid": _function(Op.SIGMOID),
+    "hardsigmoid": _function(Op.HARD_SIGMOID),
+    "silu": _function(Op.SILU),
+    "hardswish": _function(Op.HARD_SWISH),
     "add": _add,
+    "mul": _mul,
     "cat": _cat,
     "concat": _cat,
     "concatenate": _cat,
@@ -324,5 +359,6 @@ TRANSLATORS: Mapping[str, Callable[[Call], Value]] = {
     "pad": _pad,
     "constant_pad_nd": _pad,
     **dict.fromkeys(_RESHAPES, _reshape),
+    **dict.fromkeys(_EXPANDS, _expand),
     **dict.fromkeys((*_SAME, *_COPIES), _same),
 }

@@ -13,7 +13,7 @@ from edgecomp.errors import DataError
 from edgecomp.graph import Array, Graph
 from edgecomp.plan import ActRange
 from edgecomp.pytorch.network import Network, as_input
-from edgecomp.pytorch.sharing import all_max, all_sum, join, shard
+from edgecomp.pytorch.sharing import all_max, all_sum, join, shard, together
 
 Batches = Sequence[Array] | Callable[[], Iterable[Array]]
 
@@ -116,7 +116,7 @@ def _visit(
 ) -> int:
     """Show every activation of this process's batches to `look`; give the number of images in all processes."""
     n_images = torch.zeros(1, dtype=torch.float64)
-    with torch.inference_mode():
+    with together(), torch.inference_mode():
         for images in shard(batches() if callable(batches) else batches):
             for name, value in network.steps(as_input(images, network.dtype)):
                 look(name, value)

@@ -15,8 +15,8 @@ from edgecomp.graph import Array, Attribute, Node, Op, Tensor
 from edgecomp.ops import OPS, Shape
 
 _TAUGHT = (
-    "conv2d, linear, batch_norm, relu, relu6, hardtanh, clamp, add, cat, max_pool2d, avg_pool2d, adaptive_avg_pool2d, "
-    "adaptive_max_pool2d, mean, flatten, reshape, dropout, softmax, pad"
+    "conv2d, linear, batch_norm, relu, relu6, hardtanh, clamp, sigmoid, hardsigmoid, silu, hardswish, add, mul, cat, "
+    "max_pool2d, avg_pool2d, adaptive_avg_pool2d, adaptive_max_pool2d, mean, flatten, reshape, dropout, softmax, pad"
 )  # without the other spellings of the same
 SUPPORTED = f"edgecomp takes in {_TAUGHT}"
 """The end of every UnsupportedOp message."""
@@ -43,8 +43,21 @@ class Padded:
     pads: tuple[int, int, int, int]
 
 
-Value = Activation | Padded | torch.Tensor | tuple["Value | None", ...]
-"""What a node of the exported program stands for: an activation, a padded one, a constant, or several outputs."""
+@dataclass(frozen=True, slots=True)
+class Expanded:
+    """One value a channel, (N, C, 1, 1), repeated over an image: the graph has no such operator, but products repeat.
+
+    Attributes:
+        inner: what is repeated.
+        shape: of the image.
+    """
+
+    inner: Activation
+    shape: Shape
+
+
+Value = Activation | Padded | Expanded | torch.Tensor | tuple["Value | None", ...]
+"""What a node of the exported program stands for: an activation, a padded or expanded one, a constant, or several."""
 
 
 def operator_name(node: fx.Node) -> str:
@@ -150,6 +163,8 @@ class Call:
         value = self.args[name]
         if isinstance(value, Padded):
             raise self.refuse("of a tensor with zeros around it is not supported, only conv2d of such")
+        if isinstance(value, Expanded):
+            raise self.refuse("of a tensor that was expanded is not supported, only mul of such")
         if not isinstance(value, Activation):
             kind = "a constant tensor" if isinstance(value, torch.Tensor) else f"the constant {value!r}"
             raise self.refuse(f"with {kind} for {name!r} is not supported")

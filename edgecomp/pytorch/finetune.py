@@ -1,18 +1,17 @@
 """Recovery by fine-tuning: a compressed network is trained to answer as the float network does.
 
-The teacher is the float graph, the student what `rebuild` makes of the compressed one; the loss is the divergence of
-their softened answers. No label is used but to judge the result, on training images held out. The weights take no more
-bits than before where codes are stored by frequency (`rebuild.Room`).
+The teacher is the float graph with all its channels, the student what `rebuild` makes of the compressed one; the loss
+is the divergence of their softened answers. No label is used but to judge the result, on training images held out. The
+weights take no more bits than before where codes are stored by frequency (`rebuild.Room`).
 
 Deterministic for a seed, a device and a number of threads, interrupted or not: batches follow from seed and epoch.
+Under torchrun each process takes every n-th image of a batch and the gradients are added up: each update is that of
+one process with the same batch, but for rounding. Checkpoints are the first process's, and fit any number of them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, cos, pi
 from pathlib import Path
@@ -24,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgecomp.data import LabelledImages
-from edgecomp.errors import BundleError, DataError, GraphError, UsageError
-from edgecomp.files import write_file
+from edgecomp.errors import DataError, GraphError, UsageError
 from edgecomp.graph import Array, Graph
 from edgecomp.plan import CompressionPlan
 from edgecomp.pytorch.network import Network, as_input, batch_size
+from edgecomp.pytorch.progress import Progress, Settings, compressed_key, damaged, read, write
 from edgecomp.pytorch.rebuild import Layer, Rebuilt, Room, logits_name
+from edgecomp.pytorch.sharing import all_sum, by_first, join, place
 
-SCHEMA = "edgecomp-recovery/1"
 _BATCH = 64
 """Images in an update, fewer where the activations are large; their gradients need three times the memory."""
 _TEMPERATURE = 2.0
@@ -48,6 +47,10 @@ _ROOM_EVERY = 16
 """Updates between two choices of thresholds."""
 _SAVE_EVERY = 200
 """Updates between two checkpoints."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's, by its own names."""
+_MOST_LATENT, _MOST_GAIN = 128.0, 16.0
+"""Beyond these a checkpoint was not written by us: a code has at most 8 bits, a scale that moved by e^16 none."""
 _CACHED_BYTES = 1 << 26
 _MOST_HELD_OUT = 2000
 
@@ -73,48 +76,49 @@ class Recovered:
 
 def finetune(
     teacher: Graph,
+    original: Graph,
     graph: Graph,
     plan: CompressionPlan,
     train: LabelledImages,
     held_out: LabelledImages,
     *,
-    epochs: int,
-    seed: int,
-    room: float | None,
+    settings: Settings,
     checkpoint: Path,
     progress: Callable[[int], object] | None = None,
 ) -> Recovered:
     """Train the weights and biases of a compressed network on images, with the float network's answers.
 
     Args:
-        teacher: the float graph that was compressed.
-        graph: the same with weights rounded.
+        teacher: the float graph whose answers are learnt, of the same outputs.
+        original: the float graph that was compressed: the teacher, or what was left when its channels had been cut. It
+            says to which side of its code each weight leans.
+        graph: `original` with weights rounded.
         plan: made for `graph`.
         train: what to train with.
         held_out: what decides whether the result is better; none of `train`.
-        epochs: how often every image is used, at least 1.
-        seed: of the order of the images.
-        room: the share of the entropy of the codes that they may have afterwards; None where it does not matter,
-            because every code is stored in full.
+        settings: how to train.
         checkpoint: a file to go on from after an interruption. At the end it holds all of training: whoever has the
             result in safety removes it.
-        progress: called after each batch with the number of its images, those of batches done earlier included.
+        progress: called after each batch with the number of its images, those of batches done earlier included, and in
+            a group those of the other processes.
 
     Raises:
         UsageError: the checkpoint is of other work.
         BundleError: the checkpoint is damaged.
         GraphError: several inputs or outputs.
+        TargetError: another process of the group has ended.
         KeyboardInterrupt: Ctrl-C, after the checkpoint has been written; its text says how to go on.
         OSError: the checkpoint cannot be written.
     """
-    if epochs < 1:
-        raise UsageError(f"{epochs} epochs of recovery: expected at least 1")
+    if settings.epochs < 1:
+        raise UsageError(f"{settings.epochs} epochs of recovery: expected at least 1")
     if len(teacher.inputs) != 1 or len(teacher.outputs) != 1:
         raise GraphError(f"graph {teacher.name!r}: recovery needs one input and one output")
+    join()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    work = _Work(teacher, graph, plan, train, epochs=epochs, seed=seed, room=room, device=device)
-    key = _key(teacher, graph, plan, train, epochs=epochs, seed=seed, room=room)
-    saved = _read(checkpoint, key)
+    work = _Work(teacher, original, graph, plan, train, settings=settings, device=device)
+    key = {**settings.key(teacher, train), **compressed_key(original, graph, plan)}
+    saved = by_first(lambda: read(checkpoint, key))
     if saved is not None:
         work.restore(saved, checkpoint)
     report, n_saved = progress or (lambda n: None), work.done
@@ -123,11 +127,11 @@ def finetune(
         while work.done < work.n_steps:
             report(work.step())
             if work.done % _SAVE_EVERY == 0 or work.done == work.n_steps:
-                _write(checkpoint, key, work.state())
+                by_first(lambda: write(checkpoint, key, work.state()))
                 n_saved = work.done
     except KeyboardInterrupt as e:
-        if work.whole and work.done:
-            _write(checkpoint, key, work.state())
+        if place()[0] == 0 and work.whole and work.done:
+            write(checkpoint, key, work.state())
             n_saved = work.done
         if n_saved == 0:
             raise
@@ -136,12 +140,15 @@ def finetune(
         ) from e
     work.finish()
     new_graph, new_plan = work.student.trained()
-    before = _judge(Rebuilt(graph, plan).to(device), held_out, plan)
-    after = _judge(Rebuilt(new_graph, new_plan).to(device), held_out, plan)
-    kept = after >= before
-    return Recovered(
-        graph=new_graph if kept else graph, plan=new_plan if kept else plan, before=before, after=after, kept=kept
-    )
+
+    def judged() -> Recovered:
+        before = _judge(Rebuilt(graph, plan).to(device), held_out, plan)
+        after = _judge(Rebuilt(new_graph, new_plan).to(device), held_out, plan)
+        kept = after >= before
+        chosen = (new_graph, new_plan) if kept else (graph, plan)
+        return Recovered(graph=chosen[0], plan=chosen[1], before=before, after=after, kept=kept)
+
+    return by_first(judged)
 
 
 class _Work:
@@ -150,30 +157,29 @@ class _Work:
     def __init__(
         self,
         teacher: Graph,
+        original: Graph,
         graph: Graph,
         plan: CompressionPlan,
         train: LabelledImages,
         *,
-        epochs: int,
-        seed: int,
-        room: float | None,
+        settings: Settings,
         device: torch.device,
     ) -> None:
-        self.student = Rebuilt(graph, plan, original=teacher).to(device)
+        self.student = Rebuilt(graph, plan, original=original).to(device)
         self.done, self.whole = 0, True
         self._teacher, self._answers_at = Network(teacher).to(device), logits_name(teacher)
-        self._plan, self._train, self._seed, self._device = plan, train, seed, device
+        self._plan, self._train, self._seed, self._device = plan, train, settings.seed, device
         self._half = _multiplies_halves(device)
         self._batch = batch_size(teacher, most=_BATCH)
         self._a_epoch = ceil(len(train) / self._batch)
-        self.n_steps = epochs * self._a_epoch
+        self.n_steps = settings.epochs * self._a_epoch
         self._order: tuple[int, Array] | None = None
         n_answers = int(np.prod(teacher.tensors[self._answers_at].shape))
         # Kept where they are asked for again; of many images with many classes it is cheaper to ask.
-        n_kept = len(train) if epochs > 1 and 4 * n_answers * len(train) <= _CACHED_BYTES else 0
+        n_kept = len(train) if settings.epochs > 1 and 4 * n_answers * len(train) <= _CACHED_BYTES else 0
         self._answers, self._known = torch.zeros(n_kept, n_answers), torch.zeros(n_kept, dtype=torch.bool)
         rate = _WEIGHT_RATE
-        self._room = None if room is None else Room(self.student, room)
+        self._room = None if settings.room is None else Room(self.student, settings.room)
         layers = {node.name: self.student.layer(node.name) for node in self.student.quantized.layers()}
         latents = [layer.latent for layer in layers.values() if not layer.fixed]
         gains = [layer.gain for layer in layers.values() if not layer.fixed]
@@ -186,7 +192,11 @@ class _Work:
             if layer.bias is not None
         ]
         self._optimizer = torch.optim.Adam(groups, lr=rate)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._share)
+        self._rates = [group["lr"] for group in groups]
+        for p in self._parameters():
+            # As Adam would begin; here from the start, so that a checkpoint has somewhere to go.
+            zeros = {name: torch.zeros_like(p) for name in _MOMENTS}
+            self._optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
 
     def _share(self, step: int) -> float:
         """Let rates fall from 1 to 0 along half a cosine."""
@@ -199,21 +209,29 @@ class _Work:
 
     def step(self) -> int:
         """Train on the next batch: the number of its images."""
-        epoch, place = divmod(self.done, self._a_epoch)
+        epoch, start = divmod(self.done, self._a_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._train))
-        rows = self._order[1][place * self._batch : (place + 1) * self._batch]
-        batch = self._train.take(rows)
-        x = as_input(batch.inputs(self._plan.preprocessing), torch.float32).to(self._device)
-        wanted = self._answer(x, torch.from_numpy(rows))
+        rows = self._order[1][start * self._batch : (start + 1) * self._batch]
+        rank, n = place()
+        own = np.arange(len(rows))[rank::n]
+        x = torch.empty(0)
+        if len(own):
+            x = as_input(self._train.take(rows[own]).inputs(self._plan.preprocessing), torch.float32).to(self._device)
+        wanted = self._answer(x, torch.from_numpy(rows), torch.from_numpy(own))
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._half):
-            found = self.student(x).flatten(1)
-        divergence(found, wanted, _TEMPERATURE).backward()  # type: ignore[no-untyped-call]
+        if len(own):
+            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._half):
+                found = self.student(x).flatten(1)
+            # A share of the whole batch's mean.
+            loss = divergence(found, wanted, _TEMPERATURE) * (len(own) / len(rows))
+            loss.backward()  # type: ignore[no-untyped-call]
+        self._add_gradients()
         # An interruption from here on would leave a state that no training passes through.
         self.whole = False
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self._share(self.done)
         self._optimizer.step()
-        self._schedule.step()
         with torch.no_grad():
             for layer in self.student.layers:
                 assert isinstance(layer, Layer)
@@ -224,52 +242,98 @@ class _Work:
                 if self.done % _ROOM_EVERY == 0:
                     self._room.hold()
         self.whole = True
-        return len(batch)
+        return len(rows)
 
-    def _answer(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Give the teacher's logits for images x, which are these of the training images."""
+    def _answer(self, x: Tensor, rows: Tensor, own: Tensor) -> Tensor:
+        """Give the teacher's logits for images x: of this batch of training images (`rows`) those at `own`."""
         if len(self._known) and bool(self._known[rows].all()):
-            return self._answers[rows].to(x.device)
-        with torch.no_grad():
-            found = next(value for name, value in self._teacher.steps(x) if name == self._answers_at).flatten(1)
+            return self._answers[rows[own]].to(x.device)
+        found = torch.empty(0)
+        if len(own):
+            with torch.no_grad():
+                found = next(value for name, value in self._teacher.steps(x) if name == self._answers_at).flatten(1)
         if len(self._known):
-            self._answers[rows], self._known[rows] = found.cpu(), True
+            # All processes know all answers: in the next epoch others will have these images.
+            whole = torch.zeros(len(rows), self._answers.shape[1])
+            whole[own] = found.cpu() if len(own) else whole[own]
+            all_sum([whole])
+            self._answers[rows], self._known[rows] = whole, True
         return found
+
+    def _add_gradients(self) -> None:
+        """Add up the gradients of all processes."""
+        if place()[1] == 1:
+            return
+        parameters = self._parameters()
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([part.flatten() for part in parts])
+        all_sum([flat])
+        for p, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
 
     def finish(self) -> None:
         """Choose the codes for the last time."""
         if self._room is not None:
             self._room.hold()
 
-    def state(self) -> dict[str, Any]:
-        """Give all that training depends on from here."""
-        return {
-            "done": self.done,
-            "student": self.student.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "answers": self._answers,
-            "known": self._known,
-            "price": 0.0 if self._room is None else self._room.price,
-        }
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def restore(self, state: Mapping[str, Any], where: Path) -> None:
+    def _tensors(self) -> dict[str, Tensor]:
+        """Name every tensor that training changes."""
+        found = {"answers": self._answers, "known": self._known}
+        for i, layer in enumerate(self.student.layers):
+            assert isinstance(layer, Layer)
+            trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+            for name, p in trained.items():
+                found[f"{i} {name}"] = p.detach()
+                found |= {f"{i} {name} {moment}": self._optimizer.state[p][moment] for moment in _MOMENTS}
+            if not layer.fixed:
+                found[f"{i} borders"] = layer.borders
+        return found
+
+    def state(self) -> Progress:
+        """Give all that training depends on from here."""
+        price = 0.0 if self._room is None else self._room.price
+        return Progress(done=self.done, price=price, tensors={n: t.cpu() for n, t in self._tensors().items()})
+
+    def restore(self, saved: Progress, where: Path) -> None:
         """Go on from what `state` gave.
 
         Raises:
             BundleError: it does not fit.
         """
-        try:
-            self.student.load_state_dict(state["student"])
-            self._optimizer.load_state_dict(state["optimizer"])
-            self._schedule.load_state_dict(state["schedule"])
-            self._answers.copy_(state["answers"])
-            self._known.copy_(state["known"])
-            self.done, price = int(state["done"]), float(state["price"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as e:
-            raise BundleError(f"{where}: is damaged ({str(e)[:80]}); delete it to start over") from e
+        if not 1 <= saved.done <= self.n_steps:
+            raise damaged(where, f"{saved.done} of {self.n_steps} steps done")
+        if self._room is None and saved.price:
+            raise damaged(where, "a price where codes have none")
+        own = self._tensors()
+        saved.check(own, where)
+        for name, tensor in saved.tensors.items():
+            _check_values(name, tensor, where)
+            own[name].copy_(tensor)
+        for p in self._parameters():
+            self._optimizer.state[p]["step"].fill_(saved.done)
+        self.done = saved.done
         if self._room is not None:
-            self._room.price = price
+            self._room.price = saved.price
+
+
+def _check_values(name: str, tensor: Tensor, where: Path) -> None:
+    """Refuse what no training gives, and from which none could go on.
+
+    Raises:
+        BundleError: it is that.
+    """
+    kind = name.rpartition(" ")[2]
+    wrong = {
+        "latent": lambda: tensor.abs().max() > _MOST_LATENT,
+        "gain": lambda: tensor.abs().max() > _MOST_GAIN,
+        "exp_avg_sq": lambda: (tensor < 0).any(),
+        "borders": lambda: (tensor.diff() < 0).any(),
+    }.get(kind)
+    if tensor.numel() and wrong is not None and bool(wrong()):
+        raise damaged(where, f"{name} has values that cannot be")
 
 
 def _multiplies_halves(device: torch.device) -> bool:
@@ -297,70 +361,6 @@ def _judge(student: Rebuilt, images: LabelledImages, plan: CompressionPlan) -> f
             found = student(x.to(device)).flatten(1).argmax(1).cpu().numpy()
             right += int((found == images.labels[start : start + n]).sum())
     return 100 * right / len(images)
-
-
-# ---- checkpoint ------------------------------------------------------------------------------------------------------
-
-
-def _key(
-    teacher: Graph,
-    graph: Graph,
-    plan: CompressionPlan,
-    train: LabelledImages,
-    **settings: float | None,
-) -> dict[str, str]:
-    images = hashlib.sha256(np.ascontiguousarray(train.images).data)
-    images.update(train.labels.astype("<i8").tobytes())
-    return {
-        "model": teacher.digest(),
-        "compressed model": graph.digest(),
-        "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
-        "training images": images.hexdigest(),
-        **{name.replace("_", " "): str(value) for name, value in settings.items()},
-    }
-
-
-def _write(path: Path, key: Mapping[str, str], state: Mapping[str, Any]) -> None:
-    stream = io.BytesIO()
-    torch.save({"schema": SCHEMA, "key": dict(key), "state": dict(state)}, stream)
-    write_file(path, stream.getvalue())
-
-
-def _read(path: Path, key: Mapping[str, str]) -> Mapping[str, Any] | None:
-    if not path.exists():
-        return None
-    content = io.BytesIO(path.read_bytes())
-    try:
-        found = torch.load(content, map_location="cpu", weights_only=True)
-        schema, old, state = found["schema"], dict(found["key"]), dict(found["state"])
-    except Exception as e:
-        # torch's reader has no list of what it raises.
-        raise BundleError(f"{path}: is no checkpoint of a recovery, or damaged; name another --checkpoint") from e
-    if schema != SCHEMA:
-        raise BundleError(f"{path}: schema is {schema!r:.60}, this edgecomp reads {SCHEMA!r}; delete it to start over")
-    odd = [name for name in key if key[name] != old.get(name)]
-    if odd:
-        raise UsageError(
-            f"{path}: holds the recovery of something else: {odd[0]} was {str(old.get(odd[0]))[:12]}, "
-            f"is {key[odd[0]][:12]}; delete it, or name another --checkpoint"
-        )
-    return state
-
-
-def check(checkpoint: Path, teacher: Graph) -> None:
-    """Refuse a checkpoint that cannot be of this model, and a place where none can be written: before long work.
-
-    Raises:
-        UsageError: it is of another model, or its folder does not exist.
-        BundleError: it is damaged.
-    """
-    if not checkpoint.absolute().parent.is_dir():
-        raise UsageError(f"{checkpoint}: {checkpoint.absolute().parent} is no folder; name another --checkpoint")
-    if checkpoint.is_dir():
-        raise UsageError(f"{checkpoint}: is a folder, expected a file; name another --checkpoint")
-    if not os.access(checkpoint.absolute().parent, os.W_OK):
-        raise UsageError(f"{checkpoint}: its folder cannot be written; name another --checkpoint")
-    _read(checkpoint, {"model": teacher.digest()})
 
 
 def split(train: LabelledImages, *, seed: int) -> tuple[LabelledImages, LabelledImages]:

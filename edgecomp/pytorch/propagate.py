@@ -7,14 +7,29 @@ sign(0) = 1:
 2. add, avg_pool and global_avg_pool, which are sums, by Epsilon: s = R_out / stab(z), R_in = a * (d z/d a)^T s. For
    add, both branches get their part of the sum.
 3. max_pool, concat, flatten and reshape, which choose or move values: R_in = (d z/d a)^T R_out; the winner takes all.
-4. clip (ReLU) hands on what it gets.
+4. clip (ReLU), sigmoid, hard_sigmoid, silu and hard_swish hand on what they get; so do x * sigmoid(x) and the like,
+   whichever way they are written, by 5.
+5. mul: the signal takes all, its gate nothing (Arras et al. 2019, arXiv 1909.12114, for the products in an LSTM). The
+   gate is the factor that comes from a sigmoid or hard_sigmoid, through pools or reshapes or not; where that tells
+   neither or both, the factor of one value a channel. Of two equals each gets half (Achtibat et al. 2024,
+   arXiv 2402.05602, for products in attention).
+
+All this conserves relevance but for epsilon and what biases keep. The layers that compute a gate, such as those of
+squeeze and excitation, get none of it; yet without them the network is lost. So the walk goes on *aside* of relevance
+from each gate, by gradients: a gate g of x starts with g * sum x s, every operator hands on R_in = a * (d z/d a)^T s
+with s = R_out / stab(z), and where this meets a tensor that has relevance it ends. What a layer gets in this way is of
+the size of relevance (a product's gate starts with as much as its signal), and s says of it what it says everywhere:
+the first-order effect of disturbing an output. It is marked, and no part of any sum of relevance.
+
+From the loss (`Start.LOSS`, `Start.FISHER`) it is gradients that are wanted, everywhere: clips, functions and products
+then share out by R_in = a * (d z/d a)^T s as sums do, both factors of a product, and nothing is aside.
 
 Not here: sums over samples (`sums`, `relevance`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -22,13 +37,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgecomp.curves import FUNCTIONS, GATES
 from edgecomp.errors import DataError, UnsupportedOp, UsageError
 from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op
+from edgecomp.ops import PROBABILITIES
 from edgecomp.pytorch.network import Network, as_input, compute
 from edgecomp.pytorch.rules import Composite, Epsilon, Term, share, stabilised
 
 _SUMS = frozenset({Op.CONV2D, Op.LINEAR, Op.ADD, Op.AVG_POOL, Op.GLOBAL_AVG_POOL})
 _MOVES = frozenset({Op.MAX_POOL, Op.CONCAT, Op.FLATTEN, Op.RESHAPE})
+_BENT = FUNCTIONS | {Op.CLIP, Op.MUL}
+_KEEPS_GATES = frozenset({Op.CLIP, Op.MAX_POOL, Op.AVG_POOL, Op.GLOBAL_AVG_POOL, Op.FLATTEN, Op.RESHAPE})
+"""What may stand between a sigmoid and the product that it is a gate of."""
 
 
 class Start(StrEnum):
@@ -55,10 +75,12 @@ class Step:
     Attributes:
         node: where.
         inputs: the node's activation inputs a, (N, ...) each.
-        s: R_out / stab(z) with the node's own z where it is a sum, whatever its rule; else None.
+        s: R_out / stab(z) with the node's own z where it shares out by it, whatever a layer's rule; else None.
         terms: of the layer's rule; empty for Flat, and for nodes without weights.
         r_out: relevance of the node's output.
         r_in: relevance of each activation input.
+        aside: whether the node acts on the explained output through gates alone: r_out and r_in are then its effect by
+            gradients, not relevance.
     """
 
     node: Node
@@ -67,6 +89,7 @@ class Step:
     terms: tuple[Term, ...]
     r_out: Tensor
     r_in: tuple[Tensor, ...]
+    aside: bool = False
 
     def lost(self) -> tuple[float, float]:
         """Give |sum R_out - sum R_in - sum R_b| with R_b the biases' shares, and sum |R_out|: added up in float64."""
@@ -85,7 +108,7 @@ def explain(
     """Walk one batch backwards from the true class's output; nodes that no relevance reaches are left out.
 
     Args:
-        network: with one output of one value a class; a softmax at its end is left out.
+        network: with one output of one value a class; a softmax or sigmoid at its end is left out.
         images: (N, C, H, W).
         labels: whole numbers (N,).
         composite: which layer gets which rule; None for Epsilon everywhere.
@@ -114,16 +137,22 @@ def explain(
         values[node.outputs[0]] = out.detach()
         tape.append((node, inputs, out))
     relevance = {first: _started(values[first], labels, start)}
+    effects: dict[str, Tensor] = {}  # of what is aside
+    from_loss = start in (Start.LOSS, Start.FISHER)
     parameters = network.weights()
     del values
     while tape:
         node, inputs, out = tape.pop()
-        r_out = relevance.pop(node.outputs[0])
-        rule = rules.get(node.name, Epsilon())
+        name = node.outputs[0]
+        aside = name not in relevance
+        effect = effects.pop(name, None)
+        r_out = effect if effect is not None and aside else relevance.pop(name)
+        rule = Epsilon() if aside else rules.get(node.name, Epsilon())
         terms: tuple[Term, ...] = ()
-        s = r_out / stabilised(out.detach(), composite.epsilon) if node.op in _SUMS else None
+        by_gradient = node.op in _SUMS or (node.op in _BENT and (aside or from_loss))
+        s = r_out / stabilised(out.detach(), composite.epsilon) if by_gradient or node.op is Op.MUL else None
         constants = [parameters[name] for name in node.inputs if name in parameters]
-        if node.op in WEIGHTED and not isinstance(rule, Epsilon):
+        if node.op in WEIGHTED and not (isinstance(rule, Epsilon) and out.requires_grad):
             values_here = [inputs[0].detach(), *constants]
             shared, terms = share(rule, node, values_here, out, r_out, epsilon=composite.epsilon)
             r_in: tuple[Tensor, ...] = (shared,)
@@ -136,13 +165,52 @@ def explain(
             r_in = torch.autograd.grad(out, inputs, r_out)
         else:
             r_in = (r_out,)
-        for name, part in zip(node.inputs, r_in, strict=False):
-            relevance[name] = relevance[name] + part if name in relevance else part
-        yield Step(node=node, inputs=tuple(a.detach() for a in inputs), s=s, terms=terms, r_out=r_out, r_in=r_in)
+        if aside:
+            _add(effects, node.inputs, r_in)
+        elif node.op is Op.MUL and not from_loss and (gate := _gate(graph, node)) is not None:
+            signal = 1 - gate
+            _add(effects, [node.inputs[gate]], [r_in[gate]])
+            taken = r_out.sum_to_size(inputs[signal].shape)
+            _add(relevance, [node.inputs[signal]], [taken])
+            r_in = (taken, torch.zeros_like(r_in[1])) if gate else (torch.zeros_like(r_in[0]), taken)
+        else:
+            if node.op is Op.MUL and not from_loss:
+                r_in = (r_out / 2, r_out / 2)
+            _add(relevance, node.inputs, r_in)
+        yield Step(
+            node=node,
+            inputs=tuple(a.detach() for a in inputs),
+            s=s,
+            terms=terms,
+            r_out=r_out,
+            r_in=r_in,
+            aside=aside,
+        )
+
+
+def _add(total: dict[str, Tensor], names: Sequence[str], parts: Sequence[Tensor]) -> None:
+    """Add what each input gets; weights, whose names come last, get nothing."""
+    for name, part in zip(names, parts, strict=False):
+        total[name] = total[name] + part if name in total else part
+
+
+def _gate(graph: Graph, node: Node) -> int | None:
+    """Tell which factor of a product is the gate: 0, 1, or None where both are of one kind."""
+    producer = graph.producer()
+
+    def from_gate(name: str) -> bool:
+        while (source := producer.get(name)) is not None and source.op in _KEEPS_GATES:
+            name = source.inputs[0]
+        return source is not None and source.op in GATES
+
+    kinds = [from_gate(name) for name in node.inputs]
+    if kinds[0] == kinds[1]:
+        kinds = [graph.tensors[name].shape != graph.tensors[node.outputs[0]].shape for name in node.inputs]
+    return kinds.index(True) if kinds[0] != kinds[1] else None
 
 
 def logits_name(graph: Graph) -> str:
-    """Name the tensor where explaining starts: the output, or what goes into the softmax that makes the output.
+    """Name the tensor where explaining starts: the output, or what goes into the softmax or sigmoid that makes it.
 
     Raises:
         UsageError: the graph has several outputs.
@@ -151,10 +219,10 @@ def logits_name(graph: Graph) -> str:
         raise UsageError(f"graph {graph.name!r} has {len(graph.outputs)} outputs; relevance explains one")
     producer = graph.producer()
     name = graph.outputs[0]
-    while name in producer and producer[name].op in (Op.SOFTMAX, Op.FLATTEN, Op.RESHAPE):
+    while name in producer and producer[name].op in PROBABILITIES | {Op.FLATTEN, Op.RESHAPE}:
         node = producer[name]
         name = node.inputs[0]
-        if node.op is Op.SOFTMAX:
+        if node.op in PROBABILITIES:
             return name
     return graph.outputs[0]
 

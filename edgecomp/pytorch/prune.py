@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from edgecomp.groups import kept_numbers, number_channels
 from edgecomp.ops import ints
 from edgecomp.pytorch.network import as_input, compute
 from edgecomp.pytorch.scores import Scorer
+from edgecomp.pytorch.sharing import by_first
 
 _POSITIONS = 24
 """Positions of the output that are looked at, for each input of one output value."""
@@ -81,7 +83,7 @@ def prune(
             keep[name][keep[name]] = flag
         given = {name: tuple(flag.tolist()) for name, flag in keep.items()}
         if compensation:
-            smaller = compensate(graph, smaller, given, batches)
+            smaller = by_first(partial(compensate, graph, smaller, given, batches))
         if progress is not None:
             progress(1)
         yield smaller, given
@@ -116,7 +118,7 @@ def prune_as_asked(
         signed = {name: layer.channel for name, layer in scorer.relevance(graph).layers.items()}
         keep = not_above(graph, signed, floors(graph, FLOOR))
         smaller = cut(graph, keep)
-        return compensate(graph, smaller, keep, batches) if compensation else smaller
+        return by_first(lambda: compensate(graph, smaller, keep, batches)) if compensation else smaller
     shares, criterion = pruning.slices(), scorer.channels
     for smaller, _ in prune(
         graph, batches, shares=shares, criterion=criterion, compensation=compensation, progress=progress

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from edgecomp import quantmath
 from edgecomp.compress import compress, cut
+from edgecomp.curves import FUNCTIONS, curve_codes
 from edgecomp.graph import Array, Graph, Node, Op, QuantParams
 from edgecomp.groups import is_depthwise, kept_numbers, number_channels
-from edgecomp.ops import clamp_codes
+from edgecomp.ops import PROBABILITIES, clamp_codes
 from edgecomp.plan import CompressionPlan, Io
 from edgecomp.pytorch.network import as_input, compute
 
@@ -147,6 +148,10 @@ class Rebuilt(torch.nn.Module):
             params = _params(graph, node.outputs[0])
             if node.op in _EXACT:
                 out = compute(node, inputs)
+            elif node.op in FUNCTIONS:
+                real = _rounded(compute(node, inputs), params, _codes(node))
+                found = _looked_up(node.op, inputs[0].detach(), _params(graph, node.inputs[0]), params)
+                out = real + (found - real).detach()
             elif node.op is Op.AVG_POOL:
                 # Ties are common among means, and seen only in whole numbers.
                 scale = float(params.scale)
@@ -161,7 +166,7 @@ class Rebuilt(torch.nn.Module):
             yield node.outputs[0], out
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the logits (N, ...): the output, or what a softmax at the end reads."""
+        """Give the logits (N, ...): the output, or what a softmax or sigmoid at the end reads."""
         wanted = logits_name(self.quantized)
         for name, value in self.steps(x):
             if name == wanted:
@@ -199,9 +204,9 @@ class Rebuilt(torch.nn.Module):
 
 
 def logits_name(graph: Graph) -> str:
-    """Name the tensor to compare networks by: the output, or what a softmax that writes it reads."""
+    """Name the tensor to compare networks by: the output, or what a softmax or sigmoid that writes it reads."""
     last = graph.producer().get(graph.outputs[0])
-    return last.inputs[0] if last is not None and last.op is Op.SOFTMAX else graph.outputs[0]
+    return last.inputs[0] if last is not None and last.op in PROBABILITIES else graph.outputs[0]
 
 
 def entropy_bits(counts: Array) -> float:
@@ -297,6 +302,13 @@ def _rounded(x: Tensor, params: QuantParams, codes: tuple[int, int]) -> Tensor:
     scale, zero_point = float(params.scale), int(params.zero_point)
     low, high = ((code - zero_point) * scale for code in codes)
     return _round(x.clamp(low, high), scale)
+
+
+def _looked_up(op: Op, x: Tensor, source: QuantParams, target: QuantParams) -> Tensor:
+    """Give the real values of the codes that a function has in the integer graph, for x on the grid of its source."""
+    table = torch.from_numpy(curve_codes(op, source, target).astype(np.float32)).to(x.device)
+    codes = torch.round(x / float(source.scale)).long() + (int(source.zero_point) - quantmath.ACT_MIN)
+    return (table[codes] - int(target.zero_point)) * float(target.scale)
 
 
 def _round(x: Tensor, step: float) -> Tensor:

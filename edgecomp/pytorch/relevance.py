@@ -2,7 +2,9 @@
 
 The output of the true class is shared out backwards (`propagate`) by rules (`rules`), and what each layer gets is added
 up over samples (`sums`). By default it is the Epsilon rule from the logit: in the limit epsilon -> 0 that is
-R_w = w * d logit/d w, which is what the tests hold it against.
+R_w = w * d logit/d w, which is what the tests hold it against. Not so in front of products, where the signal takes what
+a gradient shares with the gate, and of functions like silu, which hand on relevance where gradients bend. A layer that
+only computes a gate has no relevance; its numbers are its effect by gradients (`propagate`, "aside").
 
 Under torchrun each process explains its share of the batches, and all of them give the same result. Not here: what
 follows from relevance (`planner`).
@@ -24,7 +26,7 @@ from edgecomp.pytorch import checkpoint as checkpoints
 from edgecomp.pytorch.network import Network
 from edgecomp.pytorch.propagate import Start, check_labels, explain, n_classes
 from edgecomp.pytorch.rules import Composite
-from edgecomp.pytorch.sharing import all_sum, join, place, shard
+from edgecomp.pytorch.sharing import all_sum, join, place, shard, together
 from edgecomp.pytorch.sums import Sums, WeightForm
 
 Batches = Iterable[tuple[Array, Array]]
@@ -95,23 +97,24 @@ def score(
             sums.add(explain(network, images, labels, composite=composite, start=start), labels, factors)
 
     join()
-    own = shard(batches() if callable(batches) else batches)
-    if checkpoint is not None:
-        weights_digest = b"" if class_weights is None else class_weights.tobytes()
-        key = {
-            "graph": graph.digest(),
-            "composite": f"{composite!r}",
-            "rule": rule,
-            "class weights": hashlib.sha256(weights_digest).hexdigest(),
-            "options": f"{dtype}, per class {per_class}, per activation {per_activation}",
-            "process": "{} of {}".format(*place()),
-        }
-        _run_on(own, take, sums, _own_file(checkpoint), key, progress)
-    else:
-        for images, labels in own:
-            take(images, labels)
-            if progress is not None:
-                progress(len(labels))
+    with together():
+        own = shard(batches() if callable(batches) else batches)
+        if checkpoint is not None:
+            weights_digest = b"" if class_weights is None else class_weights.tobytes()
+            key = {
+                "graph": graph.digest(),
+                "composite": f"{composite!r}",
+                "rule": rule,
+                "class weights": hashlib.sha256(weights_digest).hexdigest(),
+                "options": f"{dtype}, per class {per_class}, per activation {per_activation}",
+                "process": "{} of {}".format(*place()),
+            }
+            _run_on(own, take, sums, _own_file(checkpoint), key, progress)
+        else:
+            for images, labels in own:
+                take(images, labels)
+                if progress is not None:
+                    progress(len(labels))
     all_sum(sums.tensors.values())
     n_samples = int(sums.tensors["counts"][0])
     if n_samples == 0:
@@ -142,7 +145,7 @@ def score_channels(
     start: Start = Start.LOGIT,
     class_weights: Array | None = None,
 ) -> dict[str, Array]:
-    """Give each layer's `LayerRelevance.channel_abs` alone, which takes a fraction of the time; each process does all.
+    """Give each layer's `LayerRelevance.channel_abs` alone, which takes a fraction of the time.
 
     Arguments and errors as `score`.
 
@@ -153,18 +156,21 @@ def score_channels(
     if class_weights is not None:
         class_weights = _checked_weights(class_weights, n_classes(graph))
     found = {node.name: np.zeros(graph.weight(node).shape[0]) for node in graph.layers()}
-    total = 0.0
-    for every_image, every_label in batches:
-        images, labels, factors = every_image, every_label, np.ones(len(every_label))
-        if class_weights is not None:
-            images, labels, factors = _of_weight(images, labels, class_weights)
-        if len(factors) == 0:
-            continue
-        for step in explain(network, images, labels, composite=composite, start=start):
-            if step.node.op in WEIGHTED:
-                of_image = step.r_out.reshape(*step.r_out.shape[:2], -1).sum(2, dtype=torch.float64)
-                found[step.node.name] += factors @ of_image.abs().numpy()
-        total += float(factors.sum())
+    total = np.zeros(1)
+    join()
+    with together():
+        for every_image, every_label in shard(batches):
+            images, labels, factors = every_image, every_label, np.ones(len(every_label))
+            if class_weights is not None:
+                images, labels, factors = _of_weight(images, labels, class_weights)
+            if len(factors) == 0:
+                continue
+            for step in explain(network, images, labels, composite=composite, start=start):
+                if step.node.op in WEIGHTED:
+                    of_image = step.r_out.reshape(*step.r_out.shape[:2], -1).sum(2, dtype=torch.float64)
+                    found[step.node.name] += factors @ of_image.abs().numpy()
+            total += factors.sum()
+    all_sum([torch.from_numpy(value) for value in (*found.values(), total)])  # in place: they share their memory
     if total == 0:
         raise DataError("no images to explain; expected at least one, of a class with weight")
     return {name: value / total for name, value in found.items()}

@@ -15,19 +15,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from edgecomp.curves import FUNCTIONS
 from edgecomp.errors import DataError
-from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op
+from edgecomp.graph import Array, Graph, Node, Op
 from edgecomp.plan import LayerRelevance, Relevance
 from edgecomp.pytorch.network import Network, as_input, compute
 from edgecomp.pytorch.propagate import Start, Step, logits_name
 from edgecomp.pytorch.relevance import score, score_channels
 from edgecomp.pytorch.rules import Composite
+from edgecomp.pytorch.sharing import all_sum, join, shard, together
 from edgecomp.pytorch.sums import Sums, WeightForm
 
 _SAME = 1e-6
@@ -61,7 +62,8 @@ def score_by(
     Args:
         kind: LRP is `relevance.score`. TAYLOR and HESSIAN are the same walk from the loss (`Start.LOSS`, `FISHER`).
             WANDA: |w| times the root of its input's energy (Sun et al., arXiv 2306.11695). DEEPLIFT: the Rescale rule
-            against an image of zeros (Shrikumar et al., arXiv 1704.02685). RANDOM: log-normal, for layers and channels.
+            against an image of zeros (Shrikumar et al., arXiv 1704.02685), products shared equally. RANDOM: log-normal,
+            for layers and channels.
         graph: float.
         batches: pairs of images float32 (N, C, H, W), preprocessed, and labels int64 (N,).
         composite: of LRP.
@@ -162,19 +164,21 @@ def _by_energy(
 ) -> Relevance:
     """Score by weights and by the mean square of each layer's inputs (I,), float64."""
     network = Network(graph)
-    energy: dict[str, Tensor] = {}
-    n_images = 0
-    readers = graph.consumers()
-    with torch.no_grad():
-        for images, _ in batches:
+    read = {node.inputs[0] for node in graph.layers()}
+    energy = {name: torch.zeros(graph.tensors[name].shape[1], dtype=torch.float64) for name in sorted(read)}
+    count = torch.zeros(1, dtype=torch.float64)
+    join()
+    with together(), torch.no_grad():
+        for images, _ in shard(batches):
             for name, value in network.steps(as_input(images, torch.float32)):
-                if any(node.op in WEIGHTED for node in readers[name]):
+                if name in read:
                     square = value.square().flatten(2).mean(2) if value.ndim > 2 else value.square()
-                    total = square.sum(0, dtype=torch.float64)
-                    energy[name] = energy[name] + total if name in energy else total
-            n_images += len(images)
+                    energy[name] += square.sum(0, dtype=torch.float64)
+            count += len(images)
             if progress is not None:
                 progress(len(images))
+    all_sum([*energy.values(), count])
+    n_images = int(count)
     if n_images == 0:
         raise DataError("no images to score with; expected at least one")
     rng = np.random.default_rng(seed)
@@ -224,31 +228,40 @@ def _deeplift(
 ) -> Relevance:
     network = Network(graph)
     sums = Sums(network, form=WeightForm.OWN, per_class=False, per_activation=False)
-    for images, labels in batches:
-        sums.add(_multipliers(network, as_input(images, torch.float32), labels), labels, None)
-        if progress is not None:
-            progress(len(images))
+    join()
+    with together():
+        for images, labels in shard(batches):
+            sums.add(_multipliers(network, as_input(images, torch.float32), labels), labels, None)
+            if progress is not None:
+                progress(len(images))
+    all_sum(sums.tensors.values())
     n_images = int(sums.tensors["counts"][0])
     if n_images == 0:
         raise DataError("no images to score with; expected at least one")
     return Relevance(rule="deeplift", n_samples=n_images, layers=sums.layers())
 
 
-class _Rescale(torch.autograd.Function):
-    """A clip whose slope is that between the reference and the value."""
+def _rescaled(node: Node, value: Tensor, reference: Tensor) -> Tensor:
+    """Compute a function of one number whose gradient is the slope between the reference and the value."""
+    point = value.detach().requires_grad_()
+    with torch.enable_grad():
+        out = compute(node, [point])
+    (near,) = torch.autograd.grad(out.sum(), point)
+    off = value.detach() - reference
+    slope = torch.where(off.abs() > _SAME, (out.detach() - compute(node, [reference])) / off, near)
+    return _with_slopes(out.detach(), [value], [slope])
 
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, reference: Tensor, low: float, high: float) -> Tensor:
-        out, base = value.clamp(low, high), reference.clamp(low, high)
-        off = value - reference
-        near = ((value > low) & (value < high)).to(value.dtype)
-        ctx.save_for_backward(torch.where(off.abs() > _SAME, (out - base) / off, near))
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return gradients[0] * slope, None, None, None
+def _product(values: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+    """Multiply, with gradients a + a0 and b + b0, halved: what both changes give together is shared equally."""
+    a, b = (((x.detach() + x0) / 2) for x, x0 in zip(values, references, strict=True))
+    return _with_slopes(values[0].detach() * values[1].detach(), values, [b, a])
+
+
+def _with_slopes(out: Tensor, values: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+    """Give `out` a gradient: that of the sum of values times slopes."""
+    linear = sum((value * slope for value, slope in zip(values[1:], slopes[1:], strict=True)), values[0] * slopes[0])
+    return linear + (out - linear.detach())
 
 
 def _multipliers(network: Network, x: Tensor, labels: Array) -> Iterator[Step]:
@@ -257,11 +270,10 @@ def _multipliers(network: Network, x: Tensor, labels: Array) -> Iterator[Step]:
     reference = dict(network.steps(torch.zeros_like(x[:1])))
     values = {**network.weights(), graph.inputs[0]: x.requires_grad_()}
     for node in graph.nodes:
-        if node.op is Op.CLIP:
-            low, high = (float(node.attrs[side]) for side in ("low", "high"))  # type: ignore[arg-type]
-            out = _Rescale.apply(  # type: ignore[no-untyped-call]
-                values[node.inputs[0]], reference[node.inputs[0]], low, high
-            )
+        if node.op in FUNCTIONS or node.op is Op.CLIP:
+            out = _rescaled(node, values[node.inputs[0]], reference[node.inputs[0]])
+        elif node.op is Op.MUL:
+            out = _product([values[name] for name in node.inputs], [reference[name] for name in node.inputs])
         else:
             out = compute(node, [values[name] for name in node.inputs])
         values[node.outputs[0]] = out

@@ -106,7 +106,7 @@ class Sums:
                     None if factors is None else v,
                     self._scratch,
                 )
-            if self._per_activation:
+            if self._per_activation and not step.aside:
                 self._add_activation(step.node.outputs[0], step.r_out, v)
                 for read, r_in in zip(step.node.inputs, step.r_in, strict=False):
                     if read == self._network.graph.inputs[0]:

@@ -1,7 +1,8 @@
-"""Run .tflite files with LiteRT or with its predecessor, the TFLite runtime."""
+"""Run .tflite files with LiteRT or with its predecessor, the TFLite runtime; packed ones are unpacked first."""
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from edgecomp.errors import BundleError
+from edgecomp.exporters.unpack_tflite import is_packed, unpack_tflite
 from edgecomp.graph import Array
 from edgecomp.report import Fact
 
@@ -41,8 +43,11 @@ class LiteRt:
     def __init__(self, model: Model, *, threads: int = 1) -> None:
         self._place = place_of(model)
         self._threads = checked_threads(threads)
-        file = checked_file(model, self._name)
         module = import_runtime(self._module, self._package)
+        file = checked_file(model, self._name)
+        self._unpacked = _needs_unpacking(file)
+        if self._unpacked:
+            file = unpack_tflite(file.read_bytes() if isinstance(file, Path) else file, self._place)
         self.version = metadata.version(self._package)
         source: dict[str, object] = {"model_path": str(file)} if isinstance(file, Path) else {"model_content": file}
         try:
@@ -116,7 +121,16 @@ class LiteRt:
             "nodes_in_xnnpack": nodes - len(left),
             "nodes_left_to_builtin_kernels": tuple(f"{n} {name}" for name, n in sorted(Counter(left).items())),
             "threads": self._threads,
+            "unpacked_at_load": self._unpacked,
         }
+
+
+def _needs_unpacking(file: Path | bytes) -> bool:
+    """Tell whether a file is packed, from its structure alone: weights are not read."""
+    if isinstance(file, bytes):
+        return is_packed(file)
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return is_packed(mapped)
 
 
 def _undelegated(ops: list[Mapping[str, Any]]) -> list[str]:

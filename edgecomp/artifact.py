@@ -4,6 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class AtRest(StrEnum):
+    """How a file stores its weights.
+
+    NATIVE: as the format's stock runtimes read them: ONNX packed by standard operators, TFLite in int4 or int8.
+    INT8: TFLite only: all in int8, the fastest and largest.
+    PACKED: TFLite only: packed as in ONNX, and widened to int8 before an interpreter sees the file.
+    """
+
+    NATIVE = "native"
+    INT8 = "int8"
+    PACKED = "packed"
+
+
+def form_of(format_name: str, at_rest: AtRest) -> str:
+    """Name a format and how it stores weights in one word: "onnx", "tflite", "tflite-int8", "tflite-packed".
+
+    ONNX has one way, whatever is asked of TFLite.
+    """
+    return format_name if format_name != "tflite" or at_rest is AtRest.NATIVE else f"{format_name}-{at_rest}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +55,18 @@ class Exported:
         format: "onnx" or "tflite".
         data: the whole file.
         weights: one entry a layer, in running order.
+        at_rest: how it stores them.
     """
 
     format: str
     data: bytes
     weights: tuple[StoredWeight, ...]
+    at_rest: AtRest = AtRest.NATIVE
+
+    @property
+    def form(self) -> str:
+        """Give what `form_of` says: `export` takes it and gives the same file."""
+        return form_of(self.format, self.at_rest)
 
     def sha256(self) -> str:
         """Identify the file's content."""

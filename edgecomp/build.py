@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgecomp import bundle, intake, launched, manifest, planner
-from edgecomp.artifact import Exported
+from edgecomp.artifact import AtRest, Exported, form_of
 from edgecomp.channels import IRRELEVANT, Pruning
 from edgecomp.check import Stage, at_chance, measure, measure_accuracy
 from edgecomp.compress import compress, narrowest_bits, on_grids
@@ -82,6 +82,7 @@ def build(
     pruning: Pruning = IRRELEVANT,
     sparsifying: Pruning | None = None,
     paper: Paper | None = None,
+    at_rest: AtRest = AtRest.NATIVE,
     stage: Stage = silent,
     warn: Callable[[str], object] = lambda text: None,
 ) -> Built:
@@ -109,6 +110,7 @@ def build(
         pruning: which channels are cut; what remains is then compressed like any other network.
         sparsifying: which of the weights that remain become 0; None for none.
         paper: whose recipe gives layers their bits; the other arguments must be as it has them. None for our method.
+        at_rest: how the TFLite file stores weights.
         stage: shows how far the work is.
         warn: told, before the long work, what looks wrong but is no error.
 
@@ -117,6 +119,9 @@ def build(
         OSError: the folder cannot be written.
     """
     _check_folder(folder, force=force)
+    if at_rest is not AtRest.NATIVE and "tflite" not in formats:
+        raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
+    formats = [form_of(name, at_rest) for name in formats]
     if model is None and weights is not None:
         raise UsageError("--weights without MODEL: name the model they belong to")
     if model is not None and data is None:
@@ -417,9 +422,9 @@ def _drop_measure(
 
     def drop_points(candidate: Candidate) -> float:
         quantized = compress(candidate.graph, candidate.plan)
+        files = (export(quantized, form) for form in formats)
         return before - min(
-            measure_accuracy(export(quantized, name).data, default_runtime(name), held_out, preprocessing)[0]
-            for name in formats
+            measure_accuracy(file.data, default_runtime(file.format), held_out, preprocessing)[0] for file in files
         )
 
     return drop_points
@@ -436,11 +441,11 @@ def _export(quantized: Graph, formats: Sequence[str], stage: Stage) -> list[Expo
     return exported
 
 
-def rewritten(plan: CompressionPlan, graph: Graph, format_name: str) -> Exported:
+def rewritten(plan: CompressionPlan, graph: Graph, form: str) -> Exported:
     """Export again from a plan and its graph: neither torch nor data is needed, the bytes are the same."""
     from edgecomp.exporters import export
 
-    exported: Exported = export(compress(graph, plan), format_name)
+    exported: Exported = export(compress(graph, plan), form)
     return exported
 
 

@@ -171,7 +171,7 @@ def measure(
 
 
 def parity_by_layer(
-    graph: Graph, format_name: str, runtime: str, images: LabelledImages, preprocessing: Preprocessing
+    graph: Graph, form: str, runtime: str, images: LabelledImages, preprocessing: Preprocessing
 ) -> Mapping[str, Parity]:
     """Compare every integer tensor inside the network with the reference's, by tensor, in running order.
 
@@ -188,7 +188,7 @@ def parity_by_layer(
     watched = replace(graph, outputs=names)
     inputs = images.inputs(preprocessing, 0, min(PARITY_IMAGES, len(images)))
     expected = reference_outputs(graph, inputs, names)
-    got = runner_class(runtime)(export(watched, format_name).data, threads=os.cpu_count() or 1).run_all(inputs)
+    got = runner_class(runtime)(export(watched, form).data, threads=os.cpu_count() or 1).run_all(inputs)
     if missing := [name for name in names if name not in got]:
         raise GraphError(f"{runtime}: gives no tensor {missing[0]!r}; expected {', '.join(names)}")
     return {name: parity(expected[name], got[name].reshape(expected[name].shape)) for name in names}

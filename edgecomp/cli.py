@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgecomp import __version__, errors, launched
+from edgecomp.arguments import read_bytes, read_formats, read_number, read_numbers, read_shape
 
 if TYPE_CHECKING:
     from edgecomp.preprocessing import Preprocessing
@@ -158,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_build(verbs)
     _add_export(verbs)
+    _add_unpack(verbs)
     _add_verify(verbs)
     _add_bench(verbs)
     _add_inspect(verbs)
@@ -174,17 +176,17 @@ def _add_build(verbs: Any) -> None:
         help="torchvision:NAME, package.module:factory, or a .pt2 file; without it the bundled sample is built",
     )
     p.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or a state_dict saved by torch")
-    p.add_argument("--input-shape", type=_shape, metavar="C,H,W", help="checked against the preprocessed images")
+    p.add_argument("--input-shape", type=read_shape, metavar="C,H,W", help="checked against the preprocessed images")
     p.add_argument(
         "--data",
         metavar="D",
         help="sample, fashion-mnist:ROOT, cifar10:ROOT, folder:PATH (directory or .zip), npz:PATH, module:function",
     )
     p.add_argument(
-        "--test-share", type=_number, default=0.2, metavar="P", help="of data without a test part (default 0.2)"
+        "--test-share", type=read_number, default=0.2, metavar="P", help="of data without a test part (default 0.2)"
     )
-    p.add_argument("--mean", type=_numbers, metavar="M", help="per channel, of pixels / 255; default 0")
-    p.add_argument("--std", type=_numbers, metavar="S", help="per channel, of pixels / 255; default 1")
+    p.add_argument("--mean", type=read_numbers, metavar="M", help="per channel, of pixels / 255; default 0")
+    p.add_argument("--std", type=read_numbers, metavar="S", help="per channel, of pixels / 255; default 1")
     p.add_argument("--resize", type=int, metavar="N", help="shorter side to N, then the centre N x N")
     p.add_argument("--crop", type=int, metavar="N", help="the centre N x N of what --resize gives")
     p.add_argument("--pad", type=int, metavar="N", help="black pixels on each side, before normalisation")
@@ -203,10 +205,12 @@ def _add_build(verbs: Any) -> None:
         help="single weights to zero: a share of those left, e.g. 0.7; auto: as --max-drop allows; zero; nonpositive",
     )
     limits = p.add_mutually_exclusive_group()
-    limits.add_argument("--avg-bits", type=_number, metavar="X", help="mean bits a weight on disk (default 4)")
-    limits.add_argument("--max-size", type=_size, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
-    limits.add_argument("--max-drop", type=_number, metavar="P", help="points of accuracy, on held-out training images")
-    p.add_argument("--format", type=_formats, default=("onnx", "tflite"), metavar="onnx,tflite", help="default both")
+    limits.add_argument("--avg-bits", type=read_number, metavar="X", help="mean bits a weight on disk (default 4)")
+    limits.add_argument("--max-size", type=read_bytes, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
+    limits.add_argument("--max-drop", type=read_number, metavar="P", help="points, on held-out training images")
+    both = ("onnx", "tflite")
+    p.add_argument("--format", type=read_formats, default=both, metavar="onnx,tflite", help="default both")
+    _add_at_rest(p, ("native", "packed"))
     p.add_argument("--io", choices=("float", "int8"), default="float", help="what the files take and give")
     p.add_argument("--score", choices=SCORES, help="what tells important from unimportant (default lrp)")
     p.add_argument("--rule", metavar="R", help="of relevance: epsilon (default), epsilon-plus-flat, gamma:0.5, ...")
@@ -225,10 +229,25 @@ def _add_export(verbs: Any) -> None:
     p = verbs.add_parser("export", help="write a file again from a plan and its graph; needs no torch and no data")
     p.add_argument("plan", type=Path, metavar="PLAN")
     p.add_argument("--graph", type=Path, required=True, metavar="FILE", help="graph.edgecomp, beside the plan")
-    p.add_argument("--format", type=_formats, required=True, metavar="F", help="onnx, tflite, or both with a comma")
+    p.add_argument("--format", type=read_formats, required=True, metavar="F", help="onnx, tflite, or both with a comma")
+    _add_at_rest(p, ("native", "int8", "packed"))
     p.add_argument("--force", action="store_true", help="replace files in DIR")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     p.set_defaults(run=_export)
+
+
+def _add_at_rest(p: Any, choices: Sequence[str]) -> None:
+    about = "of the TFLite file: native (default; any interpreter runs it), int8, packed (smallest; unpack before use)"
+    p.add_argument("--weights-at-rest", choices=choices, default="native", help=about)
+
+
+def _add_unpack(verbs: Any) -> None:
+    p = verbs.add_parser("unpack", help="widen a TFLite file's packed and int4 weights to int8; needs numpy alone")
+    p.add_argument("file", type=Path, nargs="?", metavar="IN.tflite")
+    p.add_argument("-o", "--output", type=Path, metavar="OUT.tflite")
+    p.add_argument("--force", action="store_true", help="replace OUT.tflite")
+    p.add_argument("--cpp-header", action="store_true", help="print where the C++ reader of the same layout lies")
+    p.set_defaults(run=_unpack)
 
 
 def _add_verify(verbs: Any) -> None:
@@ -263,46 +282,6 @@ def _add_targets(verbs: Any) -> None:
     p.add_argument("name", nargs="?", metavar="NAME")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_targets)
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not -1e300 < value < 1e300:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number")
-    return value
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(_number(part) for part in text.split(","))
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    parts = text.lower().replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected channels, height and width, e.g. 3,224,224")
-    return int(parts[0]), int(parts[1]), int(parts[2])
-
-
-def _size(text: str) -> float:
-    units = {"kb": 1000, "mb": 1000**2, "k": 1024, "kib": 1024, "m": 1024**2, "mib": 1024**2, "b": 1}
-    digits = text.strip().lower()
-    for unit in sorted(units, key=len, reverse=True):
-        if digits.endswith(unit) and digits != unit:
-            return _number(digits.removesuffix(unit)) * units[unit]
-    return _number(digits)
-
-
-def _formats(text: str) -> tuple[str, ...]:
-    from edgecomp.exporters import FORMATS
-
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    for name in names:
-        if name not in FORMATS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not a format; expected {', '.join(FORMATS)}")
-    return names
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------
@@ -359,6 +338,7 @@ def _budget(args: argparse.Namespace) -> Budget:
 
 
 def _build(args: argparse.Namespace) -> int:
+    from edgecomp.artifact import AtRest
     from edgecomp.build import build
     from edgecomp.channels import IRRELEVANT, parse_pruning
     from edgecomp.methods import OPEN, PAPERS, Scoring
@@ -391,6 +371,7 @@ def _build(args: argparse.Namespace) -> int:
         pruning=IRRELEVANT if args.prune is None else parse_pruning(args.prune),
         sparsifying=sparsifying if args.sparsify is None else parse_pruning(args.sparsify, "--sparsify"),
         paper=paper,
+        at_rest=AtRest(args.weights_at_rest),
         stage=_stage,
         warn=_warn,
     )
@@ -408,6 +389,7 @@ def _build(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from edgecomp import bundle
+    from edgecomp.artifact import AtRest, form_of
     from edgecomp.build import rewritten
     from edgecomp.errors import PlanError, UsageError
     from edgecomp.files import write_files
@@ -418,18 +400,36 @@ def _export(args: argparse.Namespace) -> int:
         plan = CompressionPlan.from_json(args.plan.read_text("utf-8"), str(args.plan))
     except UnicodeDecodeError as e:
         raise PlanError(f"{args.plan}: is not text; expected a plan.json") from e
+    at_rest = AtRest(args.weights_at_rest)
+    if at_rest is not AtRest.NATIVE and "tflite" not in args.format:
+        raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
     graph = bundle.load(args.graph)
     files = {name: args.output / f"model.{name}" for name in args.format}
     for path in files.values():
         if path.exists() and not args.force:
             raise UsageError(f"{path}: is there already; give --force to replace it, or another -o")
-    exported = [rewritten(plan, graph, name) for name in args.format]
+    exported = [rewritten(plan, graph, form_of(name, at_rest)) for name in args.format]
     write_files(args.output, {f"model.{file.format}": file.data for file in exported})
     rows = [
         (str(files[file.format]), len(file.data), sum(w.stored_bytes for w in file.weights), file.sha256())
         for file in exported
     ]
     print(table(rows, ("file", "bytes", "weight bytes", "sha256")))
+    return 0
+
+
+def _unpack(args: argparse.Namespace) -> int:
+    from edgecomp.errors import UsageError
+    from edgecomp.report import table
+    from edgecomp.runtime import CPP_HEADER, unpack_file
+
+    if args.cpp_header and args.file is args.output is None:
+        print(CPP_HEADER)
+        return 0
+    if args.cpp_header or args.file is None or args.output is None:
+        raise UsageError("expected IN.tflite and -o OUT.tflite, or --cpp-header alone; see edgecomp unpack --help")
+    sizes = unpack_file(args.file, args.output, force=args.force)
+    print(table(list(sizes.items()), ("file", "bytes")))
     return 0
 
 

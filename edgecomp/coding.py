@@ -17,12 +17,13 @@ from edgecomp.errors import GraphError
 from edgecomp.graph import Array, Node, Op
 from edgecomp.packing import pack, pack_unsigned, packed_bytes, unpack
 from edgecomp.quantmath import WEIGHT_BITS
-from edgecomp.words import MOST_SYMBOLS, STRUCTURE_BITS, WORD_BITS, Book, best_book, tokens_of, trie_of
+from edgecomp.words import MOST_SYMBOLS, STRUCTURE_BITS, WORD_BITS, Book, Trie, best_book, tokens_of, trie_of
 
 GROUPS = (1, 2, 4)
 """Codes a symbol; more than one in large tensors only."""
 _SMALLEST_GROUPED = 1 << 20
 _QUICK_ROUNDS = 2
+_CHUNK = 1 << 18
 # Bits that a tensor holds -> where the next width of a number begins to pay.
 _CONTENT_LIMITS = (5e4, 2e5, 2e6)
 _GROUP_WORTH = 1.02
@@ -143,22 +144,52 @@ def decode(encoded: Encoded) -> Array:
     words = encoded.words
     if words is None:
         return encoded.fields[0] if encoded.bits == 8 else unpack(encoded.fields, encoded.bits, encoded.n_codes)
-    trie = trie_of(words.children, len(words.symbols), words.word_bits)
+    return decode_words(words, trie_of(words.children, len(words.symbols), words.word_bits))
+
+
+def decode_words(words: Words, trie: Trie) -> Array:
+    """Write words one after the other: int8 (n_symbols * G,).
+
+    Args:
+        words: what was stored.
+        trie: of its table.
+
+    Raises:
+        GraphError: a number names no word, or the words are too few or too many.
+    """
     tokens = words.tokens.astype(np.int64)
-    second = np.concatenate([[0], tokens[:-1] >= trie.boundary])
+    second = np.concatenate([[False], tokens[:-1] >= trie.boundary]).astype(np.int64)
     nodes = trie.node_of[second, tokens]
-    lengths = trie.depth[nodes]
-    starts = np.cumsum(lengths) - lengths
-    # Walk from each word's node up to the root: the last symbol comes first.
-    ranks = np.zeros(int(lengths.sum()), dtype=np.int64)
-    left = lengths.copy()
+    ends = np.cumsum(trie.depth[nodes])
+    if not nodes.all() or not tokens.size or not ends[-1] - trie.depth[nodes[-1]] < words.n_symbols <= ends[-1]:
+        raise GraphError(f"decode: the words do not give the {words.n_symbols} symbols expected")
+    places, of_words = _texts(trie)
+    out = np.empty((words.n_symbols, words.symbols.shape[1]), dtype=np.int8)
+    low = done = 0
+    while low < nodes.size:
+        high = max(low + 1, int(np.searchsorted(ends, done + _CHUNK, side="right")))
+        lengths = trie.depth[nodes[low:high]]
+        start_of = places[nodes[low:high]] - (ends[low:high] - lengths - done)
+        at = np.repeat(start_of, lengths) + np.arange(int(lengths.sum()))
+        part = words.symbols[of_words[at]][: words.n_symbols - done]
+        out[done : done + len(part)] = part
+        low, done = high, int(ends[high - 1])
+    return out.reshape(-1)
+
+
+def _texts(trie: Trie) -> tuple[Array, Array]:
+    """Spell every node: where its symbols start, and the ranks of all of them, one node after the other."""
+    starts = np.cumsum(trie.depth) - trie.depth
+    ranks = np.zeros(int(trie.depth.sum()), dtype=np.uint8)
+    nodes = np.flatnonzero(trie.depth)
+    left, begin = trie.depth[nodes], starts[nodes]
+    # Walk from each node up to its root: the last symbol comes first.
     while nodes.size:
-        ranks[starts + left - 1] = trie.rank[nodes]
-        left -= 1
+        ranks[begin + left - 1] = trie.rank[nodes]
+        left = left - 1
         open_ = left > 0
-        nodes, starts, left = trie.parent[nodes[open_]], starts[open_], left[open_]
-    symbols: Array = words.symbols[ranks[: words.n_symbols]]
-    return symbols.reshape(-1)
+        nodes, begin, left = trie.parent[nodes[open_]], begin[open_], left[open_]
+    return starts, ranks
 
 
 def estimated_bits(counts: Array) -> float:
@@ -202,37 +233,47 @@ def _ranked(flat: Array, group: int) -> tuple[Array, Array, Array]:
 # ---- what a planner counts with --------------------------------------------------------------------------------------
 
 
-def field_bits(format_name: str, node: Node, bits: int) -> int:
-    """Give the bits a format spends on a code of a layer where every code takes the same.
+PACKED_FORMS = frozenset({"onnx", "tflite-packed"})
+"""Those that reach every width, and store frequent codes in fewer bits; see `artifact.form_of`."""
+UNPACKING_BYTES = 200
+"""What unpacking a weight takes in a TFLite file beside its bytes, about: an operator, a tensor, its name."""
 
-    ONNX reaches every width. LiteRT's kernels read 4 bits in convolutions and linear layers; in depthwise and grouped
-    convolutions they do too, but 10 to 50 times slower than 8.
+
+def field_bits(form: str, node: Node, bits: int) -> int:
+    """Give the bits a form of file spends on a code of a layer where every code takes the same.
+
+    ONNX and packed TFLite reach every width. LiteRT's kernels read 4 bits in convolutions and linear layers; in
+    depthwise and grouped convolutions they do too, but 10 to 50 times slower than 8.
 
     Args:
-        format_name: "onnx" or "tflite".
+        form: see `artifact.form_of`.
         node: the layer.
         bits: logical width.
     """
-    if format_name == "onnx":
+    if form in PACKED_FORMS:
         return bits
+    if form == "tflite-int8":
+        return 8
     dense = node.op is Op.LINEAR or node.attrs["groups"] == 1
     return 4 if bits <= 4 and dense else 8
 
 
-def stored_bits(format_name: str, node: Node, bits: int, counts: Array) -> int:
-    """Count the bits that all codes of a layer take in a format: what a planner must count with.
+def stored_bits(form: str, node: Node, bits: int, counts: Array) -> int:
+    """Count the bits that all codes of a layer take in a form of file: what a planner must count with.
 
-    An estimate for ONNX, where frequent codes may take fewer bits.
+    An estimate where frequent codes may take fewer bits.
 
     Args:
-        format_name: "onnx" or "tflite".
+        form: see `artifact.form_of`.
         node: the layer.
         bits: logical width.
         counts: (256,), how many codes there are of -128, -127, ... 127; may be fractions.
     """
     n = round(float(counts.sum()))
-    plain = n * field_bits(format_name, node, bits)
-    if format_name != "onnx" or n == 0:
+    plain = n * field_bits(form, node, bits)
+    if form not in PACKED_FORMS or n == 0:
         return plain
     limit = (1 << (bits - 1)) - 1
-    return min(plain, int(np.ceil(estimated_bits(np.rint(counts[128 - limit : 129 + limit]).astype(np.int64)))))
+    least = min(plain, int(np.ceil(estimated_bits(np.rint(counts[128 - limit : 129 + limit]).astype(np.int64)))))
+    # A weight that packing hardly makes smaller stays as it is.
+    return 8 * n if form == "tflite-packed" and least + 8 * UNPACKING_BYTES >= 8 * n else least

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from edgecomp import __version__
-from edgecomp.artifact import Exported
+from edgecomp.artifact import AtRest, Exported
 from edgecomp.errors import BundleError, PlanError
 from edgecomp.files import MANIFEST_SCHEMA
 from edgecomp.graph import Graph, Op
@@ -82,6 +82,7 @@ def artifact_entry(exported: Exported, graph: Graph, measured: Mapping[str, obje
     return {
         "format": exported.format,
         "path": f"model.{exported.format}",
+        "weights_at_rest": exported.at_rest.value,
         "bytes": len(exported.data),
         "sha256": exported.sha256(),
         "weight_bytes": weight_bytes,
@@ -156,6 +157,8 @@ def read_manifest(text: str, where: str) -> Mapping[str, Any]:
                 raise BundleError(f"{place}: {key!r} is missing or not of type {kind.__name__}")
         if artifact["path"] != f"model.{artifact['format']}" or not artifact["format"].isalnum():
             raise BundleError(f"{place}: path {artifact['path']!r:.80}: expected model.FORMAT, in the same folder")
+        if artifact.get("weights_at_rest", AtRest.NATIVE) not in tuple(AtRest):
+            raise BundleError(f"{place}: 'weights_at_rest': expected one of {', '.join(AtRest)}")
         if not _is_number(artifact["accuracy"].get("value")):
             raise BundleError(f"{place}: accuracy: 'value' is missing")
         if not (isinstance(artifact["accuracy"].get("runtime"), str) and artifact["accuracy"]["runtime"].strip()):

@@ -16,10 +16,21 @@ _BUDGETS = {
 _FILES = {
     "model.onnx": "the compressed network for onnxruntime 1.17 or newer; packed weights are unpacked once, at load",
     "model.tflite": "the compressed network for LiteRT / TensorFlow Lite",
+    "model.tflite, packed": "the compressed network for LiteRT / TensorFlow Lite; unpack it before running, see below",
     "graph.edgecomp": "the float network, BatchNorm folded, adjusted to the plan; the two give every file again",
     "plan.json": "what was decided: channels kept, bits of each layer, activation ranges, preprocessing",
     "manifest.json": "what was measured, byte counts, digests and tool versions, for programs",
 }
+_PACKED = """
+## Running the packed TFLite file
+
+It is widened to int8 in memory, and then runs like any int8 file; stock interpreters refuse it as it is.
+
+    edgecomp unpack DIR/model.tflite -o full.tflite        # or, on the device, with numpy alone:
+    interpreter = Interpreter(model_content=edgecomp.runtime.load("model.tflite"))
+
+In C++ edgecomp_unpack.hpp does the same; `edgecomp unpack --cpp-header` says where it is.
+"""
 
 
 def results_table(record: Mapping[str, Any]) -> str:
@@ -115,8 +126,9 @@ def overview(record: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
         made_by: what the plan says of its making, see `plan.CompressionPlan`.
     """
     budget, n = record["budget"], record["float"]["n"]
-    names = [a["path"] for a in record["artifacts"]]
+    names = [a["path"] + ", packed" * (a.get("weights_at_rest") == "packed") for a in record["artifacts"]]
     files = [(name, what) for name, what in _FILES.items() if name in names or not name.startswith("model.")]
+    packed = _PACKED if any(name.endswith(", packed") for name in names) else ""
     first = record["artifacts"][0]["path"]
     unmet = "" if budget["met"] else " (not met)"
     return f"""# {record["model"]}, compressed by edgecomp
@@ -140,9 +152,9 @@ Budget: {_BUDGETS[budget["kind"]]} {budget["asked"]:g}, came to {budget["got"]:g
 {layers_table(record)}
 
 "relevance" is the layer's share of all absolute relevance at layer outputs; "bits" are those of the plan, "stored
-bytes" those in {first}. ONNX stores codes that are unevenly used in fewer bits than that; TFLite stores 4 or 8 bits,
-whichever holds the codes.
-
+bytes" those in {first}. ONNX and packed TFLite store codes that are unevenly used in fewer bits than that; other TFLite
+stores 4 or 8 bits, whichever holds the codes.
+{packed}
 ## What next, with this folder for DIR
 
     edgecomp verify DIR           # digests, accuracy and parity again

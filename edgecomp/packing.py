@@ -77,9 +77,7 @@ def unpack(fields: tuple[Array, ...], bits: int, n_codes: int) -> Array:
     for field, width in zip(fields, FIELDS[bits], strict=True):
         if field.dtype != np.uint8 or field.shape != (-(-n_codes * width // 8),):
             raise GraphError(f"unpack: field of {width} bits has shape {field.shape}, expected {n_codes} codes' worth")
-        shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
-        planes = (field[None, :] >> shifts) & np.uint8((1 << width) - 1)
-        unsigned |= planes.reshape(-1)[:n_codes] << np.uint8(low)
+        unsigned |= _unpack_field(field, width, n_codes) << np.uint8(low)
         low += width
     sign = np.uint8(1 << (bits - 1))
     return np.where(unsigned & sign, unsigned | np.uint8(256 - (1 << bits)), unsigned).astype(np.uint8).view(np.int8)
@@ -97,6 +95,36 @@ def pack_unsigned(values: Array, bits: int) -> tuple[Array, ...]:
         fields.append(_pack_field(((values >> low) & ((1 << width) - 1)).astype(np.uint8), width))
         low += width
     return tuple(fields)
+
+
+def unsigned_bytes(n_values: int, bits: int) -> int:
+    """Count the bytes that `pack_unsigned` gives."""
+    return sum(-(-n_values * width // 8) for width in unsigned_fields(bits))
+
+
+def unpack_unsigned(data: bytes, bits: int, n_values: int, offset: int = 0) -> Array:
+    """Undo `pack_unsigned` for fields that lie one after the other in data: uint16 (n_values,).
+
+    Args:
+        data: at least offset + unsigned_bytes(n_values, bits) bytes.
+        bits: of a number, 1-15.
+        n_values: how many numbers there are.
+        offset: where the first field starts.
+    """
+    values, low = np.zeros(n_values, dtype=np.uint16), 0
+    for width in unsigned_fields(bits):
+        n_bytes = -(-n_values * width // 8)
+        field = np.frombuffer(data, dtype=np.uint8, count=n_bytes, offset=offset)
+        values |= _unpack_field(field, width, n_values).astype(np.uint16) << np.uint16(low)
+        low, offset = low + width, offset + n_bytes
+    return values
+
+
+def _unpack_field(field: Array, width: int, n_values: int) -> Array:
+    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
+    planes = (field[None, :] >> shifts) & np.uint8((1 << width) - 1)
+    flat: Array = planes.reshape(-1)[:n_values]
+    return flat
 
 
 def _pack_field(values: Array, width: int) -> Array:

@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 
 from edgecomp import quantmath
-from edgecomp.coding import stored_bits
+from edgecomp.coding import PACKED_FORMS, stored_bits
 from edgecomp.errors import BudgetError
 from edgecomp.graph import Array, Graph, Node
 from edgecomp.groups import Channels, number_channels
@@ -39,13 +39,14 @@ def grids_of(graph: Graph, node: Node, formats: Sequence[str]) -> tuple[Grid, ..
     """List the grids worth weighing for a layer.
 
     Grids with a step of their own pay where a format stores frequent codes in fewer bits, and a layer is large enough
-    for that; in layers with one input channel a group there is too little to gain. TFLite stores 5 to 7 bits as 8:
-    where it is asked for, what the other format would gain by them is not worth a file of twice the size.
+    for that; in layers with one input channel a group there is too little to gain. TFLite that is not packed stores 5
+    to 7 bits as 8: where it is asked for, what the other format would gain by them is not worth a file of twice the
+    size.
     """
     if graph.weight(node).shape[1] == 1:
         return _DENSE
-    grids = (*_COARSE, *_DENSE) if "onnx" in formats else _DENSE
-    return grids if "tflite" not in formats else tuple(grid for grid in grids if grid.bits in (2, 3, 4, 8))
+    grids = (*_COARSE, *_DENSE) if PACKED_FORMS & set(formats) else _DENSE
+    return grids if set(formats) <= PACKED_FORMS else tuple(grid for grid in grids if grid.bits in (2, 3, 4, 8))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

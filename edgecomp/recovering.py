@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgecomp.coding import PACKED_FORMS
 from edgecomp.data import LabelledImages
 from edgecomp.graph import Graph
 from edgecomp.sparsity import NOTHING, Masks
@@ -28,9 +29,10 @@ def recovery_settings(
     """Say how a build trains what its budget bought; `options` are those that the result depends on."""
     from edgecomp.pytorch.progress import Settings
 
-    # Only ONNX stores codes by their frequency.
-    room = None if "onnx" not in formats else _ROOM_IN_FILE if budget.kind is BudgetKind.MAX_SIZE else _ROOM
-    return Settings(epochs=epochs, seed=seed, room=room, options=options)
+    room = _ROOM_IN_FILE if budget.kind is BudgetKind.MAX_SIZE else _ROOM
+    # Other forms do not store codes by their frequency.
+    by_frequency = bool(PACKED_FORMS & set(formats))
+    return Settings(epochs=epochs, seed=seed, room=room if by_frequency else None, options=options)
 
 
 def recover(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgecomp.artifact import AtRest, form_of
 from edgecomp.check import LEAST_AGREEMENT_PERCENT, measure_accuracy, measure_parity, parity_by_layer
 from edgecomp.compress import compress
 from edgecomp.data import DataSet, load
@@ -145,13 +146,14 @@ def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Ve
     verified = []
     for entry in folder.record["artifacts"]:
         runtime = entry["accuracy"]["runtime"].split()[0]
+        form = form_of(entry["format"], AtRest(entry.get("weights_at_rest", AtRest.NATIVE)))
         preprocessing = folder.plan.preprocessing
         with stage(f"{entry['path']} in {runtime}", len(images.test)) as advance:
             percent, n = measure_accuracy(files[entry["path"]], runtime, images.test, preprocessing, progress=advance)
         close, agreement = measure_parity(files[entry["path"]], runtime, quantized, images.test, preprocessing)
         layers = {}
         if per_layer:
-            layers = dict(parity_by_layer(quantized, entry["format"], runtime, images.test, preprocessing))
+            layers = dict(parity_by_layer(quantized, form, runtime, images.test, preprocessing))
         verified.append(
             Verified(
                 path=entry["path"],
@@ -160,7 +162,7 @@ def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Ve
                 n_images=n,
                 parity=close,
                 agree_percent=agreement,
-                same_bytes=_same_bytes(folder, entry["format"], files[entry["path"]]),
+                same_bytes=_same_bytes(folder, form, files[entry["path"]]),
                 by_layer=layers,
             )
         )
@@ -190,15 +192,15 @@ def _of_the_model(images: DataSet, classes: tuple[str, ...]) -> DataSet:
     return images.of_classes([images.classes.index(name) for name in classes])
 
 
-def _same_bytes(folder: BuiltFolder, format_name: str, data: bytes) -> bool | None:
+def _same_bytes(folder: BuiltFolder, form: str, data: bytes) -> bool | None:
     from edgecomp.build import rewritten
     from edgecomp.manifest import tool_versions
 
-    writers = {"onnx": ("edgecomp", "onnx")}.get(format_name, ("edgecomp", "ai-edge-litert", "flatbuffers"))
+    writers = {"onnx": ("edgecomp", "onnx")}.get(form, ("edgecomp", "ai-edge-litert", "flatbuffers"))
     now, then = tool_versions(), folder.record["tools"]
     if any(now.get(name) != then.get(name) for name in writers):
         return None
     try:
-        return rewritten(folder.plan, folder.graph, format_name).data == data
+        return rewritten(folder.plan, folder.graph, form).data == data
     except ExportError:
         return None

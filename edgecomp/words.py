@@ -48,6 +48,7 @@ class Trie:
         second: (N,) whether the second chapter holds after this word.
         node_of: (2, 2^T) the node of each number; 0 where there is none.
         boundary: the first number after which the second chapter holds.
+        fits: whether each chapter has numbers for all its words.
     """
 
     children: Array
@@ -58,6 +59,7 @@ class Trie:
     second: Array
     node_of: Array
     boundary: int
+    fits: bool
 
 
 def trie_of(below: Array, n_symbols: int, word_bits: int) -> Trie:
@@ -76,15 +78,15 @@ def trie_of(below: Array, n_symbols: int, word_bits: int) -> Trie:
         low, high = high, min(n, int(first[high - 1] + children[high - 1]))
     size = 1 << word_bits
     number = np.full(n, -1)
-    boundary = 0
+    boundary, most = 0, 0
     for which in (0, 1):
         leaves = np.flatnonzero((chapter == which) & (children == 0))
         inner = np.flatnonzero((chapter == which) & (children > 0) & (children < n_symbols))
         number[leaves] = np.arange(leaves.size)
         number[inner] = size - 1 - np.arange(inner.size)
-        boundary = max(boundary, leaves.size)
+        boundary, most = max(boundary, leaves.size), max(most, leaves.size + inner.size)
     node_of = np.zeros((2, size), dtype=np.int64)
-    words = np.flatnonzero(number >= 0)
+    words = np.flatnonzero((number >= 0) & (number < size))
     node_of[chapter[words], number[words]] = words
     return Trie(
         children=children,
@@ -95,6 +97,7 @@ def trie_of(below: Array, n_symbols: int, word_bits: int) -> Trie:
         second=number >= boundary,
         node_of=node_of,
         boundary=boundary,
+        fits=most <= size,
     )
 
 

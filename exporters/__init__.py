@@ -14,25 +14,28 @@ FORMATS = ("onnx", "tflite")
 """What `export` can write; the file's suffix is the same word."""
 
 
-def export(graph: Graph, format_name: str, *, words: bool = True) -> Exported:
+def export(graph: Graph, form: str, *, words: bool = True) -> Exported:
     """Write a float or quantized graph in a format.
 
     Args:
         graph: see `edgecomp.verify` for what is legal.
-        format_name: one of FORMATS.
+        form: one of FORMATS, or with the way to store weights, as `artifact.form_of` names it.
         words: in ONNX, let frequent codes take fewer bits; False for what other tools write.
 
     Raises:
         ExportError: the format is unknown, its writer library is missing, or it cannot express the graph.
     """
-    match format_name:
+    from edgecomp.artifact import AtRest
+
+    match form:
         case "onnx":
             from .to_onnx import to_onnx
 
             return to_onnx(graph, words=words)
-        case "tflite":
+        case "tflite" | "tflite-int8" | "tflite-packed":
             from .to_tflite import to_tflite
 
-            return to_tflite(graph)
+            at_rest = AtRest(form.partition("-")[2] or AtRest.NATIVE)
+            return to_tflite(graph, at_rest=at_rest)
         case _:
-            raise ExportError(f"format {format_name!r} is unknown; expected one of {', '.join(FORMATS)}")
+            raise ExportError(f"format {form!r} is unknown; expected one of {', '.join(FORMATS)}")

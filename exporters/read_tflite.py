@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import struct
 from typing import Any
 
-import numpy as np
-
+from edgecomp.atrest import facts_of
 from edgecomp.errors import BundleError, ExportError
-from edgecomp.graph import Array
 
+from .flatbuffer import Flatbuffer, Table
 from .modelfacts import (
     MAX_RANK,
     MEANT_BY_DAMAGED,
@@ -22,8 +20,8 @@ from .modelfacts import (
     model_facts,
     weight_row,
 )
+from .unpack_tflite import OPERATOR, custom_codes
 
-_MAX_TABLES = 1 << 18
 
 def read_tflite(data: bytes, where: str) -> dict[str, object]:
     """Describe a TFLite model; see `describe.describe` for the keys.
@@ -37,102 +35,13 @@ def read_tflite(data: bytes, where: str) -> dict[str, object]:
     except ImportError as e:
         raise ExportError(f"{where}: {e.name} is missing; install it with: pip install 'edgecomp[bench]'") from e
     try:
-        file = _Flatbuffer(data)
-        return _tflite_model(_Table(file, file.number_at(0, "I")), schema, len(data))
+        file = Flatbuffer(data)
+        return _tflite_model(file.root(), schema, len(data))
     except MEANT_BY_DAMAGED as e:
         raise BundleError(f"{where}: is damaged or cut off: {str(e)[:200] or type(e).__name__}") from e
 
 
-class _Flatbuffer:
-    """A flatbuffer read with every offset checked.
-
-    The reader that the schema's compiler generates trusts the file: one wrong offset costs it gigabytes or hours. This
-    one reads a limited number of tables, as a damaged file can name the same table any number of times.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self._tables_left = _MAX_TABLES
-
-    def number_at(self, position: int, code: str) -> Any:
-        """Read one little-endian number; `code` is struct's."""
-        if not 0 <= position <= len(self.data) - struct.calcsize(f"<{code}"):
-            raise ValueError(f"an offset leads to byte {position} of {len(self.data)}")
-        return struct.unpack_from(f"<{code}", self.data, position)[0]
-
-    def spend(self, tables: int) -> None:
-        """Count tables that a list names.
-
-        Raises:
-            ValueError: they are more than any network has.
-        """
-        self._tables_left -= tables
-        if self._tables_left < 0:
-            raise ValueError("it names more tables than any network has")
-
-
-class _Table:
-    """One table; fields go by their numbers in the schema, which never change."""
-
-    def __init__(self, file: _Flatbuffer, position: int) -> None:
-        self._file = file
-        self._position = position
-
-    def _field(self, number: int) -> int:
-        """Find the position of a field's value, 0 if the table lacks it."""
-        vtable = self._position - self._file.number_at(self._position, "i")
-        slot = 4 + 2 * number
-        if slot >= self._file.number_at(vtable, "H"):
-            return 0
-        offset = self._file.number_at(vtable + slot, "H")
-        return self._position + int(offset) if offset else 0
-
-    def number(self, field: int, code: str) -> int:
-        position = self._field(field)
-        return int(self._file.number_at(position, code)) if position else 0
-
-    def _vector(self, field: int, width: int) -> tuple[int, int]:
-        """Find where the elements of a vector start, and how many there are."""
-        position = self._field(field)
-        if not position:
-            return 0, 0
-        position += self._file.number_at(position, "I")
-        count = int(self._file.number_at(position, "I"))
-        if position + 4 + count * width > len(self._file.data):
-            raise ValueError(f"a list of {count} elements leads beyond its end")
-        return position + 4, count
-
-    def numbers(self, field: int, dtype: str) -> Array:
-        start, count = self._vector(field, np.dtype(dtype).itemsize)
-        return np.frombuffer(self._file.data, dtype=dtype, count=count, offset=start)
-
-    def text(self, field: int) -> str:
-        start, count = self._vector(field, 1)
-        if count > 1 << 16:
-            raise ValueError(f"a name has {count} bytes")
-        return self._file.data[start : start + count].decode("utf-8", errors="replace")
-
-    def table(self, field: int) -> _Table | None:
-        position = self._field(field)
-        return _Table(self._file, position + self._file.number_at(position, "I")) if position else None
-
-    def tables(self, field: int) -> list[_Table]:
-        start, count = self._vector(field, 4)
-        self._file.spend(count)
-        positions = range(start, start + 4 * count, 4)
-        return [_Table(self._file, at + self._file.number_at(at, "I")) for at in positions]
-
-    def payload(self) -> tuple[int, int]:
-        """Read this table as a Buffer: where its bytes start, in the flatbuffer or behind it, and how many."""
-        offset, size = self.number(1, "Q"), self.number(2, "Q")
-        if offset <= 1:
-            return self._vector(0, 1)
-        if offset + size > len(self._file.data):
-            raise ValueError(f"a buffer of {size} bytes leads beyond its end")
-        return offset, size
-
-
-def _tflite_model(model: _Table, schema: Any, file_bytes: int) -> dict[str, object]:
+def _tflite_model(model: Table, schema: Any, file_bytes: int) -> dict[str, object]:
     """Describe a Model table.
 
     Raises:
@@ -140,7 +49,7 @@ def _tflite_model(model: _Table, schema: Any, file_bytes: int) -> dict[str, obje
     """
     kinds = {number: name.lower() for name, number in vars(schema.TensorType).items() if isinstance(number, int)}
 
-    def dtype_of(tensor: _Table) -> str:
+    def dtype_of(tensor: Table) -> str:
         number = tensor.number(1, "b")
         if number not in kinds:
             raise ValueError(f"a tensor has the unknown type {number}")
@@ -160,19 +69,27 @@ def _tflite_model(model: _Table, schema: Any, file_bytes: int) -> dict[str, obje
 
     tensors = [graph.tables(0) for graph in graphs]
     weights, stored = [], {}
+    packed = _packed_sources(model, graphs, tensors)
     for tensor in (t for of_graph in tensors for t in of_graph):
+        source = packed.get(tensor.position, tensor)
         shape = tensor.numbers(0, "<i4")
-        start, n_bytes = buffers[number].payload() if (number := tensor.number(2, "I")) else (0, 0)
+        start, n_bytes = buffers[number].payload() if (number := source.number(2, "I")) else (0, 0)
         dtype = dtype_of(tensor)
-        if not n_bytes or shape.size < 2 or dtype in NO_WEIGHTS:
+        if not n_bytes or (shape.size < 2 and source is tensor) or dtype in NO_WEIGHTS:
             continue
         name = tensor.text(3)
         dims = checked_shape(shape.tolist(), name)
-        if tensor.table(6) is None:  # a sparse tensor has fewer elements than its shape says
-            check_length(name, math.prod(dims), bits_of(dtype), n_bytes)
-        name = name.removesuffix(".weight") if producer == "edgecomp" else name
-        weights.append(weight_row(name, dims, bits_of(dtype), n_bytes))
+        n, shown = math.prod(dims), name.removesuffix(".weight") if producer == "edgecomp" else name
         stored[start] = n_bytes
+        if source is not tensor:
+            kind, bits, n_packed = facts_of(bytes(model.file.data[start : start + min(n_bytes, 64)]))
+            if n_packed != n:
+                raise ValueError(f"weight {name!r:.80} has {n_packed} packed codes, expected {n}")
+            weights.append({**weight_row(shown, dims, bits, n_bytes), "encoding": kind})
+            continue
+        if tensor.table(6) is None:  # a sparse tensor has fewer elements than its shape says
+            check_length(name, n, bits_of(dtype), n_bytes)
+        weights.append(weight_row(shown, dims, bits_of(dtype), n_bytes))
 
     def border(number: int) -> dict[str, object]:
         tensor = tensors[0][number]
@@ -205,3 +122,16 @@ def _tflite_model(model: _Table, schema: Any, file_bytes: int) -> dict[str, obje
         file_bytes=file_bytes,
     )
 
+
+def _packed_sources(model: Table, graphs: list[Table], tensors: list[list[Table]]) -> dict[int, Table]:
+    """Find, by the position of a weight's tensor, the tensor that holds its packed bytes."""
+    ours = {number for number, text in custom_codes(model).items() if text == OPERATOR}
+    found = {}
+    for graph, of_graph in zip(graphs, tensors, strict=True):
+        for operator in graph.tables(3):
+            if operator.number(0, "I") in ours:
+                source, weight = (int(operator.numbers(field, "<i4")[0]) for field in (1, 2))
+                if min(source, weight) < 0:
+                    raise ValueError(f"{OPERATOR} reads or gives no tensor")
+                found[of_graph[weight].position] = of_graph[source]
+    return found

@@ -1,7 +1,8 @@
 """The TFLite flatbuffer as bytes: tensors, operators and buffers in, a file out. Knows no operator's meaning.
 
 Equal buffers, vectors, quantization tables and options are written once and shared: of a small model's file, repeated
-zero points alone would be a tenth.
+zero points alone would be a tenth. In a packed file the contents of all buffers stand at its end, and nothing else does
+there: `unpack_tflite` replaces them without leaving the old ones behind, and aligns them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 
 from edgecomp.errors import ExportError
 from edgecomp.graph import Array, QuantParams
+
+from .unpack_tflite import OPERATOR
 
 _VERSION = 3
 _IDENTIFIER = b"TFL3"
@@ -71,8 +74,10 @@ class TfliteFile:
         self.schema: Any = schema
         self._tensors: list[_Tensor] = []
         self._operators: list[_Operator] = []
+        self._packed: list[tuple[int, bytes]] = []
         self._codes: dict[tuple[int, int], int] = {}
-        self._buffers: dict[bytes, int] = {b"": 0}  # the format keeps buffer 0 empty, for tensors without data
+        self._buffers = [b""]  # the format keeps buffer 0 empty, for tensors without data
+        self._shared = {b"": 0}
 
     def tensor(
         self, name: str, shape: Sequence[int], kind: str, *, data: bytes = b"", quant: QuantParams | None = None
@@ -89,7 +94,34 @@ class TfliteFile:
         Returns:
             its number.
         """
-        buffer = self._buffers.setdefault(data, len(self._buffers))
+        if data not in self._shared:
+            self._shared[data] = self._buffer(data)
+        return self._tensor(name, shape, kind, self._shared[data], quant)
+
+    def packed(
+        self, name: str, shape: Sequence[int], kind: str, *, data: bytes, quant: QuantParams | None = None
+    ) -> int:
+        """Add a tensor that an operator at the head of the file unpacks; see `unpack_tflite`.
+
+        Args:
+            name: as in `tensor`, like all but `data`.
+            shape: see there.
+            kind: see there.
+            data: what the operator reads.
+            quant: see there.
+
+        Returns:
+            its number.
+        """
+        number = self._tensor(name, shape, kind, self._buffer(b""), quant)
+        self._packed.append((number, data))
+        return number
+
+    def _buffer(self, data: bytes) -> int:
+        self._buffers.append(data)
+        return len(self._buffers) - 1
+
+    def _tensor(self, name: str, shape: Sequence[int], kind: str, buffer: int, quant: QuantParams | None) -> int:
         self._tensors.append(_Tensor(name=name, shape=tuple(shape), kind=kind, buffer=buffer, quant=quant))
         return len(self._tensors) - 1
 
@@ -124,15 +156,33 @@ class TfliteFile:
         Raises:
             ExportError: the file would exceed what a flatbuffer can address.
         """
+        unpacking = self._unpacking()
         n_bytes = sum(len(data) for data in self._buffers)
         if n_bytes > _MAX_BYTES:
             raise ExportError(f"tflite: the weights take {n_bytes} bytes, the format holds {_MAX_BYTES}")
         try:
             return _Packer(self._flatbuffers, self.schema).pack(
-                self._tensors, self._operators, list(self._codes), list(self._buffers), tuple(inputs), tuple(outputs)
+                self._tensors,
+                [*unpacking, *self._operators],
+                [*self._codes, *([OPERATOR] if unpacking else [])],
+                self._buffers,
+                tuple(inputs),
+                tuple(outputs),
             )
         except self._flatbuffers.builder.BuilderSizeError as e:
             raise ExportError(f"tflite: the file exceeds the {_MAX_BYTES} bytes that the format holds") from e
+
+    def _unpacking(self) -> list[_Operator]:
+        """Give the operators that unpack, and what they read the last place among tensors and buffers."""
+        operators = []
+        for number, data in self._packed:
+            name = f"{self._tensors[number].name}.packed"
+            source = self._tensor(name, (len(data),), "UINT8", self._buffer(data), None)
+            operators.append(
+                _Operator(code=len(self._codes), inputs=(source,), outputs=(number,), options="", fields=())
+            )
+        self._packed.clear()
+        return operators
 
 
 class _Packer:
@@ -172,12 +222,19 @@ class _Packer:
             self._builder.PrependUOffsetTRelative(offset)
         return int(self._builder.EndVector())
 
-    def _buffer(self, data: bytes) -> int:
+    def _contents(self, data: bytes, alignment: int) -> dict[str, object]:
         if not data:
-            return self._table("Buffer")
+            return {}
         # Aligned elements, not merely an aligned table: kernels read them in place from a memory-mapped file.
-        self._builder.Prep(_ALIGNMENT, len(data))
-        return self._table("Buffer", Data=self._builder.CreateByteVector(data))
+        self._builder.Prep(alignment, len(data))
+        return {"Data": self._builder.CreateByteVector(data)}
+
+    def _all_buffers(self, buffers: Sequence[bytes], *, packed: bool) -> int:
+        if packed:
+            fields = [self._contents(data, 4) for data in buffers]
+            return self._tables([self._table("Buffer", **each) for each in fields])
+        # Each table by its contents, where it fits into what alignment leaves empty.
+        return self._tables([self._table("Buffer", **self._contents(data, _ALIGNMENT)) for data in buffers])
 
     def _quantization(self, quant: QuantParams) -> int:
         scale = quant.scale.reshape(-1).astype("<f4")
@@ -228,6 +285,15 @@ class _Packer:
             fields["BuiltinOptions"] = self._options(operator)
         return self._table("Operator", **fields)
 
+    def _code(self, code: tuple[int, int] | str) -> int:
+        """Write a built-in operator with its version, or the name of a custom one."""
+        if isinstance(code, str):
+            name, custom = self._text(code), self._schema.BuiltinOperator.CUSTOM
+            return self._table("OperatorCode", DeprecatedBuiltinCode=custom, CustomCode=name, BuiltinCode=custom)
+        # Readers older than 2020 know only the first 127 operators, by a one-byte field.
+        number, version = code
+        return self._table("OperatorCode", DeprecatedBuiltinCode=min(number, 127), BuiltinCode=number, Version=version)
+
     def _signature(self, tensors: Sequence[_Tensor], inputs: Sequence[int], outputs: Sequence[int]) -> int:
         maps = [
             self._tables([self._table("TensorMap", Name=self._text(tensors[i].name), TensorIndex=i) for i in numbers])
@@ -240,13 +306,13 @@ class _Packer:
         self,
         tensors: Sequence[_Tensor],
         operators: Sequence[_Operator],
-        codes: Sequence[tuple[int, int]],
+        codes: Sequence[tuple[int, int] | str],
         buffers: Sequence[bytes],
         inputs: tuple[int, ...],
         outputs: tuple[int, ...],
     ) -> bytes:
         """Write everything and give the finished file."""
-        data = self._tables([self._buffer(data) for data in buffers])
+        data = self._all_buffers(buffers, packed=OPERATOR in codes)
         main = self._table(
             "SubGraph",
             Tensors=self._tables([self._tensor(tensor) for tensor in tensors]),
@@ -255,11 +321,7 @@ class _Packer:
             Operators=self._tables([self._operator(operator) for operator in operators]),
             Name=self._text("main"),
         )
-        # Readers older than 2020 know only the first 127 operators, by a one-byte field.
-        opcodes = [
-            self._table("OperatorCode", DeprecatedBuiltinCode=min(code, 127), BuiltinCode=code, Version=version)
-            for code, version in codes
-        ]
+        opcodes = [self._code(code) for code in codes]
         model = self._table(
             "Model",
             Version=_VERSION,

@@ -2,7 +2,8 @@
 
 Written with flatbuffers and the schema alone. Operators run in stock LiteRT, in its reference, built-in and XNNPACK
 kernels alike; what the format cannot express is refused with the node's name. Weights of 4 bits and fewer are stored as
-int4 where the kernels read it. Batch size is 1; the input can be resized to more images.
+int4 where the kernels read it; or all as int8; or packed, to be unpacked before an interpreter reads the file
+(`unpack_tflite`). Batch size is 1; the input can be resized to more images.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgecomp.artifact import Exported, StoredWeight
-from edgecomp.coding import field_bits
+from edgecomp.artifact import AtRest, Exported, StoredWeight
+from edgecomp.atrest import to_bytes
+from edgecomp.coding import UNPACKING_BYTES, encode, field_bits
 from edgecomp.compress import fuse_clips
 from edgecomp.curves import gate_codes
 from edgecomp.errors import ExportError
 from edgecomp.graph import Array, Graph, Node, Op, QuantParams, Tensor
-from edgecomp.ops import clamp_codes, ints
+from edgecomp.ops import ints
 from edgecomp.quantmath import ACT_MAX, ACT_MIN, SHARES, UNIT, bias_scale, quantize
 
+from .fused import fused_activation, limits_of
 from .layout import (
     TO_NCHW,
     TO_NHWC,
@@ -32,17 +35,15 @@ from .layout import (
 )
 from .tflite_schema import TfliteFile, pack_dense
 
-_LIMITS = {"RELU": (0.0, np.inf), "RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0)}
-"""Real limits of the activations that TFLite can fuse."""
 
-
-def to_tflite(graph: Graph) -> Exported:
+def to_tflite(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
     """Write a graph as a TFLite file.
 
     Image tensors are NHWC, the graph's input and output included. Tensors keep their names in the graph.
 
     Args:
         graph: float (gives a float32 file) or quantized, as `verify_float` and `verify_quantized` define them.
+        at_rest: how weights are stored. Packed, and once unpacked, the file is that of INT8, tensor for tensor.
 
     Returns:
         the file, and where its weight bytes went. Equal graphs give equal bytes.
@@ -52,7 +53,7 @@ def to_tflite(graph: Graph) -> Exported:
     """
     if all(tensor.quant is None for tensor in graph.tensors.values()):
         graph = fuse_clips(graph)
-    writer = _Writer(graph)
+    writer = _Writer(graph, at_rest)
     for name in graph.inputs:
         writer.activation(name)
     for node in graph.nodes:
@@ -60,7 +61,7 @@ def to_tflite(graph: Graph) -> Exported:
     data = writer.file.to_bytes(
         inputs=[writer.number[name] for name in graph.inputs], outputs=[writer.number[name] for name in graph.outputs]
     )
-    return Exported(format="tflite", data=data, weights=tuple(writer.weights))
+    return Exported(format="tflite", data=data, weights=tuple(writer.weights), at_rest=at_rest)
 
 
 class _Writer:
@@ -68,14 +69,16 @@ class _Writer:
 
     Attributes:
         graph: what is written.
+        at_rest: how weights are stored.
         file: takes tensors and operators.
         number: tensor number by graph name.
         orders: see `layout.feature_orders`.
         weights: one entry a layer so far.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, at_rest: AtRest) -> None:
         self.graph = graph
+        self.at_rest = at_rest
         self.file = TfliteFile()
         self.number: dict[str, int] = {}
         self.orders = feature_orders(graph)
@@ -191,7 +194,7 @@ class _Writer:
     def clamp(self, node: Node, number: int, output: int) -> None:
         """Clamp to limits that no activation of TFLite has, by a minimum and a maximum."""
         like = self.result(node)
-        limits = np.array([_limits(node, like)]).T.astype(np.float32 if like.quant is None else np.int8)
+        limits = np.array([limits_of(node, like)]).T.astype(np.float32 if like.quant is None else np.int8)
         low, high = (self.constant(limit, quant=like.quant) for limit in limits)
         middle = self.scratch(f"{node.name}.low", stored_shape(like.shape), like)
         version = 1 if like.quant is None else 2
@@ -199,9 +202,11 @@ class _Writer:
         self.file.operator("MINIMUM", version, [middle, high], [output], "MaximumMinimumOptions")
 
     def stored_bits(self, node: Node) -> int:
-        """Give the bits that a code of the layer's weight takes in the file: 32 for float."""
+        """Give the bits that a code of the layer's weight has when the interpreter reads it: 32 for float."""
         weight = self.graph.weight(node)
-        return 32 if weight.quant is None else field_bits("tflite", node, weight.quant.bits)
+        if weight.quant is None:
+            return 32
+        return field_bits("tflite", node, weight.quant.bits) if self.at_rest is AtRest.NATIVE else 8
 
     def layer(self, node: Node, values: Array, *, axis: int) -> list[int]:
         """Add weight and bias of a layer.
@@ -220,6 +225,17 @@ class _Writer:
         if quant is not None:
             bits = quant.bits
             kind, data, quant = f"INT{width}", pack_dense(values, width), replace(quant, axis=axis)
+        if quant is not None and self.at_rest is AtRest.PACKED:
+            encoded = encode(values, bits)
+            if encoded.stored_bytes + UNPACKING_BYTES < len(data):
+                packed = to_bytes(encoded)
+                self.weights.append(
+                    StoredWeight(
+                        layer=node.name, bits=bits, stored_bits=bits, stored_bytes=len(packed), encoding=encoded.kind
+                    )
+                )
+                number = self.file.packed(weight.name, values.shape, kind, data=packed, quant=quant)
+                return [number, self._bias(node)]
         self.weights.append(StoredWeight(layer=node.name, bits=bits, stored_bits=width, stored_bytes=len(data)))
         return [self.file.tensor(weight.name, values.shape, kind, data=data, quant=quant), self._bias(node)]
 
@@ -243,7 +259,7 @@ class _Writer:
         self, op: str, version: int, node: Node, inputs: Sequence[int], options: str, **fields: object
     ) -> None:
         """Add an operator with a fused activation, and what it cannot fuse behind it."""
-        activation = _activation(node, self.result(node))
+        activation = fused_activation(node, self.result(node))
         output = self.activation(node.outputs[0])
         target = output
         if activation is None:
@@ -270,39 +286,6 @@ class _Writer:
 
 def _little_endian(values: Array) -> bytes:
     return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
-
-
-def _limits(node: Node, output: Tensor) -> tuple[float, float]:
-    """Give what the node clamps its output to: codes if that is quantized, else real numbers."""
-    if output.quant is not None:
-        return clamp_codes(node)
-    low, high = node.attrs.get("low", -np.inf), node.attrs.get("high", np.inf)
-    return float(low), float(high)  # type: ignore[arg-type]
-
-
-def _activation(node: Node, output: Tensor) -> str | None:
-    """Name the activation that gives exactly the node's limits; None where TFLite has none."""
-    limits = _limits(node, output)
-    if output.quant is None:
-        names = {limit: name for name, limit in _LIMITS.items()} | {(-np.inf, np.inf): "NONE"}
-        return names.get(limits)
-    scale, zero_point = np.float32(output.quant.scale), int(output.quant.zero_point)
-    if limits == (ACT_MIN, ACT_MAX):
-        # Saturation does it all; say RELU where it means that, for readers of the file.
-        return "RELU" if zero_point == ACT_MIN else "NONE"
-    for name, (low, high) in _LIMITS.items():
-        if limits == (_kernel_code(low, scale, zero_point), _kernel_code(high, scale, zero_point)):
-            return name
-    return None
-
-
-def _kernel_code(limit: float, scale: np.float32, zero_point: int) -> int:
-    """Turn a limit into a code as TFLite's kernels do: float32, ties away from zero."""
-    if np.isinf(limit):
-        return ACT_MAX
-    steps = np.float32(limit) / scale
-    code = zero_point + int(np.sign(steps) * np.floor(np.abs(steps) + np.float32(0.5)))
-    return max(ACT_MIN, min(ACT_MAX, code))
 
 
 # ---- one handler an operator -----------------------------------------------------------------------------------------
@@ -434,7 +417,7 @@ def _global_avg_pool(writer: _Writer, node: Node) -> None:
 
 
 def _clip(writer: _Writer, node: Node) -> None:
-    activation = _activation(node, writer.result(node))
+    activation = fused_activation(node, writer.result(node))
     x = writer.number[node.inputs[0]]
     if activation in ("RELU", "RELU6"):
         writer.operator(activation, node, [x])

@@ -16,13 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from edgecomp import bundle
+from edgecomp.artifact import AtRest
 from edgecomp.errors import BundleError, EdgecompError, PlanError
 from edgecomp.folder import open_folder
 from edgecomp.manifest import read_manifest
 from edgecomp.plan import CompressionPlan
 from edgecomp.report import BenchReport, Comparison, Ratio, Source
+from edgecomp.runtime import unpack
 from edgecomp.verify import verify_float
 from tests.built import write_folder
+from tests.packed_files import exported
 
 MAX_EXTRA_BYTES = 300 << 20
 MAX_SECONDS = 10.0
@@ -114,7 +117,11 @@ def targets(place: Path) -> list[Target]:
     ]
     for name in ("model.onnx", "model.tflite"):
         data = (folder / name).read_bytes()
-        found.append(Target(name=name, data=data, readers=(_described(place),)))
+        readers = (_described(place),) if name == "model.onnx" else (_described(place), _unpacked)
+        found.append(Target(name=name, data=data, readers=readers))
+    for name, bits in (("dense", 5), ("words", 2)):
+        data = exported("wide", bits, AtRest.PACKED).data
+        found.append(Target(name=f"packed.tflite, {name}", data=data, readers=(_described(place), _unpacked)))
     for target in found:
         for reader in target.readers:
             reader(target.data)
@@ -166,6 +173,10 @@ def _graph(data: bytes) -> None:
         assert again.digest() == graph.digest(), "what was read changes when written again"
 
     _expect(read, BundleError)
+
+
+def _unpacked(data: bytes) -> None:
+    _expect(lambda: unpack(data), BundleError)
 
 
 def _use_manifest(text: str) -> None:

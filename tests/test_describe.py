@@ -20,7 +20,7 @@ from edgecomp.artifact import Exported
 from edgecomp.compress import compress
 from edgecomp.errors import BundleError, ExportError
 from edgecomp.exporters import describe as module
-from edgecomp.exporters import read_tflite
+from edgecomp.exporters import flatbuffer
 from edgecomp.exporters.describe import describe, describe_tables
 from edgecomp.exporters.to_onnx import to_onnx
 from edgecomp.exporters.to_tflite import to_tflite
@@ -530,7 +530,7 @@ def test_a_flatbuffer_that_names_one_table_without_end(say, monkeypatch):
         for at in range(start, start + 4 * n, 4):
             struct.pack_into("<I", parts, at, table - at)
     assert say(bytes(parts))["producer"] == ""
-    monkeypatch.setattr(read_tflite, "_MAX_TABLES", 10_000)
+    monkeypatch.setattr(flatbuffer, "_MAX_TABLES", 10_000)
     with pytest.raises(BundleError, match="more tables than any network has"):
         say(bytes(parts))
 

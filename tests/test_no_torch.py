@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from edgecomp.artifact import AtRest
 from tests.built import write_folder
+from tests.packed_files import exported
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,6 +130,17 @@ def test_with_numpy_alone(folder: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     targets = edgecomp("targets", blocked=ALL_BUT_NUMPY)
     assert "rpi4" in targets.stdout
+
+
+def test_unpacking_needs_numpy_alone(tmp_path: Path) -> None:
+    packed, full = (exported("wide", 3, at_rest).data for at_rest in (AtRest.PACKED, AtRest.INT8))
+    source, target = tmp_path / "model.tflite", tmp_path / "full.tflite"
+    source.write_bytes(packed)
+    ran = edgecomp("unpack", source, "-o", target, blocked=ALL_BUT_NUMPY)
+    assert ran.returncode == 0, ran.stderr
+    assert len(packed) < len(full) <= target.stat().st_size
+    code = "from edgecomp.runtime import load; print(load(sys.argv[1]) == open(sys.argv[2], 'rb').read())"
+    assert python(code, source, target, blocked=ALL_BUT_NUMPY).stdout == "True\n"
 
 
 def test_importing_edgecomp_imports_next_to_nothing() -> None:

@@ -179,6 +179,32 @@ def test_int8_input_and_output(place: Place, monkeypatch: pytest.MonkeyPatch) ->
     assert manifest["artifacts"][0]["accuracy"]["value"] > 95
 
 
+def test_packed_tflite(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fewer bits on disk, int8 when it runs; every command takes the file as it is."""
+    monkeypatch.chdir(place.folder)
+    packed = ["--format", "tflite", "--weights-at-rest", "packed"]
+    assert main([*place.command()[:-1], "packed", *packed, "--avg-bits", "5"]) == 0
+    manifest = json.loads(Path("packed/manifest.json").read_text())
+    (artifact,) = manifest["artifacts"]
+    assert artifact["weights_at_rest"] == "packed"
+    assert artifact["mean_bits"] <= 5
+    assert artifact["accuracy"]["value"] > 95
+    assert "edgecomp unpack DIR/model.tflite" in Path("packed/README.md").read_text("utf-8")
+    again = ["export", "packed/plan.json", "--graph", "packed/graph.edgecomp", "-o"]
+    assert main([*again, "same", *packed]) == 0
+    assert Path("same/model.tflite").read_bytes() == Path("packed/model.tflite").read_bytes()
+    assert main([*again, "int8", "--format", "tflite", "--weights-at-rest", "int8"]) == 0
+    assert main(["unpack", "packed/model.tflite", "-o", "full.tflite"]) == 0
+    assert len(Path("full.tflite").read_bytes()) >= len(Path("int8/model.tflite").read_bytes()) > artifact["bytes"]
+    assert main(["verify", "packed", "--per-layer"]) == 0
+    capsys.readouterr()
+    assert main(["bench", "packed", "--min-secs", "0.05"]) == 0
+    assert "\ncompressed: unpacked to int8 when it is loaded; load and memory include that\n" in capsys.readouterr().out
+    for command in ([*place.command()[:-1], "x"], [*again, "x"]):
+        assert main([*command, "--format", "onnx", "--weights-at-rest", "packed"]) == 2
+        assert "--weights-at-rest packed is of TFLite files; add tflite to --format" in capsys.readouterr().err
+
+
 def test_max_size_is_kept_by_every_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place.folder)
     default = json.loads((place.folder / "out" / "manifest.json").read_text())

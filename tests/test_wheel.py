@@ -78,7 +78,7 @@ def test_nothing_else_is_at_the_top(names: set[str]) -> None:
 
 
 def test_data_files_are_inside(names: set[str]) -> None:
-    assert "edgecomp/py.typed" in names
+    assert {"edgecomp/py.typed", "edgecomp/exporters/edgecomp_unpack.hpp"} <= names
     assert sum(name.startswith("edgecomp/targets/") and name.endswith(".toml") for name in names) >= 4
     for suffix in (".safetensors", ".npz", ".json", "README.md", "LICENSE.fashion-mnist"):
         assert any(name.startswith("edgecomp/samples/") and name.endswith(suffix) for name in names), suffix

@@ -1,0 +1,50 @@
+"""What the command line's arguments say, as values; a text that says nothing is an ArgumentTypeError."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def read_number(text: str) -> float:
+    """Read a number that is neither infinite nor none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not -1e300 < value < 1e300:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number")
+    return value
+
+
+def read_numbers(text: str) -> tuple[float, ...]:
+    """Read numbers with commas between them."""
+    return tuple(read_number(part) for part in text.split(","))
+
+
+def read_shape(text: str) -> tuple[int, int, int]:
+    """Read channels, height and width."""
+    parts = text.lower().replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected channels, height and width, e.g. 3,224,224")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def read_bytes(text: str) -> float:
+    """Read bytes, with a unit or without: K and KiB are 1024, kB is 1000."""
+    units = {"kb": 1000, "mb": 1000**2, "k": 1024, "kib": 1024, "m": 1024**2, "mib": 1024**2, "b": 1}
+    digits = text.strip().lower()
+    for unit in sorted(units, key=len, reverse=True):
+        if digits.endswith(unit) and digits != unit:
+            return read_number(digits.removesuffix(unit)) * units[unit]
+    return read_number(digits)
+
+
+def read_formats(text: str) -> tuple[str, ...]:
+    """Read names of file formats, each once."""
+    from edgecomp.exporters import FORMATS
+
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in names:
+        if name not in FORMATS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not a format; expected {', '.join(FORMATS)}")
+    return names

@@ -101,7 +101,10 @@ def _within(
     drop_points: Callable[[Candidate], float] | None,
 ) -> Spent:
     """Take what was trained where it gained something and keeps the budget."""
-    result = f"{found.before:.2f} % to {found.after:.2f} % of {n_held_out} images held out"
+    result = (
+        f"{found.before:.4f} to {found.after:.4f} divergence from the float network's answers on {n_held_out} images "
+        "held out"
+    )
     if not found.kept:
         return _told(spent, f"{what}, left out: from {result}")
     after = replace(spent, candidate=Candidate(graph=found.graph, plan=found.plan))

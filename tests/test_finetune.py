@@ -80,7 +80,7 @@ def test_it_recovers_at_the_same_entropy(tmp_path: Path) -> None:
     start = rounded(graph, 4)
     found = tuned(tmp_path / "c", graph=graph, epochs=6, n=1024, progress=seen.append)
     assert found.kept
-    assert found.after > found.before + 5
+    assert found.after < 0.5 * found.before
     assert sum(seen) == 6 * (1024 - 128)
     # On images of another seed, and by the module made anew of what was written.
     fresh = labelled(graph, 512, seed=99)
@@ -117,7 +117,7 @@ def test_what_is_worse_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         graph, graph, graph, plan_for(graph, 6), train, held_out, settings=settings, checkpoint=tmp_path / "c"
     )
     assert not found.kept
-    assert found.after < found.before
+    assert found.after > found.before
     assert found.graph is graph
 
 
@@ -156,10 +156,11 @@ def test_answers_are_the_teachers_and_leanings_those_of_the_cut_graph(tmp_path: 
     assert first is not None
     leaning = np.clip(first / layer.scale.numpy()[:, None, None, None] - code, -0.45, 0.45)
     np.testing.assert_allclose(latent, code + leaning, atol=1e-6)
-    work.step()
+    work._half = False
+    x = torch.from_numpy(np.array(train.images))
     with torch.no_grad():
-        answers = Network(teacher)(torch.from_numpy(np.array(train.images))).flatten(1)
-    np.testing.assert_allclose(work._answers.numpy(), answers.numpy(), atol=1e-5)
+        wanted = Network(teacher)(x).flatten(1)
+    np.testing.assert_allclose(work._answer(x).numpy(), wanted.numpy(), atol=1e-5)
 
 
 def test_another_seed_is_another_result(tmp_path: Path) -> None:
@@ -204,8 +205,11 @@ def test_the_bundled_network_recovers(tmp_path: Path) -> None:
     assert accuracy(graph, test, p) > 88
     settings = Settings(epochs=2, seed=0, room=1.0)
     found = finetune(graph, graph, graph, plan, train, held_out, settings=settings, checkpoint=tmp_path / "c")
-    before, after = (tuning._judge(Rebuilt(g, q), test, q) for g, q in ((graph, plan), (found.graph, found.plan)))
-    assert after > before + 10
+    x, right = torch.from_numpy(test.inputs(p)), []
+    for g, q in ((graph, plan), (found.graph, found.plan)):
+        with torch.no_grad():
+            right.append(100 * float((Rebuilt(g, q)(x).argmax(1).numpy() == test.labels).mean()))
+    assert right[1] > right[0] + 10
 
 
 # ---- through the command line ----------------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
 """Recovery by fine-tuning: a compressed network is trained to answer as the float network does.
 
 The teacher is the float graph with all its channels, the student what `rebuild` makes of the compressed one; the loss
-is the divergence of their softened answers. No label is used but to judge the result, on training images held out. The
-weights take no more bits than before where codes are stored by frequency (`rebuild.Room`).
+is the divergence of their softened answers to views of the training images (`views`); views of images held out judge
+the result. No label is used. The weights take no more bits than before where codes are stored by frequency
+(`rebuild.Room`).
 
-Deterministic for a seed, a device and a number of threads, interrupted or not: batches follow from seed and epoch.
+Deterministic for a seed, a device and a number of threads, interrupted or not: batches and views follow from seed and
+epoch.
 Under torchrun each process takes every n-th image of a batch and the gradients are added up: each update is that of
 one process with the same batch, but for rounding. Checkpoints are the first process's, and fit any number of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, cos, pi
 from pathlib import Path
@@ -30,6 +32,7 @@ from edgecomp.pytorch.network import Network, as_input, batch_size
 from edgecomp.pytorch.progress import Progress, Settings, compressed_key, damaged, read, write
 from edgecomp.pytorch.rebuild import Layer, Rebuilt, Room, logits_name
 from edgecomp.pytorch.sharing import all_sum, by_first, join, place
+from edgecomp.pytorch.views import draw_views, look
 from edgecomp.sparsity import NOTHING, Masks
 
 _BATCH = 64
@@ -52,7 +55,6 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's, by its own names."""
 _MOST_LATENT, _MOST_GAIN = 128.0, 16.0
 """Beyond these a checkpoint was not written by us: a code has at most 8 bits, a scale that moved by e^16 none."""
-_CACHED_BYTES = 1 << 26
 _MOST_HELD_OUT = 2000
 
 
@@ -63,7 +65,7 @@ class Recovered:
     Attributes:
         graph: float, weights on their grids; the one it began with where training did not help.
         plan: for this graph.
-        before: percentage of held-out images that the compressed network got right at first.
+        before: divergence of the compressed network's answers from the float one's at first, see `judge`.
         after: the same when trained.
         kept: whether `graph` is the trained one.
     """
@@ -145,9 +147,9 @@ def finetune(
     new_graph, new_plan = work.student.trained()
 
     def judged() -> Recovered:
-        before = _judge(Rebuilt(graph, plan).to(device), held_out, plan)
-        after = _judge(Rebuilt(new_graph, new_plan).to(device), held_out, plan)
-        kept = after >= before
+        students = [Rebuilt(g, p).to(device) for g, p in ((graph, plan), (new_graph, new_plan))]
+        before, after = judge(teacher, students, held_out, plan)
+        kept = after <= before
         chosen = (new_graph, new_plan) if kept else (graph, plan)
         return Recovered(graph=chosen[0], plan=chosen[1], before=before, after=after, kept=kept)
 
@@ -178,10 +180,6 @@ class _Work:
         self._a_epoch = ceil(len(train) / self._batch)
         self.n_steps = settings.epochs * self._a_epoch
         self._order: tuple[int, Array] | None = None
-        n_answers = int(np.prod(teacher.tensors[self._answers_at].shape))
-        # Kept where they are asked for again; of many images with many classes it is cheaper to ask.
-        n_kept = len(train) if settings.epochs > 1 and 4 * n_answers * len(train) <= _CACHED_BYTES else 0
-        self._answers, self._known = torch.zeros(n_kept, n_answers), torch.zeros(n_kept, dtype=torch.bool)
         rate = _WEIGHT_RATE
         self._room = None if settings.room is None else Room(self.student, settings.room)
         layers = {node.name: self.student.layer(node.name) for node in self.student.quantized.layers()}
@@ -221,10 +219,13 @@ class _Work:
         own = np.arange(len(rows))[rank::n]
         x = torch.empty(0)
         if len(own):
-            x = as_input(self._train.take(rows[own]).inputs(self._plan.preprocessing), torch.float32).to(self._device)
-        wanted = self._answer(x, torch.from_numpy(rows), torch.from_numpy(own))
+            x = as_input(self._train.take(rows[own]).inputs(self._plan.preprocessing), torch.float32)
+            # Those of the whole batch are drawn, so that its images are seen alike however they are shared out.
+            rng = np.random.default_rng([self._seed, epoch, start])
+            x = look(x, draw_views(len(rows), x.shape[2], x.shape[3], rng)[own]).to(self._device)
         self._optimizer.zero_grad(set_to_none=True)
         if len(own):
+            wanted = self._answer(x)
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._half):
                 found = self.student(x).flatten(1)
             # A share of the whole batch's mean.
@@ -248,21 +249,10 @@ class _Work:
         self.whole = True
         return len(rows)
 
-    def _answer(self, x: Tensor, rows: Tensor, own: Tensor) -> Tensor:
-        """Give the teacher's logits for images x: of this batch of training images (`rows`) those at `own`."""
-        if len(self._known) and bool(self._known[rows].all()):
-            return self._answers[rows[own]].to(x.device)
-        found = torch.empty(0)
-        if len(own):
-            with torch.no_grad():
-                found = next(value for name, value in self._teacher.steps(x) if name == self._answers_at).flatten(1)
-        if len(self._known):
-            # All processes know all answers: in the next epoch others will have these images.
-            whole = torch.zeros(len(rows), self._answers.shape[1])
-            whole[own] = found.cpu() if len(own) else whole[own]
-            all_sum([whole])
-            self._answers[rows], self._known[rows] = whole, True
-        return found
+    def _answer(self, x: Tensor) -> Tensor:
+        """Give the teacher's logits for images."""
+        with torch.no_grad(), torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._half):
+            return answers(self._teacher, self._answers_at, x).float()
 
     def _add_gradients(self) -> None:
         """Add up the gradients of all processes."""
@@ -285,7 +275,7 @@ class _Work:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Name every tensor that training changes."""
-        found = {"answers": self._answers, "known": self._known}
+        found = {}
         for i, layer in enumerate(self.student.layers):
             assert isinstance(layer, Layer)
             trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
@@ -355,16 +345,28 @@ def divergence(found: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     return F.kl_div(q, p, log_target=True, reduction="batchmean") * temperature**2
 
 
-def _judge(student: Rebuilt, images: LabelledImages, plan: CompressionPlan) -> float:
-    """Give the percentage of images that a compressed network gets right."""
-    device, n = next(student.parameters()).device, batch_size(student.graph, most=_BATCH)
-    right = 0
+def answers(network: Network, name: str, x: Tensor) -> Tensor:
+    """Give a tensor of a float network, its logits, for images: (N, classes)."""
+    return next(value for found, value in network.steps(x) if found == name).flatten(1)
+
+
+def judge(teacher: Graph, students: Sequence[Rebuilt], images: LabelledImages, plan: CompressionPlan) -> list[float]:
+    """Give the mean divergence of each student's answers from the teacher's, on a view of each image.
+
+    Not the share of labels they get right: a student that was only rounded still knows by heart some of what its
+    teacher learnt by heart, the images held out of this training among it, and forgets that as it learns.
+    """
+    device, n = next(students[0].parameters()).device, batch_size(teacher, most=_BATCH)
+    network, name, rng = Network(teacher).to(device), logits_name(teacher), np.random.default_rng(0)
+    total = np.zeros(len(students))
     with torch.inference_mode():
         for start in range(0, len(images), n):
-            x = as_input(images.inputs(plan.preprocessing, start, start + n), torch.float32)
-            found = student(x.to(device)).flatten(1).argmax(1).cpu().numpy()
-            right += int((found == images.labels[start : start + n]).sum())
-    return 100 * right / len(images)
+            x = as_input(images.inputs(plan.preprocessing, start, start + n), torch.float32).to(device)
+            x = look(x, draw_views(len(x), x.shape[2], x.shape[3], rng))
+            wanted = answers(network, name, x)
+            found = [divergence(student(x).flatten(1), wanted, _TEMPERATURE) for student in students]
+            total += len(x) * np.array([float(value) for value in found])
+    return [float(value) for value in total / len(images)]
 
 
 def split(train: LabelledImages, *, seed: int) -> tuple[LabelledImages, LabelledImages]:

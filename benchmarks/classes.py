@@ -213,14 +213,18 @@ def main() -> None:
     p = argparse.ArgumentParser(prog="python -m edgecomp.benchmarks.classes")
     p.add_argument("--weights", type=Path, required=True)
     p.add_argument("--data", required=True)
-    p.add_argument("--triples", type=int, default=5, help="how many random triples")
+    p.add_argument("--triples", type=int, choices=range(1, 121), default=5, metavar="N", help="how many random triples")
     p.add_argument("--calib", type=int, default=512, help="training images to score and make up with")
     p.add_argument("--share", type=float, default=0.95, help="of the weights to be cut in the end")
     p.add_argument("--threads", type=int, default=1)
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     rng = np.random.default_rng(0)
-    triples = [sorted(rng.choice(10, 3, replace=False).tolist()) for _ in range(args.triples)]
+    triples: list[list[int]] = []
+    while len(triples) < args.triples:
+        drawn = sorted(rng.choice(10, 3, replace=False).tolist())
+        if drawn not in triples:
+            triples.append(drawn)
     whole = capture(load_module(MODEL, args.weights), (3, 32, 32), name="vgg16_bn_cifar")
     _run(whole, load(args.data), triples, slices(args.share), args.calib)
 

@@ -237,7 +237,12 @@ def _add_export(verbs: Any) -> None:
 
 
 def _add_at_rest(p: Any, choices: Sequence[str]) -> None:
-    about = "of the TFLite file: native (default; any interpreter runs it), int8, packed (smallest; unpack before use)"
+    said = {
+        "native": "native (default; any interpreter runs it)",
+        "int8": "int8 (what unpacking gives)",
+        "packed": "packed (smallest; unpack before use)",
+    }
+    about = f"of the TFLite file: {', '.join(said[name] for name in choices)}"
     p.add_argument("--weights-at-rest", choices=choices, default="native", help=about)
 
 

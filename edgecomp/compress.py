@@ -158,12 +158,17 @@ def activation_params(graph: Graph, ranges: Mapping[str, ActRange]) -> dict[str,
     for _ in graph.nodes:
         raised = False
         for node in graph.nodes:
-            top, least = find(node.outputs[0]), _least_scale(graph, node, [chosen[find(i)] for i in _read(graph, node)])
-            low, high = bounds[top]
-            if least > float(chosen[top].scale):
-                span = (quantmath.ACT_MAX - quantmath.ACT_MIN) * least
-                bounds[top] = (min(low, 0.0), max(high, min(low, 0.0) + span))
-                chosen[top], raised = quantmath.activation_params(*bounds[top]), True
+            read = _read(graph, node)
+            output = find(node.outputs[0])
+            leasts = {output: _least_scale(graph, node, [chosen[find(i)] for i in read])}
+            leasts |= {find(name): _least_term_scale(node, chosen[output]) for name in read if find(name) != output}
+            for top, least in leasts.items():
+                low, high = bounds[top]
+                # What TFLite fixes stays: a term of 1/256 is too fine only beside sums that reach beyond 1000.
+                if least > float(chosen[top].scale) and chosen[top] is not quantmath.UNIT:
+                    span = (quantmath.ACT_MAX - quantmath.ACT_MIN) * least
+                    bounds[top] = (min(low, 0.0), max(high, min(low, 0.0) + span))
+                    chosen[top], raised = quantmath.activation_params(*bounds[top]), True
         if not raised:
             break
     return {name: chosen[find(name)] for name in names}
@@ -189,6 +194,19 @@ def _least_scale(graph: Graph, node: Node, inputs: Sequence[QuantParams]) -> flo
         assert weight is not None
         largest *= float(np.abs(weight).max(initial=0.0))
     return 1.0001 * largest / 128
+
+
+def _least_term_scale(node: Node, output: QuantParams) -> float:
+    """Give the finest scale that makes sense for what a sum reads: XNNPACK adds nothing finer than 1/1024 of its step.
+
+    Where such a term stands in many places, LiteRT 2.3.0 ends the process ("double free") instead of falling back to
+    its own kernels. A hard-sigmoid is such a sum, of x / 6 and a constant.
+    """
+    if node.op is Op.ADD:
+        return 1.0001 * float(output.scale) / 1024
+    if node.op in (Op.HARD_SIGMOID, Op.HARD_SWISH):
+        return 6 * 1.0001 * float(quantmath.SHARES.scale if node.op is Op.HARD_SWISH else output.scale) / 1024
+    return 0.0
 
 
 def quantize_layers(graph: Graph, activations: Mapping[str, QuantParams], weight_bits: Mapping[str, int]) -> Graph:

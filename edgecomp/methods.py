@@ -41,7 +41,7 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 OPEN: Mapping[str, str] = MappingProxyType(
     {
         "rule": "epsilon in all layers, from the true class's logit",
-        "images": "--calib training images, 512 by default",
+        "images": "as many training images as --calib says",
         "score of a weight": "its relevance, signed, mean over the images; not normalised",
         "pruned at most": "99 % of a layer's weights",
         "unit of a width": "a layer; a map of widths by weight would itself take 1.5 to 2 bits a weight",
@@ -127,5 +127,6 @@ def check_method(
     ):
         if asked != wanted:
             raise UsageError(
-                f"--method {paper.name} with {option} {asked}: its recipe has {wanted}; leave one of the two out"
+                f"--method {paper.name} with {option} {asked}: its recipe has {option} {wanted}; "
+                "leave one of the two out"
             )

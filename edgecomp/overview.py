@@ -107,7 +107,8 @@ def _making(record: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
             f"weights, {100 * weights / weights_before:.1f} %."
         )
     if made_by.get("sparsifying", "none") != "none":
-        lines.append(f"Single weights set to zero (--sparsify): {made_by['sparsifying']}.")
+        option = "" if "method" in made_by and made_by["method"] != OURS else " (--sparsify)"
+        lines.append(f"Single weights set to zero{option}: {made_by['sparsifying']}.")
     if made_by.get("reconstruction", "none") != "none":
         lines.append(f"Reconstruction on the same images, without labels: {made_by['reconstruction']}.")
     if "recovery" in made_by:
@@ -126,6 +127,10 @@ def overview(record: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
         made_by: what the plan says of its making, see `plan.CompressionPlan`.
     """
     budget, n = record["budget"], record["float"]["n"]
+    first_artifact = record["artifacts"][0]
+    first_form = first_artifact["format"]
+    if first_form == "tflite" and first_artifact.get("weights_at_rest", "native") != "native":
+        first_form += f" --weights-at-rest {first_artifact['weights_at_rest']}"
     names = [a["path"] + ", packed" * (a.get("weights_at_rest") == "packed") for a in record["artifacts"]]
     files = [(name, what) for name, what in _FILES.items() if name in names or not name.startswith("model.")]
     packed = _PACKED if any(name.endswith(", packed") for name in names) else ""
@@ -160,5 +165,5 @@ stores 4 or 8 bits, whichever holds the codes.
     edgecomp verify DIR           # digests, accuracy and parity again
     edgecomp bench DIR            # latency and memory beside the float and the plain int8 model
     edgecomp inspect DIR/{first}
-    edgecomp export DIR/plan.json --graph DIR/graph.edgecomp --format {record["artifacts"][0]["format"]} -o NEW
+    edgecomp export DIR/plan.json --graph DIR/graph.edgecomp --format {first_form} -o NEW
 """

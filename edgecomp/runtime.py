@@ -38,7 +38,7 @@ def load(path: Path | str, *, most_bytes: int = MOST_BYTES) -> bytes:
         data = path.read_bytes()
     except (OSError, ValueError) as e:
         raise BundleError(f"{str(path)!r:.200}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
-    unpacked: bytes = unpack_tflite(data, path.name, most_bytes=most_bytes)
+    unpacked: bytes = unpack_tflite(data, str(path), most_bytes=most_bytes)
     return unpacked
 
 
@@ -47,8 +47,11 @@ def unpack(data: bytes, *, most_bytes: int = MOST_BYTES) -> bytes:
 
     Raises:
         BundleError: as `load`.
+        UsageError: `data` is not bytes.
     """
-    unpacked: bytes = unpack_tflite(data, "model", most_bytes=most_bytes)
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise UsageError(f"unpack takes the bytes of a file, not {type(data).__name__}; load(path) reads one")
+    unpacked: bytes = unpack_tflite(bytes(data), "model", most_bytes=most_bytes)
     return unpacked
 
 

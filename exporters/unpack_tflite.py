@@ -63,7 +63,7 @@ def unpack_tflite(data: bytes, where: str, *, most_bytes: int = MOST_BYTES) -> b
         BundleError: it is none, damaged, of a later layout, or larger than allowed when unpacked.
     """
     if data[4:8] != _IDENTIFIER:
-        raise BundleError(f"{where}: is no TFLite file")
+        raise BundleError(f"{where}: is no TFLite file: bytes 4 to 8 are not TFL3; expected what build or export wrote")
     if len(data) > MOST_BYTES:
         raise BundleError(f"{where}: has {len(data)} bytes, a TFLite file can have {MOST_BYTES}")
     try:

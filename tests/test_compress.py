@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from edgecomp import quantmath, reference
+from edgecomp.benchmarks.runners import runner_class
 from edgecomp.compress import compress, cut, fuse_clips
 from edgecomp.errors import GraphError, PlanError
+from edgecomp.exporters.to_tflite import to_tflite
 from edgecomp.graph import Graph, Op, QuantParams
 from edgecomp.groups import number_channels
 from edgecomp.ops import SHARES_SCALE
@@ -449,3 +451,24 @@ def test_cut_refuses_what_is_coupled() -> None:
     keep["end.conv"] = (False,) + (True,) * 11
     with pytest.raises(GraphError, match="coupled"):
         cut(graph, keep)
+
+
+@pytest.mark.parametrize("op", [None, Op.HARD_SIGMOID, Op.HARD_SWISH, Op.SILU])
+def test_no_term_is_finer_than_a_sum_can_take(op: Op | None) -> None:
+    """XNNPACK adds nothing finer than 1/1024 of a step of the sum, and a hard-sigmoid is a sum of x / 6 and 1/2."""
+    b = Build(0, (3, 8, 8))
+    x, y = b.conv("loud", "input", 8), b.conv("faint", "input", 8)
+    for name, tensor in b.tensors.items():
+        if name.startswith("faint.") and tensor.data is not None:
+            b.tensors[name] = replace(tensor, data=tensor.data * np.float32(2e-5))
+    y = y if op is None else b.function(op, "function", y)
+    graph = b.graph(b.linear("fc", b.node(Op.FLATTEN, "flat", (b.node(Op.ADD, "sum", (x, y), {}),), {}), 4))
+    quantized = compress(graph, plan_for(graph, 8))
+    scale = {n: float(t.quant.scale) for n, t in quantized.tensors.items() if t.quant is not None and t.data is None}
+    assert scale[y] >= scale["sum"] / 1024
+    if op in (Op.HARD_SIGMOID, Op.HARD_SWISH):
+        assert scale["faint"] / 6 >= (scale["function"] if op is Op.HARD_SIGMOID else 1 / 255) / 1024
+    found = to_tflite(quantized)
+    x_in = images(graph, 4)
+    wanted = reference.run(quantized, {"input": x_in})[quantized.outputs[0]]
+    assert np.abs(runner_class("litert")(found.data).run(x_in) - wanted).max() <= 1.01 * scale["fc"]

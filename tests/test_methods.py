@@ -249,12 +249,12 @@ def test_every_budget_and_recovery(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        (["--score", "magnitude"], "--score magnitude: its recipe has lrp"),
-        (["--rule", "gamma"], "--rule gamma: its recipe has epsilon"),
-        (["--start", "one"], "--start one: its recipe has logit"),
-        (["--prune", "0.5"], "--prune 0.5: its recipe has zero"),
-        (["--sparsify", "0.5"], "--sparsify 0.5: its recipe has nonpositive"),
-        (["--sparsify", "zero"], "--sparsify zero: its recipe has nonpositive"),
+        (["--score", "magnitude"], "--score magnitude: its recipe has --score lrp"),
+        (["--rule", "gamma"], "--rule gamma: its recipe has --rule epsilon"),
+        (["--start", "one"], "--start one: its recipe has --start logit"),
+        (["--prune", "0.5"], "--prune 0.5: its recipe has --prune zero"),
+        (["--sparsify", "0.5"], "--sparsify 0.5: its recipe has --sparsify nonpositive"),
+        (["--sparsify", "zero"], "--sparsify zero: its recipe has --sparsify nonpositive"),
     ],
 )
 def test_what_contradicts_a_paper_is_refused(

@@ -82,6 +82,16 @@ class LayerChoices:
             per_format={grid: self.per_format[grid] for grid in kept},
         )
 
+    def in_full(self) -> LayerChoices:
+        """Give only the whole widths, every code counted with all its bits, as ONNX stores them in any case."""
+        kept = [grid for grid in self.error if grid.step is None]
+        return replace(
+            self,
+            error={grid: self.error[grid] for grid in kept},
+            stored_bits={grid: self.n_weights * grid.bits for grid in kept},
+            per_format={grid: self.per_format[grid] for grid in kept if grid in self.per_format},
+        )
+
     def cheapest(self) -> Grid:
         """Give the grid that takes the least room in every format."""
         return min(self.error, key=lambda g: (self.stored_bits[g], self.per_format.get(g, ()), self.error[g]))

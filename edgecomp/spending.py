@@ -189,6 +189,30 @@ def spend_mean_bits(
     Raises:
         BudgetError: the formats cannot store so few bits.
     """
+    # In a small file a decoder of words costs more than words save, and codes are stored in full after all.
+    variants = [choices] + ([[c.in_full() for c in choices]] if "onnx" in formats else [])
+    least = math.inf
+    for variant in variants:
+        try:
+            return _spend_mean_bits(variant, asked, formats, make)
+        except _NoneFits as e:
+            least = min(least, e.least)
+    raise BudgetError(
+        f"budget: a mean of {asked:g} bits a weight asked for, the least that was found is {least:.2f}; allow more"
+    )
+
+
+class _NoneFits(Exception):
+    """No candidate was within the limit; the least was this."""
+
+    def __init__(self, least: float) -> None:
+        super().__init__(least)
+        self.least = least
+
+
+def _spend_mean_bits(
+    choices: Sequence[planner.LayerChoices], asked: float, formats: Sequence[str], make: Make
+) -> Spent:
     search = _Search(least=planner.mean_bits(choices, {c.name: c.cheapest() for c in choices}), asked=asked)
     kept, got = None, 0.0
     tried: dict[tuple[Grid, ...], float] = {}
@@ -205,10 +229,7 @@ def spend_mean_bits(
         if search.seen(tried[what]):
             break
     if kept is None:
-        found = min(tried.values())
-        raise BudgetError(
-            f"budget: a mean of {asked:g} bits a weight asked for, the least that was found is {found:.2f}; allow more"
-        )
+        raise _NoneFits(min(tried.values()))
     return Spent(candidate=kept, got=round(got, 4), met=True)
 
 

@@ -510,3 +510,26 @@ def test_whatever_is_written_the_limit_holds(
             assert spent.candidate in tried
             assert spent.candidate <= asked
     assert len(tried) <= 6
+
+
+def test_where_words_do_not_pay_whole_widths_are_bought(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a small file codes are stored in full after all: grids that were to be cheap by their zeros are not."""
+    from edgecomp import spending
+
+    grids = {Grid(bits=4, step=2.0): (1.0, 100), **{Grid(bits=b): (2.0**-b, 100 * b) for b in (2, 3, 4)}}
+    choices = [
+        LayerChoices(
+            name=name,
+            n_weights=100,
+            error={grid: error for grid, (error, _) in grids.items()},
+            stored_bits={grid: stored for grid, (_, stored) in grids.items()},
+            per_format={grid: (stored,) for grid, (_, stored) in grids.items()},
+        )
+        for name in ("a", "b")
+    ]
+    monkeypatch.setattr(spending, "least_mean_bits", lambda made, formats: sum(g.bits for g in made.values()) / 2)
+    spent = spending.spend_mean_bits(choices, 3.5, ["onnx"], dict)
+    assert sorted(g.bits for g in spent.candidate.values()) == [3, 4]
+    assert spent.got == 3.5
+    with pytest.raises(BudgetError, match=r"1.5 bits a weight asked for, the least that was found is 2\.00"):
+        spending.spend_mean_bits(choices, 1.5, ["onnx"], dict)

@@ -190,7 +190,9 @@ def spend_mean_bits(
         BudgetError: the formats cannot store so few bits.
     """
     # In a small file a decoder of words costs more than words save, and codes are stored in full after all.
-    variants = [choices] + ([[c.in_full() for c in choices]] if "onnx" in formats else [])
+    variants, in_full = [choices], [c.in_full() for c in choices]
+    if "onnx" in formats and planner.mean_bits(in_full, {c.name: c.cheapest() for c in in_full}) <= asked:
+        variants.append(in_full)
     least = math.inf
     for variant in variants:
         try:

@@ -531,5 +531,5 @@ def test_where_words_do_not_pay_whole_widths_are_bought(monkeypatch: pytest.Monk
     spent = spending.spend_mean_bits(choices, 3.5, ["onnx"], dict)
     assert sorted(g.bits for g in spent.candidate.values()) == [3, 4]
     assert spent.got == 3.5
-    with pytest.raises(BudgetError, match=r"1.5 bits a weight asked for, the least that was found is 2\.00"):
+    with pytest.raises(BudgetError, match=r"1.5 bits a weight asked for, the least that was found"):
         spending.spend_mean_bits(choices, 1.5, ["onnx"], dict)

@@ -233,7 +233,10 @@ def run(*argv: str, folder: Path, **options: object) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_in_the_middle_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     process = run("build", "--max-drop", "0.1", "-o", "out", folder=tmp_path)
-    time.sleep(4)  # long enough to be at work, too short to be done
+    # Long enough to be at work, too short to be done, however busy the machine is.
+    stat = Path(f"/proc/{process.pid}/stat")
+    while sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13])) < 3 * os.sysconf("SC_CLK_TCK"):
+        time.sleep(0.05)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -115,7 +115,7 @@ def main(folder: Path) -> None:
     np.savez(folder / f"found-{rank}-of-{n}.npz", **found)
     recovered = tuned(folder / f"tuned-{rank}.recover")
     parameters = {name: t.data for name, t in recovered.graph.tensors.items() if t.data is not None}
-    np.savez(folder / f"tuned-{rank}-of-{n}.npz", accuracies=[recovered.before, recovered.after], **parameters)
+    np.savez(folder / f"tuned-{rank}-of-{n}.npz", divergences=[recovered.before, recovered.after], **parameters)
     runs = [built(arguments, name) for group in (BUILDS, REFUSED) for name, arguments in group.items()]
     (folder / f"built-{rank}-of-{n}.json").write_text(json.dumps(runs))
 

@@ -122,7 +122,7 @@ OTHER_VALUES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 IMPOSSIBLE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "latent": lambda t: t + 1e6,
     "gain": lambda t: t - 100,
-    "exp_avg_sq": lambda t: t - 1,
+    "square": lambda t: t - 1,
     "borders": lambda t: t.flip(0),
 }
 

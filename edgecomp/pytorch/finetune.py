@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, cos, pi
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from edgecomp.data import LabelledImages
 from edgecomp.errors import DataError, GraphError, UsageError
 from edgecomp.graph import Array, Graph
 from edgecomp.plan import CompressionPlan
+from edgecomp.pytorch.descent import Descent, Paced
 from edgecomp.pytorch.network import Network, as_input, batch_size
 from edgecomp.pytorch.progress import Progress, Settings, compressed_key, damaged, read, write
 from edgecomp.pytorch.rebuild import Layer, Rebuilt, Room, logits_name
@@ -38,21 +38,17 @@ from edgecomp.sparsity import NOTHING, Masks
 _BATCH = 64
 """Images in an update, fewer where the activations are large; their gradients need three times the memory."""
 _TEMPERATURE = 2.0
-_WEIGHT_RATE = 0.003
+_WEIGHT_RATE = 0.006
 """The first update of a weight, in steps of its grid. Weights rounded for each other's errors bear no haste: at 0.02,
 few updates undo a reconstruction, and more do not make up for it."""
-_BIAS_SHARE = 10.0
+_BIAS_SHARE = 5.0
 """The first update of a bias, in steps of its layer's output, to that of a weight."""
 _SCALE_SHARE = 0.2
 """The same of a scale, as a share of it."""
-_PRESS = 1.0
-"""Rate of `Room.press` in an update, in that of weights."""
 _ROOM_EVERY = 16
 """Updates between two choices of thresholds."""
 _SAVE_EVERY = 200
 """Updates between two checkpoints."""
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's, by its own names."""
 _MOST_LATENT, _MOST_GAIN = 128.0, 16.0
 """Beyond these a checkpoint was not written by us: a code has at most 8 bits, a scale that moved by e^16 none."""
 _MOST_HELD_OUT = 2000
@@ -180,25 +176,27 @@ class _Work:
         self._a_epoch = ceil(len(train) / self._batch)
         self.n_steps = settings.epochs * self._a_epoch
         self._order: tuple[int, Array] | None = None
-        rate = _WEIGHT_RATE
         self._room = None if settings.room is None else Room(self.student, settings.room)
-        layers = {node.name: self.student.layer(node.name) for node in self.student.quantized.layers()}
-        latents = [layer.latent for layer in layers.values() if not layer.fixed]
-        gains = [layer.gain for layer in layers.values() if not layer.fixed]
-        groups: list[dict[str, Any]] = []
-        if latents:
-            groups += [{"params": latents, "lr": rate}, {"params": gains, "lr": _SCALE_SHARE * rate}]
-        groups += [
-            {"params": [layer.bias], "lr": _BIAS_SHARE * rate * self.student.output_step(name)}
-            for name, layer in layers.items()
-            if layer.bias is not None
-        ]
-        self._optimizer = torch.optim.Adam(groups, lr=rate)
-        self._rates = [group["lr"] for group in groups]
-        for p in self._parameters():
-            # As Adam would begin; here from the start, so that a checkpoint has somewhere to go.
-            zeros = {name: torch.zeros_like(p) for name in _MOMENTS}
-            self._optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
+        names = [node.name for node in self.student.quantized.layers()]
+        layers = {i: self.student.layer(name) for i, name in enumerate(names)}
+        moving = {i: layer for i, layer in layers.items() if not layer.fixed}
+        self._descent = Descent(
+            [
+                Paced(tensors={f"{i} latent": layer.latent for i, layer in moving.items()}, rate=_WEIGHT_RATE),
+                Paced(
+                    tensors={f"{i} gain": layer.gain for i, layer in moving.items()},
+                    rate=_SCALE_SHARE * _WEIGHT_RATE,
+                ),
+                *(
+                    Paced(
+                        tensors={f"{i} bias": layer.bias},
+                        rate=_BIAS_SHARE * _WEIGHT_RATE * self.student.output_step(names[i]),
+                    )
+                    for i, layer in layers.items()
+                    if layer.bias is not None
+                ),
+            ]
+        )
 
     def _share(self, step: int) -> float:
         """Let rates fall from 1 to 0 along half a cosine."""
@@ -223,7 +221,7 @@ class _Work:
             # Those of the whole batch are drawn, so that its images are seen alike however they are shared out.
             rng = np.random.default_rng([self._seed, epoch, start])
             x = look(x, draw_views(len(rows), x.shape[2], x.shape[3], rng)[own]).to(self._device)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._descent.forget_gradients()
         if len(own):
             wanted = self._answer(x)
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._half):
@@ -234,18 +232,14 @@ class _Work:
         self._add_gradients()
         # An interruption from here on would leave a state that no training passes through.
         self.whole = False
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * self._share(self.done)
-        self._optimizer.step()
+        self._descent.update(self.done, self._share(self.done))
         with torch.no_grad():
             for layer in self.student.layers:
                 assert isinstance(layer, Layer)
                 layer.latent.clamp_(-layer.limit - 0.5, layer.limit + 0.5)
             self.done += 1
-            if self._room is not None:
-                self._room.press(_PRESS * _WEIGHT_RATE * self._share(self.done))
-                if self.done % _ROOM_EVERY == 0:
-                    self._room.hold()
+            if self._room is not None and self.done % _ROOM_EVERY == 0:
+                self._room.hold()
         self.whole = True
         return len(rows)
 
@@ -258,7 +252,7 @@ class _Work:
         """Add up the gradients of all processes."""
         if place()[1] == 1:
             return
-        parameters = self._parameters()
+        parameters = list(self._descent.tensors().values())
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([part.flatten() for part in parts])
         all_sum([flat])
@@ -270,21 +264,14 @@ class _Work:
         if self._room is not None:
             self._room.hold()
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
-
     def _tensors(self) -> dict[str, Tensor]:
         """Name every tensor that training changes."""
-        found = {}
+        found = {name: tensor.detach() for name, tensor in self._descent.tensors().items()}
         for i, layer in enumerate(self.student.layers):
             assert isinstance(layer, Layer)
-            trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-            for name, p in trained.items():
-                found[f"{i} {name}"] = p.detach()
-                found |= {f"{i} {name} {moment}": self._optimizer.state[p][moment] for moment in _MOMENTS}
             if not layer.fixed:
                 found[f"{i} borders"] = layer.borders
-        return found
+        return {**found, **self._descent.moments}
 
     def state(self) -> Progress:
         """Give all that training depends on from here."""
@@ -306,8 +293,6 @@ class _Work:
         for name, tensor in saved.tensors.items():
             _check_values(name, tensor, where)
             own[name].copy_(tensor)
-        for p in self._parameters():
-            self._optimizer.state[p]["step"].fill_(saved.done)
         self.done = saved.done
         if self._room is not None:
             self._room.price = saved.price
@@ -323,7 +308,7 @@ def _check_values(name: str, tensor: Tensor, where: Path) -> None:
     wrong = {
         "latent": lambda: tensor.abs().max() > _MOST_LATENT,
         "gain": lambda: tensor.abs().max() > _MOST_GAIN,
-        "exp_avg_sq": lambda: (tensor < 0).any(),
+        "square": lambda: (tensor < 0).any(),
         "borders": lambda: (tensor.diff() < 0).any(),
     }.get(kind)
     if tensor.numel() and wrong is not None and bool(wrong()):

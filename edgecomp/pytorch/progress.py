@@ -25,7 +25,7 @@ from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan
 from edgecomp.sparsity import NOTHING, Masks
 
-SCHEMA = "edgecomp-recovery/2"
+SCHEMA = "edgecomp-recovery/3"
 _DIGEST = 64
 
 

@@ -26,7 +26,9 @@ from edgecomp.sparsity import NOTHING, Masks, cut_masks
 
 MOST_BITS = 6
 """Weights of wider layers stay as they are, their biases are trained: `compress` keeps a grid of at most 6 bits."""
-_SLACK = 0.45
+_SLACK = 0.2
+"""How far a weight may lean towards the next code at first, in steps. What reconstruction rounded against its leaning
+would sit at the border otherwise, and few updates of noise take it over."""
 _EXACT = frozenset({Op.MAX_POOL, Op.CONCAT, Op.FLATTEN, Op.RESHAPE})
 _DOUBLINGS = 12
 _HALVINGS = 12
@@ -268,18 +270,6 @@ class Room:
             low, high = (low, middle) if self._taken(middle) <= self.bits else (middle, high)
         self._taken(high)
 
-    def press(self, rate: float) -> None:
-        """Move weights towards cheaper codes: by rate x price x (bits saved on the way to the next), in steps.
-
-        Without it training has weights cross borders, and the price drives others back: more and more of both.
-        """
-        if self.price == 0:
-            return
-        for layer, more in zip(self._layers, self._more, strict=True):
-            codes = layer.codes()
-            saved = torch.from_numpy(_saved_bits(more).astype(np.float32)).to(codes.device)
-            layer.latent.sub_(rate * self.price * saved[(codes + layer.limit).long()])
-
     def _taken(self, price: float) -> float:
         self.price, total = price, 0.0
         for layer, more in zip(self._layers, self._more, strict=True):
@@ -294,12 +284,6 @@ def _borders(more: Array, price: float, limit: int) -> Array:
     borders = np.arange(-limit, limit) + 0.5 + price * more / 2
     below, above = np.minimum(borders[:limit], 0), np.maximum(borders[limit:], 0)
     return np.concatenate([np.minimum.accumulate(below[::-1])[::-1], np.maximum.accumulate(above)])
-
-
-def _saved_bits(more: Array) -> Array:
-    """Give, for each code (2 limit + 1,), the bits saved by one nearer zero, with its sign: 0 for code 0."""
-    limit = len(more) // 2
-    return np.concatenate([np.minimum(more[:limit], 0), [0.0], np.maximum(more[limit:], 0)])
 
 
 def _params(graph: Graph, name: str) -> QuantParams:

@@ -11,7 +11,7 @@ class AtRest(StrEnum):
     """How a file stores its weights.
 
     NATIVE: as the format's stock runtimes read them: ONNX packed by standard operators, TFLite in int4 or int8.
-    INT8: TFLite only: all in int8, the fastest and largest.
+    INT8: all in int8, the largest: ordinary files, also for ONNX runtimes that do not compute constants at load.
     PACKED: TFLite only: packed as in ONNX, and widened to int8 before an interpreter sees the file.
     """
 
@@ -21,11 +21,12 @@ class AtRest(StrEnum):
 
 
 def form_of(format_name: str, at_rest: AtRest) -> str:
-    """Name a format and how it stores weights in one word: "onnx", "tflite", "tflite-int8", "tflite-packed".
+    """Name a format and how it stores weights in one word: "onnx", "onnx-int8", "tflite", "tflite-int8", ...
 
-    ONNX has one way, whatever is asked of TFLite.
+    Native ONNX is packed already: asked for packed files, it is that.
     """
-    return format_name if format_name != "tflite" or at_rest is AtRest.NATIVE else f"{format_name}-{at_rest}"
+    plain = at_rest is AtRest.NATIVE or (format_name == "onnx" and at_rest is AtRest.PACKED)
+    return format_name if plain else f"{format_name}-{at_rest}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

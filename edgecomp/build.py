@@ -454,4 +454,4 @@ def yardsticks(plan: CompressionPlan, graph: Graph, format_name: str) -> dict[st
     from edgecomp.exporters import export
 
     eight = plan.without_pruning().with_uniform_bits(8)
-    return {"fp32": export(graph, format_name), "int8": export(compress(graph, eight), format_name, words=False)}
+    return {"fp32": export(graph, format_name), "int8": export(compress(graph, eight), f"{format_name}-int8")}

@@ -239,10 +239,10 @@ def _add_export(verbs: Any) -> None:
 def _add_at_rest(p: Any, choices: Sequence[str]) -> None:
     said = {
         "native": "native (default; any interpreter runs it)",
-        "int8": "int8 (what unpacking gives)",
-        "packed": "packed (smallest; unpack before use)",
+        "int8": "int8 (a byte a weight, ONNX too, for runtimes that unpack nothing)",
+        "packed": "packed (TFLite at its smallest; unpack before use)",
     }
-    about = f"of the TFLite file: {', '.join(said[name] for name in choices)}"
+    about = f"in what form files hold weights: {', '.join(said[name] for name in choices)}"
     p.add_argument("--weights-at-rest", choices=choices, default="native", help=about)
 
 
@@ -406,7 +406,7 @@ def _export(args: argparse.Namespace) -> int:
     except UnicodeDecodeError as e:
         raise PlanError(f"{args.plan}: is not text; expected a plan.json") from e
     at_rest = AtRest(args.weights_at_rest)
-    if at_rest is not AtRest.NATIVE and "tflite" not in args.format:
+    if at_rest is AtRest.PACKED and "tflite" not in args.format:
         raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
     graph = bundle.load(args.graph)
     files = {name: args.output / f"model.{name}" for name in args.format}

@@ -252,7 +252,7 @@ def field_bits(form: str, node: Node, bits: int) -> int:
     """
     if form in PACKED_FORMS:
         return bits
-    if form == "tflite-int8":
+    if form in ("onnx-int8", "tflite-int8"):
         return 8
     dense = node.op is Op.LINEAR or node.attrs["groups"] == 1
     return 4 if bits <= 4 and dense else 8

@@ -14,28 +14,28 @@ FORMATS = ("onnx", "tflite")
 """What `export` can write; the file's suffix is the same word."""
 
 
-def export(graph: Graph, form: str, *, words: bool = True) -> Exported:
+def export(graph: Graph, form: str) -> Exported:
     """Write a float or quantized graph in a format.
 
     Args:
         graph: see `edgecomp.verify` for what is legal.
         form: one of FORMATS, or with the way to store weights, as `artifact.form_of` names it.
-        words: in ONNX, let frequent codes take fewer bits; False for what other tools write.
 
     Raises:
         ExportError: the format is unknown, its writer library is missing, or it cannot express the graph.
     """
     from edgecomp.artifact import AtRest
 
+    _, _, rest = form.partition("-")
+    at_rest = AtRest(rest) if rest in tuple(AtRest) else AtRest.NATIVE
     match form:
-        case "onnx":
+        case "onnx" | "onnx-int8":
             from .to_onnx import to_onnx
 
-            return to_onnx(graph, words=words)
+            return to_onnx(graph, at_rest=at_rest)
         case "tflite" | "tflite-int8" | "tflite-packed":
             from .to_tflite import to_tflite
 
-            at_rest = AtRest(form.partition("-")[2] or AtRest.NATIVE)
             return to_tflite(graph, at_rest=at_rest)
         case _:
             raise ExportError(f"format {form!r} is unknown; expected one of {', '.join(FORMATS)}")

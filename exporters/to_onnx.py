@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgecomp import __version__
-from edgecomp.artifact import Exported, StoredWeight
+from edgecomp.artifact import AtRest, Exported, StoredWeight
 from edgecomp.coding import Encoded, dense, encode
 from edgecomp.curves import gate_codes
 from edgecomp.errors import ExportError
@@ -37,20 +37,22 @@ OPSET = 18
 IR_VERSION = 8
 
 
-def to_onnx(graph: Graph, *, words: bool = True) -> Exported:
+def to_onnx(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
     """Write a graph as an ONNX model.
 
     Args:
         graph: float (gives a float32 model) or quantized, with float or int8 input and output.
-        words: let frequent codes take fewer bits; False for what other tools write.
+        at_rest: NATIVE packs weights; INT8 writes them as they are, one byte a code, as other tools do.
 
     Returns:
         the file; input and output are (N, ...) with symbolic N. For int8 input and output the scales stand in the
         model's metadata as edgecomp.input_scale, edgecomp.input_zero_point, and likewise for the output.
 
     Raises:
-        ExportError: the `onnx` package is missing, or it refuses the graph.
+        ExportError: the `onnx` package is missing, it refuses the graph, or ONNX knows no such way to store weights.
     """
+    if at_rest is AtRest.PACKED:
+        raise ExportError("onnx: weights are packed natively; export in form 'onnx'")
     try:
         import onnx  # noqa: F401  (asked for here, used where the file is written)
     except ImportError as e:
@@ -58,9 +60,9 @@ def to_onnx(graph: Graph, *, words: bool = True) -> Exported:
 
     weights = [graph.weight(node) for node in graph.layers()]
     coded = [(w.name, w.data, w.quant.bits) for w in weights if w.quant is not None and w.data is not None]
+    if at_rest is AtRest.INT8:
+        return replace(_written(graph, {name: dense(data, 8) for name, data, _ in coded}), at_rest=at_rest)
     plain = _written(graph, {name: dense(data, bits) for name, data, bits in coded})
-    if not words:
-        return plain
     encoded = {name: encode(data, bits) for name, data, bits in coded}
     if all(codes.words is None for codes in encoded.values()):
         return plain
@@ -229,7 +231,7 @@ def _parameters(model: Model, graph: Graph, node: Node) -> list[str]:
             model.stored.append(
                 StoredWeight(
                     layer=node.name,
-                    bits=encoded.bits,
+                    bits=tensor.quant.bits,
                     stored_bits=encoded.bits,
                     stored_bytes=encoded.stored_bytes,
                     encoding=encoded.kind,

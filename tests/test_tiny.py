@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from PIL import Image
@@ -200,6 +201,10 @@ def test_packed_tflite(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: py
     capsys.readouterr()
     assert main(["bench", "packed", "--min-secs", "0.05"]) == 0
     assert "\ncompressed: unpacked to int8 when it is loaded; load and memory include that\n" in capsys.readouterr().out
+    assert main([*again, "onnx", "--format", "onnx,tflite", "--weights-at-rest", "int8"]) == 0
+    assert Path("onnx/model.tflite").read_bytes() == Path("int8/model.tflite").read_bytes()
+    stored = onnx.load(Path("onnx/model.onnx")).graph.initializer
+    assert sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1 for t in stored) == len(manifest["layers"])
     for command in ([*place.command()[:-1], "x"], [*again, "x"]):
         assert main([*command, "--format", "onnx", "--weights-at-rest", "packed"]) == 2
         assert "--weights-at-rest packed is of TFLite files; add tflite to --format" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 from onnx import numpy_helper
 
 from edgecomp import quantmath, reference
+from edgecomp.artifact import AtRest
 from edgecomp.benchmarks.onnx_runtime import optimized_ops
 from edgecomp.compress import compress
 from edgecomp.errors import ExportError
@@ -109,6 +110,36 @@ def test_onnxruntime_folds_and_fuses(name: str, bits: int, io: Io) -> None:
     assert not {"Add", "Mul", "Sigmoid", "HardSigmoid", "HardSwish"} & set(ops)
     assert ops["DequantizeLinear"] == (1 if io is Io.FLOAT else 2)
     assert ops["QuantizeLinear"] == (1 if io is Io.FLOAT else 2)
+
+
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+@pytest.mark.parametrize("name", ["plain", "separable", "wide"])
+def test_int8_files_hold_codes_as_they_are(name: str, bits: int) -> None:
+    """Nothing is left to unpack, whatever the width, and the answers are those of the packed file."""
+    graph = compressed(name, bits, Io.INT8)
+    exported = export(graph, "onnx-int8")
+    assert (exported.form, exported.at_rest) == ("onnx-int8", AtRest.INT8)
+    stored = initializers(exported.data)
+    for node, weight in zip(graph.layers(), exported.weights, strict=True):
+        codes = graph.weight(node).data
+        assert codes is not None
+        np.testing.assert_array_equal(stored[f"{node.name}.weight"], codes)
+        assert (weight.bits, weight.stored_bits, weight.stored_bytes) == (bits, 8, codes.size)
+    # Those of a file of 8 bits, which needs no unpacking.
+    protos = [onnx.load_from_string(data) for data in (exported.data, file_of(name, 8, Io.INT8))]
+    assert [n.op_type for n in protos[0].graph.node] == [n.op_type for n in protos[1].graph.node]
+    assert not protos[0].functions
+    x = np.random.default_rng(bits).integers(-128, 128, (3, *graph.tensors[graph.inputs[0]].shape[1:]), dtype=np.int8)
+    feed = {graph.inputs[0]: x}
+    np.testing.assert_equal(onnx_run(exported.data, feed), onnx_run(file_of(name, bits, Io.INT8), feed))
+
+
+def test_there_is_no_other_packed_onnx() -> None:
+    with pytest.raises(ExportError, match="packed natively"):
+        to_onnx(compressed("plain", 4, Io.INT8), at_rest=AtRest.PACKED)
+    for form in ("onnx-packed", "onnx-native", "tflite-zip", "int8"):
+        with pytest.raises(ExportError, match="is unknown"):
+            export(compressed("plain", 4, Io.INT8), form)
 
 
 @pytest.mark.parametrize("name", ALL)

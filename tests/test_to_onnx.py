@@ -113,7 +113,7 @@ def test_onnxruntime_folds_and_fuses(name: str, bits: int, io: Io) -> None:
 
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
-@pytest.mark.parametrize("name", ["plain", "separable", "wide"])
+@pytest.mark.parametrize("name", ["plain", "separable", "residual"])
 def test_int8_files_hold_codes_as_they_are(name: str, bits: int) -> None:
     """Nothing is left to unpack, whatever the width, and the answers are those of the packed file."""
     graph = compressed(name, bits, Io.INT8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -75,6 +76,15 @@ def compare(which: list[methods.Method], folder: Path, **options: object) -> dri
 
 
 @pytest.mark.parametrize(("bits", "seed"), [(4.0, 0), (2.5, 1)])
+def test_a_peer_can_load_our_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their file alone, as `peer_entry` does where edgecomp is not installed."""
+    file = modules()["pytorch.networks"]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "edgecomp"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    names = runpy.run_path(str(file))
+    assert sum(p.numel() for p in names["vgg16_bn_cifar"]().parameters()) > 14_000_000
+
+
 def test_the_default_writes_the_file_of_a_build(place: Place, bits: float, seed: int) -> None:
     arguments = [*place.command(), "--format", "onnx", "--avg-bits", str(bits), "--seed", str(seed)]
     assert cli.main(arguments) == 0

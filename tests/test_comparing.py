@@ -45,6 +45,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return Place(tmp_path / "user", monkeypatch)
 
 
+def test_a_peer_can_load_our_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their file alone, as `peer_entry` does where edgecomp is not installed."""
+    file = modules()["pytorch.networks"]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "edgecomp"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    names = runpy.run_path(str(file))
+    assert sum(p.numel() for p in names["vgg16_bn_cifar"]().parameters()) > 14_000_000
+
+
 @pytest.fixture(autouse=True)
 def plain_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand for matplotlib, which is tested in test_compression."""
@@ -76,15 +85,6 @@ def compare(which: list[methods.Method], folder: Path, **options: object) -> dri
 
 
 @pytest.mark.parametrize(("bits", "seed"), [(4.0, 0), (2.5, 1)])
-def test_a_peer_can_load_our_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By their file alone, as `peer_entry` does where edgecomp is not installed."""
-    file = modules()["pytorch.networks"]
-    for name in [name for name in sys.modules if name.partition(".")[0] == "edgecomp"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    names = runpy.run_path(str(file))
-    assert sum(p.numel() for p in names["vgg16_bn_cifar"]().parameters()) > 14_000_000
-
-
 def test_the_default_writes_the_file_of_a_build(place: Place, bits: float, seed: int) -> None:
     arguments = [*place.command(), "--format", "onnx", "--avg-bits", str(bits), "--seed", str(seed)]
     assert cli.main(arguments) == 0

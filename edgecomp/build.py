@@ -110,7 +110,7 @@ def build(
         pruning: which channels are cut; what remains is then compressed like any other network.
         sparsifying: which of the weights that remain become 0; None for none.
         paper: whose recipe gives layers their bits; the other arguments must be as it has them. None for our method.
-        at_rest: how the TFLite file stores weights.
+        at_rest: how files store weights.
         stage: shows how far the work is.
         warn: told, before the long work, what looks wrong but is no error.
 
@@ -119,7 +119,7 @@ def build(
         OSError: the folder cannot be written.
     """
     _check_folder(folder, force=force)
-    if at_rest is not AtRest.NATIVE and "tflite" not in formats:
+    if at_rest is AtRest.PACKED and "tflite" not in formats:
         raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
     formats = [form_of(name, at_rest) for name in formats]
     if model is None and weights is not None:

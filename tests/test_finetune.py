@@ -15,7 +15,7 @@ import torch
 from edgecomp.cli import main
 from edgecomp.compress import cut, on_grids
 from edgecomp.data import LabelledImages
-from edgecomp.errors import DataError
+from edgecomp.errors import DataError, UsageError
 from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan
 from edgecomp.preprocessing import Preprocessing
@@ -25,7 +25,7 @@ from edgecomp.pytorch.network import Network, accuracy
 from edgecomp.pytorch.progress import Settings
 from edgecomp.pytorch.rebuild import Layer, Rebuilt, entropy_bits
 from edgecomp.quantmath import Grid
-from tests.graphs import images, plain, plan_for, separable
+from tests.graphs import Build, images, plain, plan_for, separable
 from tests.tiny import Place
 
 
@@ -122,7 +122,11 @@ def test_what_is_worse_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("make", [plain, separable])
-def test_interrupted_gives_the_same_as_not(make: Callable[[], Graph], tmp_path: Path) -> None:
+def test_interrupted_gives_the_same_as_not(
+    make: Callable[[], Graph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Often enough for borders that moved to be in the checkpoint.
+    monkeypatch.setattr(tuning, "_ROOM_EVERY", 2)
     whole = tuned(tmp_path / "whole", graph=make())
     calls = iter(range(100))
 
@@ -161,6 +165,15 @@ def test_answers_are_the_teachers_and_leanings_those_of_the_cut_graph(tmp_path: 
     with torch.no_grad():
         wanted = Network(teacher)(x).flatten(1)
     np.testing.assert_allclose(work._answer(x).numpy(), wanted.numpy(), atol=1e-5)
+
+
+def test_where_nothing_can_be_trained_it_says_so(tmp_path: Path) -> None:
+    b = Build(0, (3, 8, 8))
+    graph = b.graph(b.conv("c", "input", 4, bias=False))
+    train, held_out = split(LabelledImages(images=images(graph, 64), labels=np.arange(64) % 2), seed=0)
+    settings = Settings(epochs=1, seed=0, room=None)
+    with pytest.raises(UsageError, match="nothing can be trained"):
+        finetune(graph, graph, graph, plan_for(graph, 8), train, held_out, settings=settings, checkpoint=tmp_path / "c")
 
 
 def test_another_seed_is_another_result(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from edgecomp.plan import CompressionPlan
 from edgecomp.pytorch.descent import Descent, Paced
 from edgecomp.pytorch.network import Network, as_input, batch_size
 from edgecomp.pytorch.progress import Progress, Settings, compressed_key, damaged, read, write
-from edgecomp.pytorch.rebuild import Layer, Rebuilt, Room, logits_name
+from edgecomp.pytorch.rebuild import MOST_BITS, Layer, Rebuilt, Room, logits_name
 from edgecomp.pytorch.sharing import all_sum, by_first, join, place
 from edgecomp.pytorch.views import draw_views, look
 from edgecomp.sparsity import NOTHING, Masks
@@ -39,8 +39,8 @@ _BATCH = 64
 """Images in an update, fewer where the activations are large; their gradients need three times the memory."""
 _TEMPERATURE = 2.0
 _WEIGHT_RATE = 0.006
-"""The first update of a weight, in steps of its grid. Weights rounded for each other's errors bear no haste: at 0.02,
-few updates undo a reconstruction, and more do not make up for it."""
+"""The first update of a weight whose gradient is the root mean square of its row's, in steps of its grid. Weights
+rounded for each other's errors bear no haste: at 0.02, few updates undo a reconstruction."""
 _BIAS_SHARE = 5.0
 """The first update of a bias, in steps of its layer's output, to that of a weight."""
 _SCALE_SHARE = 0.2
@@ -104,7 +104,7 @@ def finetune(
             a group those of the other processes.
 
     Raises:
-        UsageError: the checkpoint is of other work.
+        UsageError: the checkpoint is of other work, or nothing can be trained.
         BundleError: the checkpoint is damaged.
         GraphError: several inputs or outputs.
         TargetError: another process of the group has ended.
@@ -118,6 +118,11 @@ def finetune(
     join()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work = _Work(teacher, original, graph, plan, train, settings=settings, masks=masks, device=device)
+    if not work.has_parameters():
+        raise UsageError(
+            f"--recover: every layer has more than {MOST_BITS} bits and none a bias, so nothing can be trained; "
+            "leave it out"
+        )
     key = {**settings.key(teacher, train), **compressed_key(original, graph, plan, masks)}
     saved = by_first(lambda: read(checkpoint, key))
     if saved is not None:
@@ -197,6 +202,10 @@ class _Work:
                 ),
             ]
         )
+
+    def has_parameters(self) -> bool:
+        """Tell whether anything can be trained."""
+        return bool(self._descent.tensors())
 
     def _share(self, step: int) -> float:
         """Let rates fall from 1 to 0 along half a cosine."""

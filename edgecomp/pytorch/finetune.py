@@ -284,8 +284,7 @@ class _Work:
 
     def state(self) -> Progress:
         """Give all that training depends on from here."""
-        price = 0.0 if self._room is None else self._room.price
-        return Progress(done=self.done, price=price, tensors={n: t.cpu() for n, t in self._tensors().items()})
+        return Progress(done=self.done, tensors={n: t.cpu() for n, t in self._tensors().items()})
 
     def restore(self, saved: Progress, where: Path) -> None:
         """Go on from what `state` gave.
@@ -295,16 +294,12 @@ class _Work:
         """
         if not 1 <= saved.done <= self.n_steps:
             raise damaged(where, f"{saved.done} of {self.n_steps} steps done")
-        if self._room is None and saved.price:
-            raise damaged(where, "a price where codes have none")
         own = self._tensors()
         saved.check(own, where)
         for name, tensor in saved.tensors.items():
             _check_values(name, tensor, where)
             own[name].copy_(tensor)
         self.done = saved.done
-        if self._room is not None:
-            self._room.price = saved.price
 
 
 def _check_values(name: str, tensor: Tensor, where: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -81,12 +80,10 @@ class Progress:
 
     Attributes:
         done: updates.
-        price: `rebuild.Room.price`.
         tensors: all that training changes, on the CPU, by name.
     """
 
     done: int
-    price: float
     tensors: Mapping[str, Tensor]
 
     def check(self, expected: Mapping[str, Tensor], where: Path) -> None:
@@ -118,7 +115,7 @@ def write(path: Path, key: Mapping[str, str], progress: Progress) -> None:
         OSError: as the system reports it.
     """
     stream = io.BytesIO()
-    state = {"done": progress.done, "price": progress.price, "tensors": dict(progress.tensors)}
+    state = {"done": progress.done, "tensors": dict(progress.tensors)}
     torch.save({"schema": SCHEMA, "key": dict(key), "state": state}, stream)
     write_file(path, stream.getvalue())
 
@@ -162,16 +159,16 @@ def read(path: Path, key: Mapping[str, str]) -> Progress | None:
 
 
 def _progress(state: object, where: Path) -> Progress:
-    if type(state) is not dict or state.keys() != {"done", "price", "tensors"}:
+    if type(state) is not dict or state.keys() != {"done", "tensors"}:
         raise damaged(where, "its state is not complete")
-    done, price, tensors = state["done"], state["price"], state["tensors"]
-    if type(done) is not int or type(price) is not float or not (math.isfinite(price) and price >= 0):
+    done, tensors = state["done"], state["tensors"]
+    if type(done) is not int:
         raise damaged(where, "it does not say how far training is")
     if type(tensors) is not dict or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
         raise damaged(where, "its state holds something else than tensors")
-    return Progress(done=done, price=price, tensors=tensors)
+    return Progress(done=done, tensors=tensors)
 
 
 def _short(text: str | None) -> str:

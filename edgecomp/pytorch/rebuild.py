@@ -245,14 +245,12 @@ class Room:
 
     Attributes:
         bits: what they may take.
-        price: as above, squared steps a bit.
     """
 
     def __init__(self, module: Rebuilt, share: float = 1.0) -> None:
         self._layers = [layer for layer in module.layers if isinstance(layer, Layer) and not layer.fixed]
         counts = [layer.histogram() for layer in self._layers]
         self.bits = share * sum(entropy_bits(found) for found in counts)
-        self.price = 0.0
         # Codes that were not there cost as if half a weight had them. More bits from each code to the next one:
         self._more = [np.diff(-np.log2(np.maximum(found, 0.5) / found.sum())) for found in counts]
 
@@ -271,7 +269,7 @@ class Room:
         self._taken(high)
 
     def _taken(self, price: float) -> float:
-        self.price, total = price, 0.0
+        total = 0.0
         for layer, more in zip(self._layers, self._more, strict=True):
             borders = _borders(more, price, layer.limit)
             layer.borders.copy_(torch.from_numpy(borders.astype(np.float32)))

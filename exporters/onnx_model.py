@@ -53,6 +53,14 @@ class Model:
         """Append a node whose output needs no name that says something: bytes on disk count."""
         return self.node(op_type, inputs, self.fresh(f"%{len(self.nodes)}"), **attributes)
 
+    def define(self, text: str) -> Any:
+        """Put a function, in ONNX's textual form and of DOMAIN, in the file, once; others may call it by its name."""
+        from onnx import parser
+
+        if text not in self.functions:
+            self.functions[text] = _shortened(parser.parse_function(text))
+        return self.functions[text]
+
     def call(self, text: str, inputs: Sequence[str]) -> list[str]:
         """Append a call of a function and name its outputs.
 
@@ -60,11 +68,9 @@ class Model:
             text: the function in ONNX's textual form, of DOMAIN; one that is there already is used again.
             inputs: names.
         """
-        from onnx import helper, parser
+        from onnx import helper
 
-        if text not in self.functions:
-            self.functions[text] = _shortened(parser.parse_function(text))
-        function = self.functions[text]
+        function = self.define(text)
         outputs = [self.fresh(f"%{len(self.nodes)}{letter}") for letter in "abcdef"[: len(function.output)]]
         self.nodes.append(helper.make_node(function.name, list(inputs), outputs, domain=DOMAIN))
         return outputs
@@ -100,8 +106,9 @@ def _shortened(function: Any) -> Any:
             holder.ClearField(field)
             getattr(holder, field).extend(names)
     for node in function.node:
-        for field in ("name", "domain"):
-            node.ClearField(field)
+        node.ClearField("name")
+        if not node.domain:
+            node.ClearField("domain")
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 attribute.t.ClearField("name")

@@ -125,13 +125,14 @@ def _words(model: Model, name: str, words: Words, shape: tuple[int, ...], levels
     size = model.constant(np.int32(1 << words.word_bits))
     room = _shape(model, ((2 << words.word_bits) + 1,))
     width = model.constant(np.int32(1 << levels))
+    model.define(_step_text())
     book = model.call(_book_text(levels), [children, stored(words.symbols), size, room, width])
     (codes,) = model.call(_text_text(), [tokens, *book, size, _shape(model, (words.n_symbols,))])
     return model.node("Reshape", [codes, _shape(model, shape)], name)
 
 
 def _function(signature: str, lines: list[str]) -> str:
-    return f'<domain: "{DOMAIN}", opset_import: ["" : 18]>\n{signature} {{\n' + "\n".join(lines) + "\n}"
+    return f'<domain: "{DOMAIN}", opset_import: ["" : 18, "{DOMAIN}" : 1]>\n{signature} {{\n' + "\n".join(lines) + "\n}"
 
 
 def _field_text(width: int) -> str:
@@ -184,30 +185,26 @@ def _book_text(levels: int) -> str:
         "begin = Gather (first, a0)",
         "place = Sub (v, begin)",
         "rank = Max (place, z)",
-        # Rows of a node, its parent, the parent of that, and so on.
+        # The symbols of a node, its parent, the parent of that, and so on; how many of these nodes are no root; the
+        # next of them.
         "last = Constant <value = int64[1] {1}> ()",
-        "r0 = Unsqueeze (v, last)",
+        "own = Gather (s, rank)",
+        "t0 = Unsqueeze (own, last)",
+        "below = Greater (v, one)",
+        f"d0 = Cast <to = {_INT32}> (below)",
     ]
     for i in range(levels):
-        lines += [f"g{i} = Gather (a{i}, r{i})", f"r{i + 1} = Concat <axis = 1> (r{i}, g{i})"]
-        if i + 1 < levels:
-            lines.append(f"a{i + 1} = Gather (a{i}, a{i})")
-    rows = f"r{levels}"
+        lines += [f"t{i + 1}, d{i + 1}, a{i + 1} = {DOMAIN}.s (t{i}, d{i}, a{i})"]
+    length, root = f"d{levels}", f"a{levels}"
     lines += [
-        f"real = Greater ({rows}, one)",
-        f"steps = Cast <to = {_INT32}> (real)",
-        "length = ReduceSum <keepdims = 0> (steps, last)",
-        f"which = ReduceMin <keepdims = 0> ({rows}, last)",
-        f"flat = Reshape ({rows}, to1)",
-        "ranks = Gather (rank, flat)",
-        "t = Gather (s, ranks)",
+        f"t = Flatten <axis = 2> (t{levels})",
         # Numbers: leaves upwards, inner words downwards, in each chapter; the rest to a place of no use.
         "leaf = Equal (all, z)",
         f"leaf1 = Cast <to = {_INT32}> (leaf)",
         "full = Equal (all, k)",
         f"full1 = Cast <to = {_INT32}> (full)",
         "four = Constant <value = int32 {4}> ()",
-        "x1 = Mul (which, two)",
+        f"x1 = Mul ({root}, two)",
         "x2 = Sub (x1, leaf1)",
         "x3 = Mul (full1, four)",
         "x4 = Add (x2, x3)",
@@ -234,11 +231,30 @@ def _book_text(levels: int) -> str:
         "w1 = Mul (count, pick)",
         "b = ReduceMax <keepdims = 0> (w1)",
         # By number: the symbols of its word, the row behind the word's first symbol.
-        "d = Gather (length, node)",
+        f"d = Gather ({length}, node)",
         "w2 = Mul (node, l)",
         "r = Add (w2, d)",
     ]
     return _function(f"b{levels} (c, s, m, e, l) => (d, r, t, b)", lines)
+
+
+def _step_text() -> str:
+    """Follow every node twice as far up.
+
+    Inputs: t int8 (N, P, G) the symbols of the node and its next P - 1 ancestors; d int32 (N,) how many of these nodes
+    are no root; a int32 (N,) the ancestor P above, a root where there is none. Results: the same for 2 P.
+
+    In symbols, bytes, and not in ranks or nodes: all that is folded stays in memory until onnxruntime has folded
+    everything.
+    """
+    lines = [
+        "above = Gather (t, a)",
+        "texts = Concat <axis = 1> (t, above)",
+        "more = Gather (d, a)",
+        "depth = Add (d, more)",
+        "next = Gather (a, a)",
+    ]
+    return _function("s (t, d, a) => (texts, depth, next)", lines)
 
 
 def _text_text() -> str:

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from edgecomp.pytorch.descent import Descent, Paced
 
 
-def followed(shape: tuple[int, ...], gradients: list[torch.Tensor], rates: list[float]) -> torch.Tensor:
+def followed(
+    shape: tuple[int, ...], gradients: list[torch.Tensor], rates: list[float], mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Where zeros of a shape get to by these gradients, at these shares of a rate of 0.1."""
     x = torch.zeros(shape, requires_grad=True)
-    descent = Descent([Paced(tensors={"x": x}, rate=0.1)])
+    descent = Descent([Paced(tensors={"x": x}, rate=0.1, masks={} if mask is None else {"x": mask})])
     for i, (gradient, share) in enumerate(zip(gradients, rates, strict=True)):
         descent.forget_gradients()
         x.grad = gradient.clone()
@@ -51,3 +53,13 @@ def test_a_vector_is_one_row_and_what_has_no_gradient_stays() -> None:
     x = torch.zeros(2, 2, requires_grad=True)
     Descent([Paced(tensors={"x": x}, rate=0.1)]).update(0, 1.0)
     assert not x.detach().any()
+
+
+def test_masked_weights_do_not_hasten_those_that_are_left() -> None:
+    rng = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[True, False, True, False, False, False], [False] * 6])
+    gradients = [torch.randn(2, 6, generator=rng) * mask for _ in range(4)]
+    found = followed((2, 6), gradients, [1.0] * 4, mask)
+    alone = followed((1, 2), [gradient[:1, ::2][:, :2] for gradient in gradients], [1.0] * 4)
+    torch.testing.assert_close(found[:1, [0, 2]], alone)
+    assert not found[~mask].any()

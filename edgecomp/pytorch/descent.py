@@ -8,8 +8,8 @@ output channel: few move, those by which the loss falls (cf. Adam-mini, arXiv 24
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,10 +25,13 @@ class Paced:
     Attributes:
         tensors: leaves that require gradients, by name; rows (O, ...), a vector is one row.
         rate: how far a weight of the root mean square gradient of its row goes in the first update.
+        masks: bool, of the shape of a tensor, by its name: where False nothing moves, and nothing counts in the root
+            mean square, or the fewer weights of a row are left the faster they would go.
     """
 
     tensors: dict[str, Tensor]
     rate: float
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Descent:
@@ -69,7 +72,11 @@ class Descent:
                     continue
                 mean, square = self.moments[f"{name} mean"], self.moments[f"{name} square"]
                 mean.lerp_(tensor.grad, 1 - _BETA_MEAN)
-                square.lerp_(_row_means(tensor.grad.square()), 1 - _BETA_SQUARE)
+                mask = group.masks.get(name)
+                squares = _row_means(tensor.grad.square())
+                if mask is not None:
+                    squares /= _row_means(mask.to(squares)).clamp_(min=1 / tensor[0].numel())
+                square.lerp_(squares, 1 - _BETA_SQUARE)
                 root = (square / (1 - _BETA_SQUARE ** (n_before + 1))).sqrt_().add_(_LEAST)
                 pace = share * group.rate / (1 - _BETA_MEAN ** (n_before + 1))
                 tensor.addcdiv_(mean, root, value=-pace)

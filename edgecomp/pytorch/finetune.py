@@ -187,7 +187,11 @@ class _Work:
         moving = {i: layer for i, layer in layers.items() if not layer.fixed}
         self._descent = Descent(
             [
-                Paced(tensors={f"{i} latent": layer.latent for i, layer in moving.items()}, rate=_WEIGHT_RATE),
+                Paced(
+                    tensors={f"{i} latent": layer.latent for i, layer in moving.items()},
+                    rate=_WEIGHT_RATE,
+                    masks={f"{i} latent": layer.mask for i, layer in moving.items() if layer.mask is not None},
+                ),
                 Paced(
                     tensors={f"{i} gain": layer.gain for i, layer in moving.items()},
                     rate=_SCALE_SHARE * _WEIGHT_RATE,

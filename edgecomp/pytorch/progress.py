@@ -24,7 +24,7 @@ from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan
 from edgecomp.sparsity import NOTHING, Masks
 
-SCHEMA = "edgecomp-recovery/3"
+SCHEMA = "edgecomp-recovery/4"
 _DIGEST = 64
 
 

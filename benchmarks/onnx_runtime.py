@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,12 +147,33 @@ def _onnx_quant(facts: Mapping[str, str], scale_key: str, zero_point_key: str, p
     return eight_bits(scale, zero_point, place)
 
 
-def optimized_ops(model: Path | str | bytes) -> tuple[Counter[str], tuple[str, ...]]:
-    """Tell what onnxruntime really executes, from the graph it saves after all its optimizations.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimized:
+    """What onnxruntime really executes, read from the graph it saves after all its optimizations.
 
-    Returns:
-        how many nodes of each op type; and the names of the DequantizeLinear nodes whose first input is constant, that
-        is, weights that are widened to float again in every run. Empty is good.
+    Attributes:
+        runtime: onnxruntime and its version.
+        operators: how many nodes of each op type.
+        widened: the names of the DequantizeLinear nodes whose first input is constant: weights that are widened to
+            float again in every run. Empty is good.
+        in_float: op type -> the outputs of its nodes that compute floats from floats. Conversions at the borders of
+            integer arithmetic are none of them.
+    """
+
+    runtime: str
+    operators: Counter[str]
+    widened: tuple[str, ...]
+    in_float: dict[str, list[str]]
+
+
+_FLOATS = {1, 10, 11, 16}
+"""Numbers of ONNX's element types float, float16, double and bfloat16."""
+_FROM_FLOATS = {"QuantizeLinear", "DynamicQuantizeLinear", "Cast", "Shape", "Size", "ArgMax", "ArgMin"}
+"""What makes integers of floats."""
+
+
+def optimized(model: Path | str | bytes) -> Optimized:
+    """Tell what onnxruntime makes of a model.
 
     Raises:
         BundleError: the file cannot be read, or is damaged or foreign.
@@ -167,10 +189,23 @@ def optimized_ops(model: Path | str | bytes) -> tuple[Counter[str], tuple[str, .
         graph = onnx.load(saved).graph
     constant = {initializer.name for initializer in graph.initializer}
     constant |= {initializer.values.name for initializer in graph.sparse_initializer}
-    dequantized = []
+    # The saved graph gives types at its borders only. Between them what is made of floats is float, but for these.
+    floats = {value.name for value in graph.input if value.type.tensor_type.elem_type in _FLOATS}
+    widened: list[str] = []
+    in_float: dict[str, list[str]] = {}
     for node in graph.node:
         if all(name in constant for name in node.input if name):
             constant.update(node.output)
             if node.op_type == "DequantizeLinear":
-                dequantized.append(node.name or node.output[0])
-    return Counter(node.op_type for node in graph.node), tuple(dequantized)
+                widened.append(node.name or node.output[0])
+        elif node.op_type == "DequantizeLinear":
+            floats.update(node.output)
+        elif floats.intersection(node.input) and node.op_type not in _FROM_FLOATS:
+            floats.update(node.output)
+            in_float.setdefault(node.op_type, []).append(node.output[0])
+    return Optimized(
+        runtime=f"onnxruntime {import_runtime('onnxruntime', 'onnxruntime').__version__}",
+        operators=Counter(node.op_type for node in graph.node),
+        widened=tuple(widened),
+        in_float=in_float,
+    )

@@ -19,7 +19,7 @@ from edgecomp.graph import Array, Graph
 from edgecomp.report import Fact
 
 from .litert import LiteRt, LiteRtReference, TfliteRuntime
-from .onnx_runtime import OnnxRuntime, optimized_ops
+from .onnx_runtime import OnnxRuntime, optimized
 from .runtime import Border, Model, Runner, checked_threads, fitting, place_of, sample_image
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "Runner",
     "TfliteRuntime",
     "default_runtime",
-    "optimized_ops",
+    "optimized",
     "runner_class",
 ]
 

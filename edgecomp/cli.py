@@ -465,9 +465,10 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from edgecomp.exporters.describe import describe, describe_tables
+    from edgecomp.exporters.describe import describe_tables
+    from edgecomp.inspecting import inspect
 
-    found = describe(args.file)
+    found = inspect(args.file)
     print(json.dumps(found, indent=1) if args.json else describe_tables(found))
     return 0
 

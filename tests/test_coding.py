@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecomp import quantmath, reference
-from edgecomp.benchmarks.onnx_runtime import optimized_ops
+from edgecomp.benchmarks.onnx_runtime import optimized
 from edgecomp.coding import Words, decode, dense, encode, estimated_bits
 from edgecomp.compress import compress
 from edgecomp.errors import GraphError
@@ -211,12 +211,12 @@ def test_onnxruntime_decodes_and_folds(case: str, tmp_path: Path) -> None:
     for optimize in (True, False):
         (got,) = onnx_run(exported.data, {"input": x}, optimize=optimize).values()
         assert np.array_equal(got, want)
-    ops, widened = optimized_ops(exported.data)
-    assert widened == ()
+    found = optimized(exported.data)
+    assert found.widened == ()
     # The convolutions may run in another layout, behind a Transpose; nothing of the decoding is left.
     known = {"QLinearConv", "QGemm", "QuantizeLinear", "DequantizeLinear", "Flatten", "Reshape", "Transpose"}
-    assert set(ops) <= known
-    assert (ops["QLinearConv"], ops["QGemm"]) == (2, 1)
+    assert set(found.operators) <= known
+    assert (found.operators["QLinearConv"], found.operators["QGemm"]) == (2, 1)
     # What is counted is what stands in the file.
     proto = onnx.load_from_string(exported.data)
     sizes = {t.name: len(t.raw_data) for t in proto.graph.initializer}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgecomp.benchmarks.onnx_runtime import optimized_ops
+from edgecomp.benchmarks.onnx_runtime import optimized
 from edgecomp.benchmarks.runners import LiteRt
 from edgecomp.compress import compress, cut
 from edgecomp.curves import gate_codes
@@ -96,10 +96,10 @@ def test_compressed_and_run(name: str, bits: int) -> None:
         assert source is not None
         assert target is not None
         assert gate_codes(node.op, source, target) is not None
-    ops, widened = optimized_ops(export(quantized, "onnx").data)
-    assert widened == ()
-    assert not {"Add", "Mul", "Sigmoid", "HardSigmoid", "HardSwish", "Conv", "Gemm"} & set(ops)
-    assert ops["QLinearMul"] == GATES[name][1] + len(swishes)
+    found = optimized(export(quantized, "onnx").data)
+    assert found.widened == ()
+    assert not found.in_float
+    assert found.operators["QLinearMul"] == GATES[name][1] + len(swishes)
     left = LiteRt(export(quantized, "tflite").data).describe()["nodes_left_to_builtin_kernels"]
     assert isinstance(left, tuple)
     assert not [of_a_kind for of_a_kind in left if bits == 8 or "CONV_2D" not in of_a_kind]

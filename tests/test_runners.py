@@ -22,7 +22,7 @@ from edgecomp.benchmarks.runners import (
     OnnxRuntime,
     Reference,
     default_runtime,
-    optimized_ops,
+    optimized,
     runner_class,
 )
 from edgecomp.errors import BundleError, DataError, TargetError, UsageError
@@ -379,19 +379,22 @@ def qdq_conv(weight_type: str) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_optimized_ops_tell_integer_convolutions_from_widened_ones(tmp_path):
+def test_what_onnxruntime_executes_tells_integer_convolutions_from_widened_ones(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(qdq_conv("int8"))
-    counts, widened = optimized_ops(path)
-    assert counts["QLinearConv"] == 1
-    assert counts["Conv"] == 0
-    assert widened == ()
-    counts, widened = optimized_ops(qdq_conv("int4"))
-    assert counts["QLinearConv"] == 0
-    assert "widen" in widened
+    found = optimized(path)
+    assert found.operators["QLinearConv"] == 1
+    assert found.operators["Conv"] == 0
+    assert found.widened == ()
+    assert found.in_float == {}
+    found = optimized(qdq_conv("int4"))
+    assert found.operators["QLinearConv"] == 0
+    assert "widen" in found.widened
+    # Without integers to multiply, the convolution between the conversions is what is left in float.
+    assert [op for op in found.in_float if "Conv" in op]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx"]
     with pytest.raises(BundleError, match="model: onnxruntime cannot load it"):
-        optimized_ops(b"not a model")
+        optimized(b"not a model")
 
 
 # ---- silence ---------------------------------------------------------------------------------------------------------

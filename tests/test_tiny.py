@@ -251,6 +251,7 @@ def test_inspect_names_the_layers(place: Place, capsys: pytest.CaptureFixture[st
     assert main(["inspect", str(place.folder / "out" / "model.onnx")]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("conv1", "conv2", "fc"))
+    assert "all in integers between input and output" in text
 
 
 def test_the_rule_of_relevance_stands_in_the_plan(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

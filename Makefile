@@ -21,8 +21,8 @@ types: $(READY)
 	$(BIN)/mypy --strict edgecomp
 
 MINUTES ?= 20
-soak: $(READY)  ## fuzzing and random graphs for MINUTES; SEED=N repeats a run
-	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+soak: $(READY)  ## damaged files and random graphs for MINUTES, or CASES=100000 damaged files; SEED=N repeats a run
+	$(BIN)/python -m tests.soak $(if $(CASES),--only fuzz --cases $(CASES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
 
 runtimes: $(READY)  ## the same files in old and new onnxruntime, tflite-runtime and LiteRT; fetches each once
 	$(BIN)/python -m tests.runtimes --folder .runtimes

@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     counts = ", ".join(f"{count} x {name}" for name, count in sorted(done.items()))
     if args.cases is not None and sum(done.values()) < args.cases * len(kinds):
-        print(f"the time was over before {args.cases} cases of each kind: {counts}", file=sys.stderr)
+        print(f"the time was over before {args.cases} cases of each kind: {counts or 'none'}", file=sys.stderr)
         return 1
     print(f"{sum(done.values())} cases in {time.monotonic() - start:.0f} s, none failed: {counts}")
     return 0

@@ -94,3 +94,11 @@ def test_a_reader_that_raises_anything_else_is_found(
     assert "--only fuzz" in capsys.readouterr().err
 
 
+
+
+def test_cases_are_counted_instead_of_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--seed", str(SEED), "--only", "fuzz", "--cases", "30"]
+    assert soak.main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("30 cases in ")
+    assert soak.main([*command, "--minutes", "0"]) == 1
+    assert capsys.readouterr().err == "the time was over before 30 cases of each kind: none\n"

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types soak clean
+.PHONY: demo test lint types soak runtimes clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## compress the bundled network and measure it: about a minute
@@ -21,8 +21,11 @@ types: $(READY)
 	$(BIN)/mypy --strict edgecomp
 
 MINUTES ?= 20
-soak: $(READY)  ## fuzzing and random graphs for MINUTES; SEED=N repeats a run
-	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+soak: $(READY)  ## damaged files and random graphs for MINUTES, or CASES=100000 damaged files; SEED=N repeats a run
+	$(BIN)/python -m tests.soak $(if $(CASES),--only fuzz --cases $(CASES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
+
+runtimes: $(READY)  ## the same files in old and new onnxruntime, tflite-runtime and LiteRT; fetches each once
+	$(BIN)/python -m tests.runtimes --folder .runtimes
 
 # Made again when the dependencies change; .ready is written last, so an interrupted installation is repeated.
 $(READY): pyproject.toml constraints.txt
@@ -32,4 +35,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .runtimes demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DOMAIN = "edgecomp"
 """Of the model's own functions: each is a list of standard operators that stands in the file once."""
+_NODE_BYTES = 64
 
 
 class Model:
@@ -24,9 +25,19 @@ class Model:
     Names that the exporter makes up give way to those of the graph.
     """
 
-    def __init__(self, names: Iterable[str], *, codes: Mapping[str, Encoded], levels: Mapping[int, int]) -> None:
-        """Reserve the names of a graph's tensors; keep its encoded weights by name, and what `word_levels` says."""
+    def __init__(
+        self, names: Iterable[str], *, codes: Mapping[str, Encoded], levels: Mapping[int, int], folds: bool
+    ) -> None:
+        """Reserve the names of a graph's tensors.
+
+        Args:
+            names: of the tensors.
+            codes: encoded weights by name.
+            levels: what `word_levels` says.
+            folds: the file may leave constants to be computed when it is loaded.
+        """
         self._names = set(names)
+        self.folds = folds
         self.codes = codes
         self.levels = levels
         self.nodes: list[Any] = []
@@ -34,6 +45,7 @@ class Model:
         self.stored: list[StoredWeight] = []
         self.functions: dict[str, Any] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._zeros: dict[tuple[str, int], str] = {}
 
     def fresh(self, wanted: str) -> str:
         """Give a tensor name that nothing else has: the one wanted, or as near as possible."""
@@ -89,6 +101,20 @@ class Model:
         if key not in self._constants:
             self._constants[key] = self.weight(self.fresh(f"#{len(self._constants)}"), values)
         return self._constants[key]
+
+    def zeros(self, n: int, dtype: type[np.generic]) -> str:
+        """Give n zeros, one axis, once for each n: written out where that is shorter than a node, or must be."""
+        from onnx import helper
+
+        values = np.zeros(n, dtype=dtype)
+        if not self.folds or values.nbytes < _NODE_BYTES:
+            return self.constant(values)
+        key = (values.dtype.name, n)
+        if key not in self._zeros:
+            zero = helper.make_tensor("", helper.np_dtype_to_tensor_dtype(values.dtype), [1], [0])
+            shape = self.constant(np.array([n], dtype=np.int64))
+            self._zeros[key] = self.temporary("ConstantOfShape", [shape], value=zero)
+        return self._zeros[key]
 
 
 def _shortened(function: Any) -> Any:

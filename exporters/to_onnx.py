@@ -61,21 +61,22 @@ def to_onnx(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
     weights = [graph.weight(node) for node in graph.layers()]
     coded = [(w.name, w.data, w.quant.bits) for w in weights if w.quant is not None and w.data is not None]
     if at_rest is AtRest.INT8:
-        return replace(_written(graph, {name: dense(data, 8) for name, data, _ in coded}), at_rest=at_rest)
-    plain = _written(graph, {name: dense(data, bits) for name, data, bits in coded})
+        codes = {name: dense(data, 8) for name, data, _ in coded}
+        return replace(_written(graph, codes, folds=False), at_rest=at_rest)
+    plain = _written(graph, {name: dense(data, bits) for name, data, bits in coded}, folds=True)
     encoded = {name: encode(data, bits) for name, data, bits in coded}
     if all(codes.words is None for codes in encoded.values()):
         return plain
     # The functions that decode words take some kilobytes, once a file: too much for a small one.
-    return min(plain, _written(graph, encoded), key=lambda exported: len(exported.data))
+    return min(plain, _written(graph, encoded, folds=True), key=lambda exported: len(exported.data))
 
 
-def _written(graph: Graph, codes: Mapping[str, Encoded]) -> Exported:
-    """Write a graph with its weights encoded as given, by name."""
+def _written(graph: Graph, codes: Mapping[str, Encoded], *, folds: bool) -> Exported:
+    """Write a graph with its weights encoded as given, by name; `folds`: for runtimes that compute constants early."""
     import onnx
     from onnx import TensorProto, helper
 
-    model = Model(graph.tensors, codes=codes, levels=word_levels(codes.values()))
+    model = Model(graph.tensors, codes=codes, levels=word_levels(codes.values()), folds=folds)
     borders = [name for name in (*graph.inputs, *graph.outputs) if graph.tensors[name].quant is not None]
     inner = {name: model.fresh(f"{name}:u8") for name in borders}
     inside = _renamed(graph, inner)
@@ -157,6 +158,8 @@ def _shift_codes(model: Model, tensor: Tensor, source: str, target: str, kinds: 
 
 _TO_UNSIGNED = 128
 """What is added to an int8 code to store it as uint8."""
+_WORTH_A_NODE = 8
+"""So many scales are shorter as a product that is computed at load."""
 
 
 def _activation_params(model: Model, tensor: Tensor) -> tuple[str, str]:
@@ -165,10 +168,18 @@ def _activation_params(model: Model, tensor: Tensor) -> tuple[str, str]:
     return model.constant(tensor.quant.scale), model.constant(zero_point)
 
 
-def _parameter_params(model: Model, tensor: Tensor) -> tuple[str, str]:
+def _parameter_params(model: Model, graph: Graph, node: Node, tensor: Tensor) -> tuple[str, str]:
+    """Name scales and zero points of a layer's weight or bias: next to the codes, the most bytes of a small layer."""
     assert tensor.quant is not None
-    dtype = np.int32 if tensor.quant.bits == 32 else np.int8
-    return model.constant(tensor.quant.scale), model.constant(tensor.quant.zero_point.astype(dtype))
+    assert not tensor.quant.zero_point.any()
+    is_bias = tensor.quant.bits == 32
+    zero_points = model.zeros(tensor.quant.scale.size, np.int32 if is_bias else np.int8)
+    given, weight = graph.tensors[node.inputs[0]].quant, graph.weight(node).quant
+    if is_bias and model.folds and given is not None and weight is not None:
+        product = given.scale * weight.scale
+        if product.size >= _WORTH_A_NODE and np.array_equal(product, tensor.quant.scale):
+            return model.temporary("Mul", [model.constant(given.scale), model.constant(weight.scale)]), zero_points
+    return model.constant(tensor.quant.scale), zero_points
 
 
 def _read(model: Model, graph: Graph, name: str) -> str:
@@ -222,7 +233,7 @@ def _parameters(model: Model, graph: Graph, node: Node) -> list[str]:
                 n_bytes = tensor.data.nbytes
                 model.stored.append(StoredWeight(layer=node.name, bits=32, stored_bits=32, stored_bytes=n_bytes))
             continue
-        scale, zero_point = _parameter_params(model, tensor)
+        scale, zero_point = _parameter_params(model, graph, node, tensor)
         if tensor.quant.bits == 32:
             codes = model.weight(tensor.name, tensor.data)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -199,6 +200,13 @@ def gated(seed: int = 0) -> Graph:
 
 
 GRAPHS = {"plain": plain, "residual": residual, "separable": separable, "branches": branches, "gated": gated}
+
+
+def alone(graph: Graph, node: Node) -> Graph:
+    """The graph of one node, its activations as inputs."""
+    inputs = tuple(name for name in dict.fromkeys(node.inputs) if graph.tensors[name].data is None)
+    tensors = {name: graph.tensors[name] for name in (*node.inputs, *node.outputs)}
+    return replace(graph, nodes=(node,), tensors=tensors, inputs=inputs, outputs=node.outputs)
 
 
 def images(graph: Graph, count: int, seed: int = 1) -> np.ndarray:

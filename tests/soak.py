@@ -7,6 +7,7 @@ export and the stock runtimes (`soak_graphs`). A case is a function of seed and 
 from __future__ import annotations
 
 import argparse
+import math
 import secrets
 import sys
 import time
@@ -96,7 +97,8 @@ def soak(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, help="10 by default; with --cases as long as they take")
+    parser.add_argument("--cases", type=int, help="so many of each kind; of damaged files, a minute does thousands")
     parser.add_argument("--seed", type=int, help="a new one each time by default")
     parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--case", type=int, help="one case only, by its number")
@@ -104,17 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     seed = secrets.randbelow(1 << 32) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
     kinds = (args.only,) if args.only else KINDS
+    most = args.cases if args.case is None else 1
+    seconds = 60 * args.minutes if args.minutes is not None else 600.0 if most is None else math.inf
     start = time.monotonic()
     try:
-        with _bar(60 * args.minutes) as step:
-            done = soak(
-                seed,
-                kinds,
-                seconds=60 * args.minutes,
-                first=args.case or 0,
-                most=None if args.case is None else 1,
-                step=step,
-            )
+        with _bar(seconds, most and most * len(kinds)) as step:
+            done = soak(seed, kinds, seconds=seconds, first=args.case or 0, most=most, step=step)
     except Failed as e:
         print(e, file=sys.stderr)
         return 1
@@ -122,11 +119,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; nothing had failed", file=sys.stderr)
         return 130
     counts = ", ".join(f"{count} x {name}" for name, count in sorted(done.items()))
+    if args.cases is not None and sum(done.values()) < args.cases * len(kinds):
+        print(f"the time was over before {args.cases} cases of each kind: {counts or 'none'}", file=sys.stderr)
+        return 1
     print(f"{sum(done.values())} cases in {time.monotonic() - start:.0f} s, none failed: {counts}")
     return 0
 
 
-def _bar(seconds: float) -> Any:
+def _bar(seconds: float, cases: int | None) -> Any:
+    """Show how far the work is, by cases where their number is given, else by time."""
     if not sys.stderr.isatty():
         return nullcontext(lambda s: None)
     from contextlib import contextmanager
@@ -135,8 +136,10 @@ def _bar(seconds: float) -> Any:
 
     @contextmanager
     def shown() -> Any:
-        with tqdm(total=seconds, unit="s", bar_format="{percentage:3.0f} % |{bar}| {n:.0f}/{total:.0f} s") as bar:
-            yield lambda s: bar.update(min(s, bar.total - bar.n))
+        total, unit = (cases, "cases") if cases else (seconds, "s")
+        layout = "{percentage:3.0f} % |{bar}| {n:.0f}/{total:.0f} " + unit
+        with tqdm(total=total, unit=unit, bar_format=layout) as bar:
+            yield lambda s: bar.update(1 if cases else min(s, bar.total - bar.n))
 
     return shown()
 

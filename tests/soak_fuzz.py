@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from edgecomp import bundle
 from edgecomp.artifact import AtRest
-from edgecomp.errors import BundleError, EdgecompError, PlanError
+from edgecomp.benchmarks.compression import results
+from edgecomp.errors import BundleError, EdgecompError, PlanError, UsageError
 from edgecomp.folder import open_folder
 from edgecomp.manifest import read_manifest
 from edgecomp.plan import CompressionPlan
+from edgecomp.pytorch import checkpoint, progress
 from edgecomp.report import BenchReport, Comparison, Ratio, Source
 from edgecomp.runtime import unpack
 from edgecomp.verify import verify_float
@@ -78,11 +81,11 @@ def targets(place: Path) -> list[Target]:
     def in_folder(name: str) -> Callable[[bytes], None]:
         def reader(data: bytes) -> None:
             whole = (folder / name).read_bytes()
-            (folder / name).write_bytes(data)
+            _write(folder / name, data)
             try:
                 _expect(lambda: _use_folder(folder), BundleError, PlanError)
             finally:
-                (folder / name).write_bytes(whole)
+                _write(folder / name, whole)
 
         return reader
 
@@ -122,10 +125,24 @@ def targets(place: Path) -> list[Target]:
     for name, bits in (("dense", 5), ("words", 2)):
         data = exported("wide", bits, AtRest.PACKED).data
         found.append(Target(name=f"packed.tflite, {name}", data=data, readers=(_described(place), _unpacked)))
+    found.append(
+        Target(
+            name="result.json",
+            data=_result().to_json().encode(),
+            readers=(text(_use_result, BundleError),),
+        )
+    )
+    found += _checkpoints(place)
     for target in found:
         for reader in target.readers:
             reader(target.data)
     return found
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file that was not there: one that is cut short and written again goes to the disk at once, and slowly."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
 
 
 def _report() -> BenchReport:
@@ -151,6 +168,57 @@ def _report() -> BenchReport:
         load_ms=1.5,
         environment={"cpu": "x", "unread": ("governor",)},
     )
+
+
+def _result() -> results.Result:
+    return results.Result(
+        task=results.Task(method="edgecomp", bits=4.0, seed=0),
+        n_bytes=1234,
+        accuracy_percent=90.0,
+        n_images=100,
+        source=results.Source.FILE,
+        measured_in="onnxruntime",
+        seconds=1.5,
+        sha256="ab" * 32,
+        details={"mean bits": 4},
+        versions={"onnx": "1"},
+    )
+
+
+def _use_result(text: str) -> None:
+    """Do with it what a resumed comparison does."""
+    result = results.result_from_json(text, "result.json")
+    assert {result.task: result}[result.task].to_json()
+
+
+def _checkpoints(place: Path) -> list[Target]:
+    """Give the two files that interrupted work goes on from, each with its reader."""
+    key, path = {"graph": "ab" * 32}, place / "checkpoint"
+    sums = {"conv.weight": torch.arange(60, dtype=torch.float64), "conv.n": torch.ones(2, 3)}
+    trained = {"conv.weight": torch.linspace(-1, 1, 60), "step": torch.tensor([3])}
+
+    def scoring() -> None:
+        checkpoint.restore(path, key, {name: torch.zeros_like(tensor) for name, tensor in sums.items()})
+
+    def recovery() -> None:
+        found = progress.read(path, key)
+        assert found is not None
+        found.check(trained, path)
+
+    def reader(read: Callable[[], None]) -> Callable[[bytes], None]:
+        def from_bytes(data: bytes) -> None:
+            _write(path, data)
+            _expect(read, BundleError, UsageError)
+
+        return from_bytes
+
+    checkpoint.save(path, checkpoint.Saved(key=key, n_images=64, order="cd" * 32), sums)
+    saved_sums = path.read_bytes()
+    progress.write(path, key, progress.Progress(done=7, tensors=trained))
+    return [
+        Target(name="scoring checkpoint", data=saved_sums, readers=(reader(scoring),)),
+        Target(name="recovery checkpoint", data=path.read_bytes(), readers=(reader(recovery),)),
+    ]
 
 
 def _expect(read: Callable[[], object], *errors: type[EdgecompError]) -> None:
@@ -203,7 +271,7 @@ def _described(place: Path) -> Callable[[bytes], None]:
 
     def reader(data: bytes) -> None:
         path = place / "damaged"
-        path.write_bytes(data)
+        _write(path, data)
 
         def read() -> None:
             found = describe(path)
@@ -267,7 +335,8 @@ def _swap(rng: np.random.Generator, data: bytes) -> bytes:
 
 
 def _grow(rng: np.random.Generator, data: bytes) -> bytes:
-    return data + rng.bytes(int(rng.integers(1, 64)))
+    """Append a little, or more than a file of ours ever holds behind its end."""
+    return data + rng.bytes(int(rng.integers(1, 64)) if rng.random() < 0.9 else 1 << 20)
 
 
 def _zero(rng: np.random.Generator, data: bytes) -> bytes:

@@ -40,7 +40,7 @@ LEVELS = (
      "exporters.read_onnx", "exporters.read_tflite", "exporters.describe", "runtime"),
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
-     "benchmarks.relevance_cost", "benchmarks.classes"),
+     "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats"),
     ("check", "spending", "pruning", "recovering", "intake", "build", "verifying", "inspecting", "benching",
      "arguments", "cli", "__main__"),
     ("benchmarks.compression", "benchmarks.compression.results", "benchmarks.compression.table",
@@ -52,12 +52,13 @@ LEVELS = (
 RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}
 
 # Packages beside the standard library and numpy: the modules that may import them, and whether at the top of the file.
-SCRIPT = ("samples.train", "benchmarks.relevance_cost", "benchmarks.classes")  # run by hand; nobody imports them
+# Run by hand; nobody imports them.
+SCRIPT = ("samples.train", "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats")
 PEER = "benchmarks.compression.peer_"  # scripts that run in environments of other tools; nobody imports them
 COMPARING = ("benchmarks.compression.context", "benchmarks.compression.ours")
 THIRD_PARTY = {
     "torch": (("pytorch.", PEER, *SCRIPT), True),
-    "torchvision": (("pytorch.load", "pytorch.torchvision_ops", PEER), False),
+    "torchvision": (("pytorch.load", "pytorch.torchvision_ops", "benchmarks.formats", PEER), False),
     "safetensors": (("pytorch.load", *SCRIPT), False),
     "PIL": (("preprocessing", "imagefolder"), False),
     "onnx": (("exporters.", "benchmarks."), False),

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ from edgecomp.data import draw, load
 from edgecomp.errors import BudgetError, TargetError, UsageError
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.quantmath import Grid
+from tests.onnx_run import onnx_run
 from tests.test_architecture import modules
 from tests.tiny import Place
 
@@ -96,7 +98,16 @@ def test_uniform_at_eight_bits_is_the_yardstick(place: Place) -> None:
     context = Context(SUBJECT)
     plan = ours._uniform_plan(context, 3, 0)
     made = ours.OURS["uniform-nearest"](context, 8, 0)
-    assert made.file == yardsticks(plan, context.graph, "onnx")["int8"].data
+    # The same codes and scales; the yardstick also spells out what a runtime can compute when it loads the file.
+    yardstick = yardsticks(plan, context.graph, "onnx")["int8"].data
+    assert made.file is not None
+    x = np.random.default_rng(0).standard_normal((16, 1, 8, 8)).astype(np.float32)
+    np.testing.assert_equal(onnx_run(made.file, {"input": x}), onnx_run(yardstick, {"input": x}))
+    stored = [
+        {t.name: t.raw_data for t in onnx.load_from_string(data).graph.initializer if not t.name.startswith("#")}
+        for data in (made.file, yardstick)
+    ]
+    assert stored[0] == stored[1]
     assert set(made.details["bits"].values()) == {8}
     reconstructed = ours.OURS["uniform"](context, 3, 0)
     assert set(reconstructed.details["bits"].values()) == {3}

@@ -11,10 +11,10 @@ import pytest
 from edgecomp import quantmath, reference
 from edgecomp.compress import compress
 from edgecomp.exporters.to_onnx import to_onnx
-from edgecomp.graph import Array, Graph, Node, Op
+from edgecomp.graph import Array, Graph, Op
 from edgecomp.plan import Io
 from edgecomp.quantmath import WEIGHT_BITS
-from tests.graphs import GRAPHS, dense, images, multiplied, plan_for
+from tests.graphs import GRAPHS, alone, dense, images, multiplied, plan_for
 from tests.onnx_run import onnx_run
 from tests.tflite_cases import CASES, made
 
@@ -60,13 +60,6 @@ def close(got: Array, want: Array, steps: float, what: str) -> int:
     text = f"{what}: at {worst} got {got[worst]}, want {want[worst]}; {(off > steps).sum()} of {off.size} are off"
     assert off[worst] <= steps, text
     return int((off > 0).sum())
-
-
-def alone(graph: Graph, node: Node) -> Graph:
-    """The graph of one node, its activations as inputs."""
-    inputs = tuple(name for name in dict.fromkeys(node.inputs) if graph.tensors[name].data is None)
-    tensors = {name: graph.tensors[name] for name in (*node.inputs, *node.outputs)}
-    return replace(graph, nodes=(node,), tensors=tensors, inputs=inputs, outputs=node.outputs)
 
 
 def quantized_with_input(graph: Graph, bits: int, io: Io) -> tuple[Graph, Array]:

@@ -17,7 +17,7 @@ SEED = 20261123
 def test_damaged_files() -> None:
     done = soak.soak(SEED, ["fuzz"], seconds=60, most=2000)
     assert sum(done.values()) == 2000
-    assert len(done) == 9, f"not every kind of file was damaged: {done}"
+    assert len(done) == 12, f"not every kind of file was damaged: {done}"
 
 
 def test_random_networks() -> None:
@@ -94,3 +94,11 @@ def test_a_reader_that_raises_anything_else_is_found(
     assert "--only fuzz" in capsys.readouterr().err
 
 
+
+
+def test_cases_are_counted_instead_of_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--seed", str(SEED), "--only", "fuzz", "--cases", "30"]
+    assert soak.main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("30 cases in ")
+    assert soak.main([*command, "--minutes", "0"]) == 1
+    assert capsys.readouterr().err == "the time was over before 30 cases of each kind: none\n"

@@ -127,13 +127,41 @@ def test_int8_files_hold_codes_as_they_are(name: str, bits: int) -> None:
         assert codes is not None
         np.testing.assert_array_equal(stored[f"{node.name}.weight"], codes)
         assert (weight.bits, weight.stored_bits, weight.stored_bytes) == (bits, 8, codes.size)
-    # Those of a file of 8 bits, which needs no unpacking.
-    protos = [onnx.load_from_string(data) for data in (exported.data, file_of(name, 8, Io.INT8))]
-    assert [n.op_type for n in protos[0].graph.node] == [n.op_type for n in protos[1].graph.node]
-    assert not protos[0].functions
+    model = onnx.load_from_string(exported.data)
+    of_constants = {node.op_type for node in model.graph.node if all(i in stored for i in node.input)}
+    assert of_constants == {"DequantizeLinear"}
+    assert not model.functions
     x = np.random.default_rng(bits).integers(-128, 128, (3, *graph.tensors[graph.inputs[0]].shape[1:]), dtype=np.int8)
     feed = {graph.inputs[0]: x}
     np.testing.assert_equal(onnx_run(exported.data, feed), onnx_run(file_of(name, bits, Io.INT8), feed))
+
+
+def test_what_a_runtime_can_compute_is_not_stored() -> None:
+    """A bias's scale is the product of two others and zero points are zeros: 8 bytes a channel that need no room."""
+    b = Build(0, (40, 2, 2))
+    x = b.clip("relu", b.conv("one", "input", 80))
+    network = b.graph(b.conv("two", x, 80, bias=False))
+    graph = compress(network, plan_for(network, 8, io=Io.INT8))
+    packed, plain = (export(graph, form).data for form in ("onnx", "onnx-int8"))
+    stored = [initializers(data) for data in (packed, plain)]
+    nodes = onnx.load_from_string(packed).graph.node
+    # Two scales of weights are left of what was two and that of the bias, and 80 zeros of int8 and int32.
+    assert [sum(v.nbytes for v in s.values() if v.shape == (80,)) for s in stored] == [3 * 320, 4 * 320 + 80 + 320]
+    assert len(plain) - len(packed) > 600
+    writer = {name: node for node in nodes for name in node.output}
+    (read,) = (node for node in nodes if node.input[0] == "one.bias")
+    scale, quant = writer[read.input[1]], graph.tensors["one.bias"].quant
+    assert quant is not None
+    assert scale.op_type == "Mul"
+    first, second = (stored[0][name] for name in scale.input)
+    assert (first * second).tobytes() == quant.scale.tobytes()
+    assert writer[read.input[2]].op_type == "ConstantOfShape"
+    x = np.random.default_rng(0).integers(-128, 128, (4, 40, 2, 2), dtype=np.int8)
+    (got,), (want,) = (onnx_run(data, {"input": x}).values() for data in (packed, plain))
+    np.testing.assert_array_equal(got, want)
+    found = optimized(packed)
+    assert [found.operators[op] for op in ("QLinearConv", "Mul", "ConstantOfShape")] == [2, 0, 0]
+    assert found.widened == ()
 
 
 def test_there_is_no_other_packed_onnx() -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from edgecomp.errors import BundleError, UsageError
+from edgecomp.errors import BundleError, PlanError, UsageError
 from edgecomp.files import write_file
+from edgecomp.plan import load_strict_json
 
 RESULT_SCHEMA = "edgecomp-compression/1"
 EXPERIMENT_SCHEMA = "edgecomp-compression-experiment/1"
@@ -134,14 +135,14 @@ def result_from_json(text: str, where: str) -> Result:
         BundleError: the text is damaged, of another version, or says something impossible.
     """
     try:
-        obj = json.loads(text)
+        obj: dict[str, Any] = dict(load_strict_json(text, where))
         schema = obj.pop("schema")
         if schema != RESULT_SCHEMA:
             raise BundleError(f"{where}: schema is {schema!r:.80}, this edgecomp reads {RESULT_SCHEMA!r}")
         if set(obj) != {f.name for f in fields(Result)}:
             raise BundleError(f"{where}: has {sorted(obj)}, expected {sorted(f.name for f in fields(Result))}")
         return Result(**{**obj, "task": Task(**obj["task"]), "source": Source(obj["source"])})
-    except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, PlanError, UsageError) as error:
         raise BundleError(f"{where}: damaged ({' '.join(str(error).split())}); remove it to run it again") from error
 
 
@@ -161,8 +162,8 @@ def open_results(folder: Path, experiment: Mapping[str, Any]) -> dict[Task, Resu
     wanted = {"schema": EXPERIMENT_SCHEMA, **experiment}
     if head.is_file():
         try:
-            found = json.loads(head.read_text("utf-8"))
-        except ValueError as error:
+            found = load_strict_json(head.read_text("utf-8"), str(head))
+        except (ValueError, PlanError) as error:
             raise BundleError(f"{head}: is no JSON; choose another -o") from error
         differ = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
         if differ:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +81,9 @@ def restore(path: Path, key: Mapping[str, str], sums: Mapping[str, Tensor]) -> S
     """
     if not path.exists():
         return None
+    content = io.BytesIO(path.read_bytes())
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with np.load(content, allow_pickle=False) as file:
             made_of = json.loads(str(file[_MADE_OF]))
             if made_of["schema"] != SCHEMA:
                 raise BundleError(f"{path}: schema is {made_of['schema']!r:.80}, this edgecomp reads {SCHEMA!r}")
@@ -95,8 +95,12 @@ def restore(path: Path, key: Mapping[str, str], sums: Mapping[str, Tensor]) -> S
                     f"{key.get(odd[0])!s:.80}; delete it, or name another checkpoint"
                 )
             read = {name: torch.from_numpy(file[f"sum {name}"]) for name in sums}
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
-        raise BundleError(f"{path}: is damaged or no checkpoint ({str(e)[:80]}); delete it to start over") from e
+    except (BundleError, UsageError):
+        raise
+    except Exception as e:
+        # numpy's reader, and the one of zip files below it, have no list of what they raise.
+        why = " ".join(str(e).split())[:80] or type(e).__name__
+        raise BundleError(f"{path}: is damaged or no checkpoint ({why}); delete it to start over") from e
     for name, tensor in sums.items():
         if (tensor.shape, tensor.dtype) != (read[name].shape, read[name].dtype):
             raise BundleError(f"{path}: {name} is damaged: {read[name].dtype} {tuple(read[name].shape)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,7 +137,9 @@ def read(path: Path, key: Mapping[str, str]) -> Progress | None:
         return None
     content = io.BytesIO(path.read_bytes())
     try:
-        found = torch.load(content, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what torch suspects of a damaged file, before it refuses it
+            found = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as e:
         # torch's reader has no list of what it raises.
         raise damaged(path, "torch cannot read it") from e

@@ -37,7 +37,7 @@ KEYS = (
     "seed",
     "tools",
 )
-_PACKAGES = ("numpy", "torch", "torchvision", "onnx", "onnxruntime", "ai-edge-litert", "flatbuffers")
+_PACKAGES = ("numpy", "torch", "torchvision", "onnx", "onnxruntime", "ai-edge-litert", "flatbuffers", "tflite-micro")
 
 
 def tool_versions() -> dict[str, str]:

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from edgecomp.artifact import Exported
     from edgecomp.graph import Graph
 
-FORMATS = ("onnx", "tflite")
-"""What `export` can write; the file's suffix is the same word."""
+FORMATS = ("onnx", "tflite", "tflm")
+"""What `export` can write; "tflm" is a TFLite file for TFLite Micro."""
 
 
 def export(graph: Graph, form: str) -> Exported:
@@ -37,5 +37,9 @@ def export(graph: Graph, form: str) -> Exported:
             from .to_tflite import to_tflite
 
             return to_tflite(graph, at_rest=at_rest)
+        case "tflm" | "tflm-int8":
+            from .to_tflite import to_tflm
+
+            return to_tflm(graph, at_rest=at_rest)
         case _:
             raise ExportError(f"format {form!r} is unknown; expected one of {', '.join(FORMATS)}")

@@ -1,0 +1,139 @@
+"""Run .tflite files with TFLite Micro, in the interpreter of its Python package: the kernels of a microcontroller
+without an accelerator, compiled for this machine.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from edgecomp.errors import BundleError
+from edgecomp.exporters.flatbuffer import Flatbuffer
+from edgecomp.exporters.read_tflite import read_tflite
+from edgecomp.graph import Array
+from edgecomp.report import Fact
+
+from .runtime import (
+    Border,
+    Model,
+    channels_first,
+    channels_last,
+    channels_last_border,
+    checked_file,
+    checked_threads,
+    fitting,
+    held_back,
+    import_runtime,
+    one_line,
+    place_of,
+    sample_image,
+)
+
+_PACKAGE = "tflite-micro"
+_ROOM_BYTES = 1 << 20
+_ROOM_BYTES_AN_ELEMENT = 16
+_MOST_ROOM_BYTES = (1 << 31) - 1
+_USED = re.compile(rb"Arena allocation (total|head|tail) (\d+) bytes")
+
+
+def load_package() -> Any:
+    """Import TFLite Micro.
+
+    Raises:
+        TargetError: it is not installed.
+    """
+    return import_runtime("tflite_micro", _PACKAGE)
+
+
+class TfliteMicro:
+    """TFLite Micro. One thread, one image at a time."""
+
+    formats: ClassVar[tuple[str, ...]] = ("tflm",)
+
+    def __init__(self, model: Model, *, threads: int = 1) -> None:
+        self._place = place_of(model)
+        checked_threads(threads)
+        module = load_package()
+        file = checked_file(model, _PACKAGE)
+        data = file.read_bytes() if isinstance(file, Path) else file
+        self.version = metadata.version(_PACKAGE)
+        # The interpreter trusts a file: what is damaged must not reach it.
+        facts = read_tflite(data, self._place)
+        lines: list[bytes] = []
+        try:
+            with held_back() as lines:
+                self._interpreter = module.runtime.Interpreter.from_bytes(data, arena_size=_room_bytes(data))
+                self.input, *others = self._borders(facts["inputs"], self._interpreter.get_input_details)
+                self._outputs = self._borders(facts["outputs"], self._interpreter.get_output_details)
+        except (ValueError, RuntimeError, LookupError, MemoryError) as error:
+            said = [line.decode(errors="replace").strip() for line in lines]
+            why = "; ".join([one_line(error), *filter(None, said[:1])])
+            raise BundleError(f"{self._place}: {_PACKAGE} cannot load it: {why}") from error
+        if others or not self._outputs:
+            raise BundleError(
+                f"{self._place}: the model has {1 + len(others)} inputs and {len(self._outputs)} outputs, expected one"
+            )
+        self.output = self._outputs[0]
+
+    def _borders(self, described: Any, details_of: Any) -> list[Border]:
+        found = []
+        for i, facts in enumerate(described):
+            details = details_of(i)
+            quant = details["quantization_parameters"]
+            scale, zero_point = (values[0] if len(values) else 0 for values in (quant["scales"], quant["zero_points"]))
+            shape = tuple(int(size) for size in details["shape"])
+            name, dtype = str(facts["name"]), np.dtype(details["dtype"])
+            found.append(channels_last_border(name, shape, dtype, float(scale), int(zero_point), self._place))
+        return found
+
+    def run(self, x: Array) -> Array:
+        """Give the first output for N images, one by one."""
+        return self.run_all(x)[self.output.name]
+
+    def run_all(self, x: Array) -> dict[str, Array]:
+        """Give every output by name for N images, one by one."""
+        images = channels_last(fitting(x, self.input, self._place))
+        parts = []
+        for i in range(len(images)):
+            self._infer(images[i : i + 1])
+            parts.append([self._interpreter.get_output(k) for k in range(len(self._outputs))])
+        columns = (np.concatenate(values) for values in zip(*parts, strict=True))
+        return {output.name: channels_first(y) for output, y in zip(self._outputs, columns, strict=True)}
+
+    def infer_once(self) -> None:
+        """Run one image; it is copied to the arena first, as the interpreter reuses its place."""
+        self._infer(channels_last(sample_image(self.input)))
+
+    def _infer(self, image: Array) -> None:
+        try:
+            self._interpreter.set_input(image, 0)
+            self._interpreter.invoke()
+        except (ValueError, RuntimeError) as error:
+            raise BundleError(f"{self._place}: {_PACKAGE} fails to run it: {one_line(error)}") from error
+
+    def describe(self) -> dict[str, Fact]:
+        """Say what memory the model takes, as the interpreter reports it on this machine, of 64-bit pointers.
+
+        The arena's head holds activations, decoded weights and scratch memory; its tail what lasts: tensors' and
+        operators' records, and most of that is smaller where pointers are.
+        """
+        self.infer_once()
+        with held_back() as lines:
+            self._interpreter.print_allocations()
+        used = {what.decode(): int(n) for what, n in _USED.findall(b"".join(lines))}
+        arena = {f"arena_{what}_bytes": used[what] for what in ("total", "head", "tail") if what in used}
+        return {"kernels": "reference", "threads": 1, **arena}
+
+
+def _room_bytes(data: bytes) -> int:
+    """Give an arena that is large enough for every tensor at once; what is not used of it is never touched."""
+    n = 0
+    for graph in Flatbuffer(data).root().tables(2):
+        for tensor in graph.tables(0):
+            n += math.prod(max(0, size) for size in tensor.numbers(0, "<i4").tolist())
+    return min(_ROOM_BYTES + _ROOM_BYTES_AN_ELEMENT * n, _MOST_ROOM_BYTES)

@@ -72,9 +72,7 @@ class LiteRt:
     def _border(self, details: Mapping[str, Any]) -> Border:
         shape, dtype = tuple(int(size) for size in details["shape"]), np.dtype(details["dtype"])
         scale, zero_point = details["quantization"]
-        return channels_last_border(
-            str(details["name"]), shape, dtype, float(scale), int(zero_point), self._place
-        )
+        return channels_last_border(str(details["name"]), shape, dtype, float(scale), int(zero_point), self._place)
 
     def run(self, x: Array) -> Array:
         """Give the first output for N images, one by one."""

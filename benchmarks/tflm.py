@@ -1,6 +1,4 @@
-"""Run .tflite files with TFLite Micro, in the interpreter of its Python package: the kernels of a microcontroller
-without an accelerator, compiled for this machine.
-"""
+"""Run .tflite files with TFLite Micro, its interpreter and reference kernels compiled for this machine."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ def load_package() -> Any:
 class TfliteMicro:
     """TFLite Micro. One thread, one image at a time."""
 
-    formats: ClassVar[tuple[str, ...]] = ("tflm",)
+    formats: ClassVar[tuple[str, ...]] = ("tflm", "tflite")
 
     def __init__(self, model: Model, *, threads: int = 1) -> None:
         self._place = place_of(model)

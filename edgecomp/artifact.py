@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 
 
 class AtRest(StrEnum):
@@ -30,8 +32,10 @@ def form_of(format_name: str, at_rest: AtRest) -> str:
     return format_name if plain else f"{format_name}-{at_rest}"
 
 
-FILE_NAMES = {"onnx": "model.onnx", "tflite": "model.tflite", "tflm": "model.tflm.tflite"}
-"""What a file of each format is called in a folder."""
+FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"onnx": ("model.onnx",), "tflite": ("model.tflite",), "tflm": ("model.tflm.tflite", "model.cc", "model.h")}
+)
+"""What a file of each format is called in a folder, and then what is written beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,7 @@ class Exported:
     @property
     def name(self) -> str:
         """Give the file's name in a folder."""
-        return FILE_NAMES[self.format]
+        return FILES[self.format][0]
 
     @property
     def form(self) -> str:

@@ -235,10 +235,10 @@ def _ranked(flat: Array, group: int) -> tuple[Array, Array, Array]:
 
 
 PACKED_FORMS = frozenset({"onnx", "tflite-packed", "tflm"})
-"""Those that reach every width, and store frequent codes in fewer bits; see `artifact.form_of`."""
+"""Those that reach every width, and store frequent codes in fewer bits, TFLite Micro zeros; see `artifact.form_of`."""
 UNPACKING_BYTES = 200
 """What unpacking a weight takes in a TFLite file beside its bytes, about: an operator, a tensor, its name."""
-DECODING_BYTES = 200
+DECODING_BYTES = 100
 """What decoding a weight takes in a TFLite Micro file beside its bytes, about: an operator, two tensors."""
 MICRO_HEADER_BYTES = 16
 """Of what TFLite Micro's DECODE reads, before the values."""
@@ -278,8 +278,8 @@ def micro_form(n: int, n_levels: int, n_zeros: int) -> tuple[MicroForm, int]:
 def field_bits(form: str, node: Node, bits: int) -> int:
     """Give the bits a form of file spends on a code of a layer where every code takes the same.
 
-    ONNX, packed TFLite and TFLite Micro reach every width. LiteRT's kernels read 4 bits in convolutions and linear layers; in
-    depthwise and grouped convolutions they do too, but 10 to 50 times slower than 8.
+    ONNX, packed TFLite and TFLite Micro reach every width. LiteRT's kernels read 4 bits in convolutions and linear
+    layers; in depthwise and grouped convolutions they do too, but 10 to 50 times slower than 8.
 
     Args:
         form: see `artifact.form_of`.

@@ -1,10 +1,10 @@
-"""A file as a constant array in C++, to be compiled into a firmware: model.cc and model.h beside a TFLite Micro model."""
+"""A file as a constant array in C++, to be compiled into a firmware: what lies beside a TFLite Micro file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from edgecomp.artifact import FILES
 
-SOURCE, HEADER = "model.cc", "model.h"
+_HEADER = FILES["tflm"][2]
 _A_LINE = 16
 
 _HEADER_TEXT = """\
@@ -37,18 +37,9 @@ alignas(16) const unsigned char kModel[kModelSize] = {{
 """
 
 
-def c_array(data: bytes) -> Mapping[str, bytes]:
-    """Write a file's bytes as C++11 source and header; equal bytes give equal text.
-
-    Args:
-        data: at least one byte.
-
-    Returns:
-        file name -> contents.
-    """
+def c_array(data: bytes) -> tuple[bytes, bytes]:
+    """Write a file's bytes, at least one, as a source and its header in C++11; equal bytes give equal text."""
     numbers = [f"0x{byte:02x}" for byte in data]
     rows = "\n".join(f"    {', '.join(numbers[i : i + _A_LINE])}," for i in range(0, len(numbers), _A_LINE))
-    return {
-        SOURCE: _SOURCE_TEXT.format(header=HEADER, rows=rows).encode(),
-        HEADER: _HEADER_TEXT.format(n=len(data)).encode(),
-    }
+    source = _SOURCE_TEXT.format(header=_HEADER, rows=rows)
+    return source.encode(), _HEADER_TEXT.format(n=len(data)).encode()

@@ -7,35 +7,36 @@ from dataclasses import replace
 
 from edgecomp.artifact import StoredWeight
 from edgecomp.atrest import to_bytes
-from edgecomp.coding import UNPACKING_BYTES, encode, field_bits
+from edgecomp.coding import UNPACKING_BYTES, encode
 from edgecomp.graph import Array, Node, Tensor
 
 from .tflite_schema import TfliteFile, pack_dense
 from .tflm_decode import OPERATOR, decodable
 
-Storing = Callable[[TfliteFile, Node, Tensor, Array, int], tuple[int, StoredWeight]]
-"""Adds a quantized weight, given its layer and its codes in the file's layout with the axis of the output channels in
-it; gives the number of the int8 or int4 tensor that the layer reads, and what it takes."""
+Storing = Callable[[TfliteFile, Node, Tensor, Array, int, int], tuple[int, StoredWeight]]
+"""Adds a quantized weight, given its layer, its codes in the file's layout, the axis of the output channels in it, and the
+width in which the layer reads a code; gives the number of the tensor that the layer reads, and what it takes."""
 
 
-def native(file: TfliteFile, node: Node, weight: Tensor, values: Array, axis: int) -> tuple[int, StoredWeight]:
-    """Add a weight in int4 where LiteRT's kernels read it, else in int8."""
+def dense(
+    file: TfliteFile, node: Node, weight: Tensor, values: Array, axis: int, width: int
+) -> tuple[int, StoredWeight]:
+    """Add a weight as the layer reads it."""
     assert weight.quant is not None
-    return _dense(file, node, weight, values, axis, field_bits("tflite", node, weight.quant.bits))
+    data, quant = pack_dense(values, width), replace(weight.quant, axis=axis)
+    number = file.tensor(weight.name, values.shape, f"INT{width}", data=data, quant=quant)
+    return number, StoredWeight(layer=node.name, bits=quant.bits, stored_bits=width, stored_bytes=len(data))
 
 
-def int8(file: TfliteFile, node: Node, weight: Tensor, values: Array, axis: int) -> tuple[int, StoredWeight]:
-    """Add a weight in int8."""
-    return _dense(file, node, weight, values, axis, 8)
-
-
-def packed(file: TfliteFile, node: Node, weight: Tensor, values: Array, axis: int) -> tuple[int, StoredWeight]:
+def packed(
+    file: TfliteFile, node: Node, weight: Tensor, values: Array, axis: int, width: int
+) -> tuple[int, StoredWeight]:
     """Add a weight to be unpacked before an interpreter reads the file, where that makes it smaller."""
     assert weight.quant is not None
     bits = weight.quant.bits
     encoded = encode(values, bits)
     if encoded.stored_bytes + UNPACKING_BYTES >= values.size:
-        return int8(file, node, weight, values, axis)
+        return dense(file, node, weight, values, axis, width)
     data = to_bytes(encoded)
     number = file.packed(weight.name, values.shape, "INT8", data=data, quant=replace(weight.quant, axis=axis))
     return number, StoredWeight(
@@ -43,12 +44,14 @@ def packed(file: TfliteFile, node: Node, weight: Tensor, values: Array, axis: in
     )
 
 
-def decoded(file: TfliteFile, node: Node, weight: Tensor, values: Array, axis: int) -> tuple[int, StoredWeight]:
+def decoded(
+    file: TfliteFile, node: Node, weight: Tensor, values: Array, axis: int, width: int
+) -> tuple[int, StoredWeight]:
     """Add a weight that TFLite Micro decodes right before its layer runs, where that makes it smaller."""
     assert weight.quant is not None
     found = decodable(values)
     if found is None:
-        return int8(file, node, weight, values, axis)
+        return dense(file, node, weight, values, axis, width)
     inputs = [file.tensor("", (len(data),), "UINT8", data=data) for data in (found.encoded, found.ancillary)]
     number = file.tensor(weight.name, values.shape, "INT8", quant=replace(weight.quant, axis=axis))
     file.custom(OPERATOR, inputs, [number])
@@ -62,19 +65,10 @@ def decoded(file: TfliteFile, node: Node, weight: Tensor, values: Array, axis: i
 
 
 STORING: Mapping[str, Storing] = {
-    "tflite": native,
-    "tflite-int8": int8,
+    "tflite": dense,
+    "tflite-int8": dense,
     "tflite-packed": packed,
     "tflm": decoded,
-    "tflm-int8": int8,
+    "tflm-int8": dense,
 }
 """By form, see `artifact.form_of`."""
-
-
-def _dense(
-    file: TfliteFile, node: Node, weight: Tensor, values: Array, axis: int, width: int
-) -> tuple[int, StoredWeight]:
-    assert weight.quant is not None
-    data, quant = pack_dense(values, width), replace(weight.quant, axis=axis)
-    number = file.tensor(weight.name, values.shape, f"INT{width}", data=data, quant=quant)
-    return number, StoredWeight(layer=node.name, bits=quant.bits, stored_bits=width, stored_bytes=len(data))

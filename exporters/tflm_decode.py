@@ -80,15 +80,26 @@ def _header(kind: int, parameters: int) -> bytes:
     return bytes([kind, 1, 0, 0, 1, parameters]).ljust(MICRO_HEADER_BYTES, b"\0")
 
 
-def facts_of(ancillary: bytes) -> tuple[str, int]:
-    """Read from the ancillary bytes of anybody's file: the form's name, and bits of what stands for a code.
+def facts_of(ancillary: bytes, n_encoded: int, n_codes: int) -> tuple[str, int]:
+    """Read from anybody's file the form's name, and bits of what stands for a code.
+
+    Args:
+        ancillary: the second input.
+        n_encoded: bytes of the first.
+        n_codes: how many codes are to come of it.
 
     Raises:
-        ValueError: a type that is not described above.
+        ValueError: the bytes cannot be for so many codes.
     """
-    kind = ancillary[0] if len(ancillary) >= MICRO_HEADER_BYTES else -1
+    if len(ancillary) < MICRO_HEADER_BYTES:
+        raise ValueError(f"{OPERATOR} reads a header of {len(ancillary)} bytes, expected {MICRO_HEADER_BYTES}")
+    kind = ancillary[0]
+    found, bits, index_bits = f"type {kind}", 8, 0
     if kind == _TABLE:
-        return MicroForm.TABLE.value, ancillary[5] & 7
-    if kind == _BITMAP:
-        return MicroForm.BITMAP.value, 8
-    raise ValueError(f"{OPERATOR} has type {kind}, expected {_TABLE} (table) or {_BITMAP} (bitmap)")
+        found, bits = MicroForm.TABLE.value, ancillary[5] & 7
+        index_bits = bits
+    elif kind == _BITMAP:
+        found, index_bits = MicroForm.BITMAP.value, 1
+    if index_bits and n_encoded != -(-n_codes * index_bits // 8):
+        raise ValueError(f"{OPERATOR} reads {n_encoded} bytes, expected {n_codes} fields of {index_bits} bits")
+    return found, bits

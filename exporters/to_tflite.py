@@ -60,11 +60,13 @@ def to_tflm(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
 
     Args:
         graph: as in `to_tflite`.
-        at_rest: NATIVE, or INT8 for a file without DECODE.
+        at_rest: NATIVE, or INT8 for a file without DECODE, which needs less memory to run.
 
     Raises:
         ExportError: as `to_tflite`.
     """
+    if at_rest is AtRest.PACKED:
+        raise ExportError("tflm: weights are packed natively; there is no other packed form")
     return _written(graph, "tflm", at_rest)
 
 
@@ -248,7 +250,8 @@ class _Writer:
             number = self.file.tensor(weight.name, values.shape, "FLOAT32", data=data)
             stored = StoredWeight(layer=node.name, bits=32, stored_bits=32, stored_bytes=len(data))
         else:
-            number, stored = STORING[self.form](self.file, node, weight, values, axis)
+            store = STORING[self.form]
+            number, stored = store(self.file, node, weight, values, axis, self.stored_bits(node))
         self.weights.append(stored)
         return [number, self._bias(node)]
 
@@ -265,8 +268,8 @@ class _Writer:
             quant = replace(weight.quant, bits=32, scale=scale)
             bias = Tensor(name=name, shape=shape, data=np.zeros(shape, dtype=np.int32), quant=quant)
         assert bias.data is not None
-        kind = bias.data.dtype.name.upper()
-        return self.file.tensor("" if self.micro else name, shape, kind, data=_little_endian(bias.data), quant=bias.quant)
+        name, kind = "" if self.micro else name, bias.data.dtype.name.upper()
+        return self.file.tensor(name, shape, kind, data=_little_endian(bias.data), quant=bias.quant)
 
     def activated(
         self, op: str, version: int, node: Node, inputs: Sequence[int], options: str, **fields: object

@@ -18,7 +18,7 @@ _FILES = {
     "model.onnx": "the compressed network for onnxruntime 1.17 or newer; packed weights are unpacked once, at load",
     "model.tflite": "the compressed network for LiteRT / TensorFlow Lite",
     "model.tflite, packed": "the compressed network for LiteRT / TensorFlow Lite; unpack it before running, see below",
-    "model.tflm.tflite": "the compressed network for TFLite Micro; its interpreter decodes each weight before its layer",
+    "model.tflm.tflite": "the compressed network for TFLite Micro; each weight is decoded before its layer runs",
     "model.cc": "the same file as an array for a firmware, with model.h",
     "model.h": "the array's declaration",
     "graph.edgecomp": "the float network, BatchNorm folded, adjusted to the plan; the two give every file again",
@@ -39,9 +39,10 @@ In C++ edgecomp_unpack.hpp does the same; `edgecomp unpack --cpp-header` says wh
 _MICRO = """
 ## The TFLite Micro file
 
-Its arena took {arena_total_bytes} bytes in the interpreter on the machine that built it, {arena_head_bytes} of them for
-activations and decoded weights, {arena_tail_bytes} for records, most of which are smaller where pointers have 32 bits. `edgecomp
-inspect DIR/model.tflm.tflite` lists the operators that a MicroMutableOpResolver must know; TFLM_DECODE is AddDecode().
+Its arena took {arena_total_bytes} bytes in the interpreter on the machine that built it: {arena_head_bytes} for
+activations and decoded weights, {arena_tail_bytes} for records, most of which are smaller where pointers have 32 bits.
+`edgecomp inspect DIR/model.tflm.tflite` lists the operators that a MicroMutableOpResolver must know; TFLM_DECODE is
+AddDecode(). For less RAM and more flash: `edgecomp export ... --format tflm --weights-at-rest int8`.
 """
 
 
@@ -171,9 +172,9 @@ Budget: {_BUDGETS[budget["kind"]]} {budget["asked"]:g}, came to {budget["got"]:g
 {layers_table(record)}
 
 "relevance" is the layer's share of all absolute relevance at layer outputs; "bits" are those of the plan, "stored
-bytes" those in {first}. ONNX and packed TFLite store codes that are unevenly used in fewer bits than that; TFLite Micro's
-are indices into a table of those that occur, or 8 bits and a map of the zeros; other TFLite stores 4 or 8 bits, whichever
-holds the codes.
+bytes" those in {first}. ONNX and packed TFLite store codes that are unevenly used in fewer bits than that; for TFLite
+Micro they are indices into a table of those that occur, or 8 bits and a map of the zeros; other TFLite stores 4 or 8
+bits, whichever holds the codes.
 {packed}
 ## What next, with this folder for DIR
 

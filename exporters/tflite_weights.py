@@ -14,8 +14,8 @@ from .tflite_schema import TfliteFile, pack_dense
 from .tflm_decode import OPERATOR, decodable
 
 Storing = Callable[[TfliteFile, Node, Tensor, Array, int, int], tuple[int, StoredWeight]]
-"""Adds a quantized weight, given its layer, its codes in the file's layout, the axis of the output channels in it, and the
-width in which the layer reads a code; gives the number of the tensor that the layer reads, and what it takes."""
+"""Adds a quantized weight, given its layer, its codes in the file's layout, the axis of the output channels in it, and
+the width in which the layer reads a code; gives the number of the tensor that the layer reads, and what it takes."""
 
 
 def dense(

@@ -15,7 +15,6 @@ from edgecomp.exporters.tflm_decode import Decodable, decodable, facts_of
 from edgecomp.graph import Graph, Node, Op, QuantParams, Tensor
 
 
-
 @pytest.mark.parametrize(
     ("pattern", "encoded", "ancillary"),
     [
@@ -50,13 +49,11 @@ def decoded_by_bits(found: Decodable, n: int) -> list[int]:
     """Read one bit after the other, as the format says."""
     bits = [byte >> (7 - i) & 1 for byte in found.encoded for i in range(8)]
     values = [byte - 256 if byte > 127 else byte for byte in found.ancillary[16:]]
-    out = []
     if found.ancillary[0] == 2:
-        for i in range(n):
-            out.append(values.pop(0) if bits[i] else 0)
+        out = [values.pop(0) if bits[i] else 0 for i in range(n)]
         assert not values
         return out
-    width = found.ancillary[5] % 16
+    width, out = found.ancillary[5] % 16, []
     for i in range(n):
         index = 0
         for bit in bits[i * width : (i + 1) * width]:
@@ -160,7 +157,7 @@ def test_the_interpreter_reads_every_code(n_levels: int, zeros: float) -> None:
     if zeros:
         levels[0] = 0
     # 37 columns: rows start within bytes, and within the words that the faster decoders read.
-    codes = levels[rng.integers(0, n_levels, (61, 37))]
+    codes = levels[rng.integers(0, n_levels, (97, 37))]
     codes[rng.random(codes.shape) < zeros] = levels[0]
     exported = export(that_gives_its_weight(codes), "tflm")
     (weight,) = exported.weights

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tflite_micro
 
-from edgecomp import recovering
+from edgecomp import intake, recovering
+from edgecomp.benchmarks.tflm import load_package
 from edgecomp.cli import main
 from edgecomp.plan import CompressionPlan
 from edgecomp.spending import Budget, BudgetKind, Candidate, Spent
+from tests.micro import NEEDS_MICRO
 from tests.tiny import Place
 
+pytestmark = NEEDS_MICRO
 TFLM = "model.tflm.tflite"
 
 
@@ -61,11 +63,12 @@ def test_the_arena_is_what_the_interpreter_needs() -> None:
     _, artifact = record()["artifacts"]
     data, n = Path("out", TFLM).read_bytes(), artifact["arena_total_bytes"]
     assert n == artifact["arena_head_bytes"] + artifact["arena_tail_bytes"]
-    interpreter = tflite_micro.runtime.Interpreter.from_bytes(data, arena_size=n + 1024)
+    from_bytes = load_package().runtime.Interpreter.from_bytes
+    interpreter = from_bytes(data, arena_size=n + 1024)
     interpreter.set_input(np.zeros((1, 8, 8, 1), dtype=np.float32), 0)
     interpreter.invoke()
     with pytest.raises(RuntimeError, match="failed to allocate"):
-        tflite_micro.runtime.Interpreter.from_bytes(data, arena_size=9 * n // 10)
+        from_bytes(data, arena_size=9 * n // 10)
 
 
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +134,12 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_without_the_package(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Said before the work, in one line; writing alone does not need it."""
+
+    def work(*args: object) -> None:
+        raise AssertionError("it was not said before the work")
+
     monkeypatch.setitem(sys.modules, "tflite_micro", None)
+    monkeypatch.setattr(intake, "load_images", work)
     commands = (
         [*place.command()[:-1], "without", "--format", "tflm"],
         ["verify", "out"],

@@ -13,6 +13,7 @@ from edgecomp.errors import GraphError
 from edgecomp.exporters import export
 from edgecomp.exporters.tflm_decode import Decodable, decodable, facts_of
 from edgecomp.graph import Graph, Node, Op, QuantParams, Tensor
+from tests.micro import NEEDS_MICRO
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,7 @@ def that_gives_its_weight(codes: np.ndarray) -> Graph:
     return Graph(name="g", nodes=(NODE,), tensors={t.name: t for t in tensors}, inputs=("input",), outputs=("fc",))
 
 
+@NEEDS_MICRO
 @pytest.mark.parametrize("zeros", [0, 0.7, 0.97])
 @pytest.mark.parametrize("n_levels", [2, 3, 4, 6, 8, 11, 16, 25, 32, 50, 64, 100, 128])
 def test_the_interpreter_reads_every_code(n_levels: int, zeros: float) -> None:

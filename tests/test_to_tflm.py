@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tflite_micro
 from ai_edge_litert import schema_py_generated as schema
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +19,7 @@ from edgecomp import planner, quantmath, reference
 from edgecomp.artifact import AtRest
 from edgecomp.benchmarks import runtime
 from edgecomp.benchmarks.runners import LiteRt, LiteRtReference, TfliteMicro
+from edgecomp.benchmarks.tflm import load_package
 from edgecomp.coding import DECODING_BYTES, stored_bits
 from edgecomp.compress import compress
 from edgecomp.errors import BundleError, ExportError, TargetError
@@ -29,22 +29,11 @@ from edgecomp.graph import Array, Graph, Op
 from edgecomp.ops import PROBABILITIES
 from edgecomp.plan import Io
 from tests.graphs import GRAPHS, Build, dense, images, multiplied, plan_for
+from tests.micro import NEEDS_MICRO, wide
 from tests.test_parity import alone
 from tests.tflite_cases import CASES, made
 
-
-def wide(seed: int = 0) -> Graph:
-    """Every kind of layer, large enough to be decoded: depthwise with its channels last, groups, a residual add."""
-    b = Build(seed, (3, 8, 8))
-    x = b.clip("stem.relu", b.conv("stem", "input", 32))
-    y = b.clip("dw.relu6", b.conv("dw", x, 64, groups=32), 0, 6)
-    y = b.conv("project", y, 32, (1, 1), pads=(0, 0, 0, 0))
-    x = b.clip("add.relu", b.node(Op.ADD, "add", (y, x), {}))
-    x = b.clip("grouped.relu", b.conv("grouped", b.max_pool("pool", x), 32, groups=4))
-    x = b.avg_pool("avg", x)
-    return b.graph(b.linear("fc", b.node(Op.FLATTEN, "flatten", (x,), {}), 20), "wide")
-
-
+pytestmark = NEEDS_MICRO
 NETWORKS = {**GRAPHS, "multiplied": multiplied, "dense": dense, "wide": wide}
 
 
@@ -267,7 +256,7 @@ def test_damage_does_not_reach_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
     def reached(*args: object, **others: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(tflite_micro.runtime.Interpreter, "from_bytes", reached)
+    monkeypatch.setattr(load_package().runtime.Interpreter, "from_bytes", reached)
     data = export(mixed("wide"), "tflm").data
     for n in (0, 1, 8, 20, len(data) // 2, len(data) - 30):
         with pytest.raises(BundleError, match=r"^model: "):

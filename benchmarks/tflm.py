@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ import numpy as np
 
 from edgecomp.errors import BundleError
 from edgecomp.exporters.flatbuffer import Flatbuffer
+from edgecomp.exporters.modelfacts import MEANT_BY_DAMAGED
 from edgecomp.exporters.read_tflite import read_tflite
 from edgecomp.graph import Array
 from edgecomp.report import Fact
@@ -36,6 +38,8 @@ _PACKAGE = "tflite-micro"
 _ROOM_BYTES = 1 << 20
 _ROOM_BYTES_AN_ELEMENT = 16
 _MOST_ROOM_BYTES = (1 << 31) - 1
+_BYTES_OF_TYPE = {0: 4, 2: 4, 3: 1, 9: 1}
+"""Of the schema's FLOAT32, INT32, UINT8 and INT8."""
 _USED = re.compile(rb"Arena allocation (total|head|tail) (\d+) bytes")
 
 
@@ -60,7 +64,8 @@ class TfliteMicro:
         file = checked_file(model, _PACKAGE)
         data = file.read_bytes() if isinstance(file, Path) else file
         self.version = metadata.version(_PACKAGE)
-        # The interpreter trusts a file: what is damaged must not reach it.
+        # The interpreter trusts a file: what is damaged must not reach it. This finds most of it; files of a built
+        # folder are known by their digests.
         facts = read_tflite(data, self._place)
         lines: list[bytes] = []
         try:
@@ -68,7 +73,7 @@ class TfliteMicro:
                 self._interpreter = module.runtime.Interpreter.from_bytes(data, arena_size=_room_bytes(data))
                 self.input, *others = self._borders(facts["inputs"], self._interpreter.get_input_details)
                 self._outputs = self._borders(facts["outputs"], self._interpreter.get_output_details)
-        except (ValueError, RuntimeError, LookupError, MemoryError) as error:
+        except (*MEANT_BY_DAMAGED, struct.error, RuntimeError, MemoryError) as error:
             said = [line.decode(errors="replace").strip() for line in lines]
             why = "; ".join([one_line(error), *filter(None, said[:1])])
             raise BundleError(f"{self._place}: {_PACKAGE} cannot load it: {why}") from error
@@ -129,9 +134,23 @@ class TfliteMicro:
 
 
 def _room_bytes(data: bytes) -> int:
-    """Give an arena that is large enough for every tensor at once; what is not used of it is never touched."""
-    n = 0
-    for graph in Flatbuffer(data).root().tables(2):
-        for tensor in graph.tables(0):
-            n += math.prod(max(0, size) for size in tensor.numbers(0, "<i4").tolist())
-    return min(_ROOM_BYTES + _ROOM_BYTES_AN_ELEMENT * n, _MOST_ROOM_BYTES)
+    """Give an arena that is large enough for every tensor at once; what is not used of it is never touched.
+
+    Raises:
+        ValueError: a constant is shorter than its shape says, or an operator names no tensor.
+    """
+    model = Flatbuffer(data).root()
+    buffers, n_all = model.tables(4), 0
+    for graph in model.tables(2):
+        tensors = graph.tables(0)
+        for tensor in tensors:
+            n = math.prod(max(0, size) for size in tensor.numbers(0, "<i4").tolist())
+            n_stored = buffers[tensor.number(2, "I")].payload()[1]
+            if n_stored and n_stored < n * _BYTES_OF_TYPE.get(tensor.number(1, "b"), 0):
+                raise ValueError(f"a constant has {n_stored} bytes for {n} elements")
+            n_all += n
+        for operator in graph.tables(3):
+            ends = [number for field in (1, 2) for number in operator.numbers(field, "<i4").tolist()]
+            if not all(-1 <= number < len(tensors) for number in ends):
+                raise ValueError("an operator names a tensor that is not there")
+    return min(_ROOM_BYTES + _ROOM_BYTES_AN_ELEMENT * n_all, _MOST_ROOM_BYTES)

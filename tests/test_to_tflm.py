@@ -269,6 +269,27 @@ def test_damage_does_not_reach_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
         TfliteMicro(packed_again(graph))
 
 
+BENT = {
+    "operator without input": (lambda main: setattr(main.operators[1], "inputs", [999]), "names a tensor that is not"),
+    "operator without output": (lambda main: setattr(main.operators[1], "outputs", [-2]), "names a tensor that is not"),
+    "bias too short": (lambda main: setattr(bias_of(main), "shape", [33]), "a constant has 128 bytes for 33 elements"),
+}
+
+
+def bias_of(main: schema.SubGraphT) -> schema.TensorT:
+    return next(tensor for tensor in main.tensors if tensor.type == schema.TensorType.INT32 and tensor.shape[0] == 32)
+
+
+@pytest.mark.parametrize("case", BENT)
+def test_bent_structure_does_not_reach_the_interpreter(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_package().runtime.Interpreter, "from_bytes", lambda *_, **__: pytest.fail("reached"))
+    graph = schema.ModelT.InitFromPackedBuf(export(mixed("wide"), "tflm").data, 0)
+    change, message = BENT[case]
+    change(graph.subgraphs[0])
+    with pytest.raises(BundleError, match=rf"^model: tflite-micro cannot load it: .*{message}"):
+        TfliteMicro(packed_again(graph))
+
+
 def packed_again(graph: schema.ModelT) -> bytes:
     import flatbuffers
 

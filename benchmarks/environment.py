@@ -11,7 +11,7 @@ from pathlib import Path
 import edgecomp
 from edgecomp.report import Fact
 
-PACKAGES = ("numpy", "onnx", "onnxruntime", "ai-edge-litert", "tflite-runtime", "torch")
+PACKAGES = ("numpy", "onnx", "onnxruntime", "ai-edge-litert", "tflite-runtime", "tflite-micro", "torch")
 """Packages whose versions belong to a report, where they are installed."""
 
 # Arm cores name themselves by number: implementer 0x41, then these (Arm's MIDR_EL1 part numbers).

@@ -19,9 +19,11 @@ from edgecomp.report import Fact
 from .runtime import (
     Border,
     Model,
+    channels_first,
+    channels_last,
+    channels_last_border,
     checked_file,
     checked_threads,
-    eight_bits,
     fitting,
     import_runtime,
     one_line,
@@ -68,15 +70,9 @@ class LiteRt:
         self._ready = False
 
     def _border(self, details: Mapping[str, Any]) -> Border:
-        shape = tuple(int(size) for size in details["shape"])
-        dtype = np.dtype(details["dtype"])
-        if not shape or shape[0] != 1 or dtype not in (np.float32, np.int8, np.uint8):
-            name = f"{details['name']!r:.80}"
-            raise BundleError(f"{self._place}: {name} is {dtype} {shape}, expected float, int8 or uint8 with N = 1")
-        shape = (shape[3], shape[1], shape[2]) if len(shape) == 4 else shape[1:]
+        shape, dtype = tuple(int(size) for size in details["shape"]), np.dtype(details["dtype"])
         scale, zero_point = details["quantization"]
-        quant = None if dtype.kind == "f" or not scale else eight_bits(float(scale), int(zero_point), self._place)
-        return Border(name=str(details["name"]), shape=shape, dtype=dtype, quant=quant)
+        return channels_last_border(str(details["name"]), shape, dtype, float(scale), int(zero_point), self._place)
 
     def run(self, x: Array) -> Array:
         """Give the first output for N images, one by one."""
@@ -86,21 +82,20 @@ class LiteRt:
         """Give every output by name for N images, one by one."""
         x = fitting(x, self.input, self._place)
         self._ready = False
-        images = np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if x.ndim == 4 else x
+        images = channels_last(x)
         parts: list[list[Array]] = []
         for i in range(len(images)):
             self._interpreter.set_tensor(self._index, images[i : i + 1])
             self._invoke()
             parts.append([self._interpreter.get_tensor(details["index"]) for details in self._outputs])
         columns = (np.concatenate(values) for values in zip(*parts, strict=True))
-        nchw = (np.ascontiguousarray(y.transpose(0, 3, 1, 2)) if y.ndim == 4 else y for y in columns)
-        return {str(details["name"]): y for details, y in zip(self._outputs, nchw, strict=True)}
+        named = zip(self._outputs, columns, strict=True)
+        return {str(details["name"]): channels_first(y) for details, y in named}
 
     def infer_once(self) -> None:
         """Run one image; the input lies in the interpreter's tensor, the outputs stay in theirs."""
         if not self._ready:
-            x = sample_image(self.input)
-            self._interpreter.set_tensor(self._index, x.transpose(0, 2, 3, 1) if x.ndim == 4 else x)
+            self._interpreter.set_tensor(self._index, channels_last(sample_image(self.input)))
             self._ready = True
         self._invoke()
 

@@ -21,6 +21,7 @@ from edgecomp.report import Fact
 from .litert import LiteRt, LiteRtReference, TfliteRuntime
 from .onnx_runtime import OnnxRuntime, optimized
 from .runtime import Border, Model, Runner, checked_threads, fitting, place_of, sample_image
+from .tflm import TfliteMicro
 
 __all__ = [
     "RUNNERS",
@@ -31,6 +32,7 @@ __all__ = [
     "OnnxRuntime",
     "Reference",
     "Runner",
+    "TfliteMicro",
     "TfliteRuntime",
     "default_runtime",
     "optimized",
@@ -83,6 +85,7 @@ RUNNERS: Mapping[str, type[Runner]] = MappingProxyType(
         "litert": LiteRt,
         "litert-reference": LiteRtReference,
         "tflite-runtime": TfliteRuntime,
+        "tflite-micro": TfliteMicro,
         "reference": Reference,
     }
 )

@@ -91,6 +91,8 @@ class Runner(Protocol):
 
 # LiteRT: "INFO: Created TensorFlow Lite XNNPACK delegate for CPU."; onnxruntime: a date in colours, then
 # "[W:onnxruntime:Default, device_discovery.cc:164 ...", even where there is no device to discover.
+_INSTALL = {name: f"pip install {name}" for name in ("tflite-runtime", "tflite-micro")}
+_INSTALL_ALL = "pip install 'edgecomp[bench]'"
 _CHATTER = re.compile(rb"(INFO|VERBOSE):|.{0,80}\[[VIW]:onnxruntime")
 
 
@@ -100,24 +102,33 @@ def quiet() -> Iterator[None]:
 
     If the body fails nothing is let through: its exception says it already.
     """
+    with held_back() as lines:
+        yield
+    for line in lines:
+        if not _CHATTER.match(line):
+            os.write(2, line)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[list[bytes]]:
+    """Keep from stderr what native code writes there; the lines are in the list afterwards, also if the body fails."""
+    lines: list[bytes] = []
     saved = None
     with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no stderr, as under pythonw
         sys.stderr.flush()
         saved = os.dup(2)
     if saved is None:
-        yield
+        yield lines
         return
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:
-            yield
+            yield lines
         finally:
             os.dup2(saved, 2)
             os.close(saved)
-        held.seek(0)
-        for line in held:
-            if not _CHATTER.match(line):
-                os.write(2, line)
+            held.seek(0)
+            lines.extend(held)
 
 
 def place_of(model: Model) -> str:
@@ -178,8 +189,7 @@ def import_runtime(module: str, package: str) -> Any:
             what = "is not installed"
         else:
             what = f"cannot be imported ({one_line(error)})"
-        extra = "pip install tflite-runtime" if package == "tflite-runtime" else "pip install 'edgecomp[bench]'"
-        raise TargetError(f"{package} {what}: {extra}") from error
+        raise TargetError(f"{package} {what}: {_INSTALL.get(package, _INSTALL_ALL)}") from error
 
 
 def fitting(x: Array, border: Border, place: str) -> Array:
@@ -212,6 +222,39 @@ def sample_image(border: Border) -> Array:
         return rng.standard_normal((1, *border.shape), dtype=np.float32).astype(border.dtype)
     info = np.iinfo(border.dtype)
     return rng.integers(info.min, info.max, size=(1, *border.shape), dtype=border.dtype, endpoint=True)
+
+
+def channels_last(x: Array) -> Array:
+    """Turn NCHW images into NHWC; leave features as they are."""
+    return np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if x.ndim == 4 else x
+
+
+def channels_first(x: Array) -> Array:
+    """Turn NHWC images into NCHW; leave features as they are."""
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if x.ndim == 4 else x
+
+
+def channels_last_border(
+    name: str, shape: tuple[int, ...], dtype: np.dtype[Any], scale: float, zero_point: int, place: str
+) -> Border:
+    """Describe a border of a channels-last file.
+
+    Args:
+        name: in the file.
+        shape: in the file, N included.
+        dtype: of its elements.
+        scale: of integers; 0 where the file does not say.
+        zero_point: of integers.
+        place: the file, for errors.
+
+    Raises:
+        BundleError: another type, or N is not 1.
+    """
+    if not shape or shape[0] != 1 or dtype not in (np.float32, np.int8, np.uint8):
+        raise BundleError(f"{place}: {name!r:.80} is {dtype} {shape}, expected float, int8 or uint8 with N = 1")
+    shape = (shape[3], shape[1], shape[2]) if len(shape) == 4 else shape[1:]
+    quant = None if dtype.kind == "f" or not scale else eight_bits(scale, zero_point, place)
+    return Border(name=name, shape=shape, dtype=dtype, quant=quant)
 
 
 def eight_bits(scale: float, zero_point: int, place: str) -> QuantParams:

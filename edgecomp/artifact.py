@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 
 
 class AtRest(StrEnum):
@@ -12,7 +14,8 @@ class AtRest(StrEnum):
 
     NATIVE: as the format's stock runtimes read them: ONNX packed by standard operators, TFLite in int4 or int8.
     INT8: all in int8, the largest: ordinary files, also for ONNX runtimes that do not compute constants at load.
-    PACKED: TFLite only: packed as in ONNX, and widened to int8 before an interpreter sees the file.
+    PACKED: TFLite only: packed as in ONNX, and widened to int8 before an interpreter sees the file. (TFLite Micro's
+    native form is packed, too: its interpreter widens weights layer by layer.)
     """
 
     NATIVE = "native"
@@ -23,10 +26,16 @@ class AtRest(StrEnum):
 def form_of(format_name: str, at_rest: AtRest) -> str:
     """Name a format and how it stores weights in one word: "onnx", "onnx-int8", "tflite", "tflite-int8", ...
 
-    Native ONNX is packed already: asked for packed files, it is that.
+    Native ONNX and TFLite Micro are packed already: asked for packed files, they are that.
     """
-    plain = at_rest is AtRest.NATIVE or (format_name == "onnx" and at_rest is AtRest.PACKED)
+    plain = at_rest is AtRest.NATIVE or (format_name != "tflite" and at_rest is AtRest.PACKED)
     return format_name if plain else f"{format_name}-{at_rest}"
+
+
+FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"onnx": ("model.onnx",), "tflite": ("model.tflite",), "tflm": ("model.tflm.tflite", "model.cc", "model.h")}
+)
+"""What a file of each format is called in a folder, and then what is written beside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +45,10 @@ class StoredWeight:
     Attributes:
         layer: the layer's name.
         bits: logical width of a code; 32 for float.
-        stored_bits: width the format spends on a code that is stored by itself.
+        stored_bits: width the format spends on a code that is stored by itself; of its index where there is a table.
         stored_bytes: bytes of the codes as they are stored, tables included; no scales, biases, graph structure.
-        encoding: "dense": every code by itself; "words": numbers of words, see `coding`.
+        encoding: "dense": every code by itself; "words": numbers of words, see `coding`; "table", "bitmap": see
+            `coding.MicroForm`.
     """
 
     layer: str
@@ -53,7 +63,7 @@ class Exported:
     """A file before it is on disk.
 
     Attributes:
-        format: "onnx" or "tflite".
+        format: "onnx", "tflite" or "tflm".
         data: the whole file.
         weights: one entry a layer, in running order.
         at_rest: how it stores them.
@@ -63,6 +73,11 @@ class Exported:
     data: bytes
     weights: tuple[StoredWeight, ...]
     at_rest: AtRest = AtRest.NATIVE
+
+    @property
+    def name(self) -> str:
+        """Give the file's name in a folder."""
+        return FILES[self.format][0]
 
     @property
     def form(self) -> str:

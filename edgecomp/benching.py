@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgecomp import manifest
+from edgecomp.artifact import FILES
 from edgecomp.errors import BundleError, UsageError
 from edgecomp.files import MANIFEST
 from edgecomp.folder import BuiltFolder, open_folder
@@ -105,14 +106,24 @@ def bench_artifact(
         return _bench_folder(path, None, runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
     if not path.is_file():
         raise BundleError(f"{path}: no such file or folder; expected a built folder, an .onnx or a .tflite file")
-    if (path.parent / MANIFEST).is_file() and path.name in ("model.onnx", "model.tflite"):
+    if (path.parent / MANIFEST).is_file() and path.name in {names[0] for names in FILES.values()}:
         return _bench_folder(path.parent, path.name, runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
     format_name = path.suffix.removeprefix(".")
     if format_name not in ("onnx", "tflite"):
         raise BundleError(f"{path}: expected a file that ends in .onnx or .tflite")
+    if format_name == "tflite" and _is_for_micro(path):
+        format_name = "tflm"
     entries = [(path.name, path, format_name)]
     comparison = _run(entries, path.name, runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
     return [Benched(title=str(path), comparison=comparison, accuracy_percent={})]
+
+
+def _is_for_micro(path: Path) -> bool:
+    """Tell whether a TFLite file has weights that only TFLite Micro decodes."""
+    from edgecomp.exporters.tflm_decode import OPERATOR
+    from edgecomp.exporters.unpack_tflite import has_custom
+
+    return bool(has_custom(path.read_bytes(), OPERATOR))
 
 
 def _bench_folder(

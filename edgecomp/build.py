@@ -97,7 +97,7 @@ def build(
         input_shape: (C, H, W); None for what the preprocessed images have.
         n_calibration: images of the training split to calibrate and score with.
         budget: what may be spent.
-        formats: "onnx", "tflite".
+        formats: "onnx", "tflite", "tflm".
         io: what the files take and give.
         reconstruction: adjust weights to their widths on the calibration images.
         seed: of every random choice.
@@ -121,6 +121,10 @@ def build(
     _check_folder(folder, force=force)
     if at_rest is AtRest.PACKED and "tflite" not in formats:
         raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
+    if "tflm" in formats:
+        from edgecomp.benchmarks.tflm import load_package
+
+        load_package()  # rather missed now than after the long work
     formats = [form_of(name, at_rest) for name in formats]
     if model is None and weights is not None:
         raise UsageError("--weights without MODEL: name the model they belong to")
@@ -289,6 +293,8 @@ def build(
             )
 
     def written() -> Mapping[str, object]:
+        from edgecomp.exporters import files_of
+
         plan = spent.candidate.plan
         quantized = compress(spent.candidate.graph, plan)
         exported = _export(quantized, formats, stage)
@@ -313,7 +319,8 @@ def build(
         }
         with new_folder(folder, force=force) as work:
             for e in exported:
-                write_file(work / f"model.{e.format}", e.data)
+                for name, contents in files_of(e).items():
+                    write_file(work / name, contents)
             bundle.save(spent.candidate.graph, work / bundle.GRAPH_FILE)
             write_file(work / PLAN_FILE, plan_text.encode())
             write_file(work / "README.md", overview(record, plan.made_by).encode())

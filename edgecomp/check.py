@@ -140,7 +140,7 @@ def measure(
     """Measure accuracy on the whole test split and parity on some of it, through the file's runtime.
 
     Returns:
-        the entries "accuracy" and "parity" of the manifest.
+        the entries "accuracy" and "parity" of the manifest, and for TFLite Micro bytes of its arena.
 
     Raises:
         ParityError: the runtime names other classes than the reference.
@@ -154,19 +154,22 @@ def measure(
     close, agreement = measure_parity(exported.data, runtime, quantized, test, preprocessing)
     if agreement < LEAST_AGREEMENT_PERCENT:
         raise ParityError(
-            f"model.{exported.format}: {runtime} names another class than the reference, beyond ties, on "
+            f"{exported.name}: {runtime} names another class than the reference, beyond ties, on "
             f"{100 - agreement:.1f} % of images, at most {100 - LEAST_AGREEMENT_PERCENT:.0f} % are allowed; "
             "nothing was written"
         )
-    version = runner_class(runtime)(exported.data).version
+    runner = runner_class(runtime)(exported.data)
+    # Of the runtimes only this one has to be told how much memory it may use.
+    arena = {f"arena_{part}_bytes" for part in ("total", "head", "tail")} if exported.format == "tflm" else set()
     return {
-        "accuracy": {"value": round(value, 4), "n": n, "runtime": f"{runtime} {version}"},
+        "accuracy": {"value": round(value, 4), "n": n, "runtime": f"{runtime} {runner.version}"},
         "parity": {
             "equal_percent": round(close.equal_percent, 4),
             "max_steps": close.max_steps,
             "n": close.n,
             "agree_percent": round(agreement, 4),
         },
+        **{name: value for name, value in runner.describe().items() if name in arena},
     }
 
 

@@ -208,8 +208,8 @@ def _add_build(verbs: Any) -> None:
     limits.add_argument("--avg-bits", type=read_number, metavar="X", help="mean bits a weight on disk (default 4)")
     limits.add_argument("--max-size", type=read_bytes, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
     limits.add_argument("--max-drop", type=read_number, metavar="P", help="points, on held-out training images")
-    both = ("onnx", "tflite")
-    p.add_argument("--format", type=read_formats, default=both, metavar="onnx,tflite", help="default both")
+    about = "onnx, tflite, tflm (TFLite Micro), with commas between; default onnx,tflite"
+    p.add_argument("--format", type=read_formats, default=("onnx", "tflite"), metavar="F", help=about)
     _add_at_rest(p, ("native", "packed"))
     p.add_argument("--io", choices=("float", "int8"), default="float", help="what the files take and give")
     p.add_argument("--score", choices=SCORES, help="what tells important from unimportant (default lrp)")
@@ -229,7 +229,7 @@ def _add_export(verbs: Any) -> None:
     p = verbs.add_parser("export", help="write a file again from a plan and its graph; needs no torch and no data")
     p.add_argument("plan", type=Path, metavar="PLAN")
     p.add_argument("--graph", type=Path, required=True, metavar="FILE", help="graph.edgecomp, beside the plan")
-    p.add_argument("--format", type=read_formats, required=True, metavar="F", help="onnx, tflite, or both with a comma")
+    p.add_argument("--format", type=read_formats, required=True, metavar="F", help="onnx, tflite, tflm, with commas")
     _add_at_rest(p, ("native", "int8", "packed"))
     p.add_argument("--force", action="store_true", help="replace files in DIR")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
@@ -267,7 +267,7 @@ def _add_verify(verbs: Any) -> None:
 def _add_bench(verbs: Any) -> None:
     p = verbs.add_parser("bench", help="latency and memory on this machine, beside the float and plain int8 model")
     p.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a built folder, or an .onnx or .tflite file")
-    p.add_argument("--runtime", metavar="R", help="onnxruntime, litert, litert-reference, tflite-runtime")
+    p.add_argument("--runtime", metavar="R", help="onnxruntime, litert, litert-reference, tflite-runtime, tflite-micro")
     p.add_argument("--threads", type=int, default=1, metavar="N")
     p.add_argument("--min-secs", type=float, default=2.0, metavar="S", help="measuring time for each model at least")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the runs")
@@ -394,9 +394,10 @@ def _build(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from edgecomp import bundle
-    from edgecomp.artifact import AtRest, form_of
+    from edgecomp.artifact import FILES, AtRest, form_of
     from edgecomp.build import rewritten
     from edgecomp.errors import PlanError, UsageError
+    from edgecomp.exporters import files_of
     from edgecomp.files import write_files
     from edgecomp.plan import CompressionPlan
     from edgecomp.report import table
@@ -409,14 +410,13 @@ def _export(args: argparse.Namespace) -> int:
     if at_rest is AtRest.PACKED and "tflite" not in args.format:
         raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
     graph = bundle.load(args.graph)
-    files = {name: args.output / f"model.{name}" for name in args.format}
-    for path in files.values():
+    for path in (args.output / name for format_name in args.format for name in FILES[format_name]):
         if path.exists() and not args.force:
             raise UsageError(f"{path}: is there already; give --force to replace it, or another -o")
     exported = [rewritten(plan, graph, form_of(name, at_rest)) for name in args.format]
-    write_files(args.output, {f"model.{file.format}": file.data for file in exported})
+    write_files(args.output, {name: data for file in exported for name, data in files_of(file).items()})
     rows = [
-        (str(files[file.format]), len(file.data), sum(w.stored_bytes for w in file.weights), file.sha256())
+        (str(args.output / file.name), len(file.data), sum(w.stored_bytes for w in file.weights), file.sha256())
         for file in exported
     ]
     print(table(rows, ("file", "bytes", "weight bytes", "sha256")))

@@ -10,6 +10,7 @@ What the strings are and how they are numbered stands in `words`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 
@@ -233,17 +234,55 @@ def _ranked(flat: Array, group: int) -> tuple[Array, Array, Array]:
 # ---- what a planner counts with --------------------------------------------------------------------------------------
 
 
-PACKED_FORMS = frozenset({"onnx", "tflite-packed"})
-"""Those that reach every width, and store frequent codes in fewer bits; see `artifact.form_of`."""
+PACKED_FORMS = frozenset({"onnx", "tflite-packed", "tflm"})
+"""Those that reach every width, and store frequent codes in fewer bits, TFLite Micro zeros; see `artifact.form_of`."""
 UNPACKING_BYTES = 200
 """What unpacking a weight takes in a TFLite file beside its bytes, about: an operator, a tensor, its name."""
+DECODING_BYTES = 240
+"""What decoding a weight takes in a TFLite Micro file beside its bytes, at most: an operator, its name, two tensors.
+
+Another weight takes about a third of it, as the name is there already, but also some 200 bytes of RAM.
+"""
+MICRO_HEADER_BYTES = 16
+"""Of what TFLite Micro's DECODE reads, before the values."""
+
+
+class MicroForm(StrEnum):
+    """How a TFLite Micro file stores the codes of a weight.
+
+    DENSE: a byte each.
+    TABLE: indices into a table of the values that occur.
+    BITMAP: a bit each that says whether it is 0, and the others in a byte each.
+    """
+
+    DENSE = "dense"
+    TABLE = "table"
+    BITMAP = "bitmap"
+
+
+def micro_form(n: int, n_levels: int, n_zeros: int) -> tuple[MicroForm, int]:
+    """Choose how a TFLite Micro file stores a weight: in the fewest bytes.
+
+    Args:
+        n: codes, at least one.
+        n_levels: different ones among them.
+        n_zeros: zeros among them.
+
+    Returns:
+        the form and its bytes: header, values and indices.
+    """
+    index_bits = max(1, (n_levels - 1).bit_length())
+    bitmap = MICRO_HEADER_BYTES + -(-n // 8) + n - n_zeros
+    table = MICRO_HEADER_BYTES + -(-n * index_bits // 8) + n_levels
+    least, form = (table, MicroForm.TABLE) if index_bits < 8 and table <= bitmap else (bitmap, MicroForm.BITMAP)
+    return (form, least) if least + DECODING_BYTES < n else (MicroForm.DENSE, n)
 
 
 def field_bits(form: str, node: Node, bits: int) -> int:
     """Give the bits a form of file spends on a code of a layer where every code takes the same.
 
-    ONNX and packed TFLite reach every width. LiteRT's kernels read 4 bits in convolutions and linear layers; in
-    depthwise and grouped convolutions they do too, but 10 to 50 times slower than 8.
+    ONNX, packed TFLite and TFLite Micro reach every width. LiteRT's kernels read 4 bits in convolutions and linear
+    layers; in depthwise and grouped convolutions they do too, but 10 to 50 times slower than 8.
 
     Args:
         form: see `artifact.form_of`.
@@ -252,7 +291,7 @@ def field_bits(form: str, node: Node, bits: int) -> int:
     """
     if form in PACKED_FORMS:
         return bits
-    if form in ("onnx-int8", "tflite-int8"):
+    if form in ("onnx-int8", "tflite-int8", "tflm-int8"):
         return 8
     dense = node.op is Op.LINEAR or node.attrs["groups"] == 1
     return 4 if bits <= 4 and dense else 8
@@ -270,6 +309,8 @@ def stored_bits(form: str, node: Node, bits: int, counts: Array) -> int:
         counts: (256,), how many codes there are of -128, -127, ... 127; may be fractions.
     """
     n = round(float(counts.sum()))
+    if form == "tflm" and n:
+        return 8 * micro_form(n, int((counts > 0).sum()), round(float(counts[128])))[1]
     plain = n * field_bits(form, node, bits)
     if form not in PACKED_FORMS or n == 0:
         return plain

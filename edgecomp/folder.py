@@ -32,6 +32,14 @@ class BuiltFolder:
     plan: CompressionPlan
     graph: Graph
 
+    def read(self, name: str) -> bytes:
+        """Read a file of the folder.
+
+        Raises:
+            BundleError: it is missing or cannot be read.
+        """
+        return _read(self.path / name)
+
     def artifact(self, entry: Mapping[str, Any]) -> bytes:
         """Read an exported file and check that it is the one the manifest speaks of.
 
@@ -42,7 +50,7 @@ class BuiltFolder:
             BundleError: missing, or of another digest.
         """
         path = self.path / entry["path"]
-        data = _read(path)
+        data = self.read(entry["path"])
         digest = hashlib.sha256(data).hexdigest()
         if digest != entry["sha256"]:
             raise BundleError(

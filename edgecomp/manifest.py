@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from edgecomp import __version__
-from edgecomp.artifact import AtRest, Exported
+from edgecomp.artifact import FILES, AtRest, Exported
 from edgecomp.errors import BundleError, PlanError
 from edgecomp.files import MANIFEST_SCHEMA
 from edgecomp.graph import Graph, Op
@@ -37,7 +37,7 @@ KEYS = (
     "seed",
     "tools",
 )
-_PACKAGES = ("numpy", "torch", "torchvision", "onnx", "onnxruntime", "ai-edge-litert", "flatbuffers")
+_PACKAGES = ("numpy", "torch", "torchvision", "onnx", "onnxruntime", "ai-edge-litert", "flatbuffers", "tflite-micro")
 
 
 def tool_versions() -> dict[str, str]:
@@ -81,7 +81,7 @@ def artifact_entry(exported: Exported, graph: Graph, measured: Mapping[str, obje
     weight_bytes = sum(w.stored_bytes for w in exported.weights)
     return {
         "format": exported.format,
-        "path": f"model.{exported.format}",
+        "path": exported.name,
         "weights_at_rest": exported.at_rest.value,
         "bytes": len(exported.data),
         "sha256": exported.sha256(),
@@ -155,8 +155,10 @@ def read_manifest(text: str, where: str) -> Mapping[str, Any]:
         for key, kind in (("format", str), ("path", str), ("sha256", str), ("bytes", int), ("accuracy", dict)):
             if not isinstance(artifact.get(key), kind):
                 raise BundleError(f"{place}: {key!r} is missing or not of type {kind.__name__}")
-        if artifact["path"] != f"model.{artifact['format']}" or not artifact["format"].isalnum():
-            raise BundleError(f"{place}: path {artifact['path']!r:.80}: expected model.FORMAT, in the same folder")
+        if artifact["format"] not in FILES:
+            raise BundleError(f"{place}: format {artifact['format']!r:.80}: expected one of {', '.join(FILES)}")
+        if artifact["path"] != (name := FILES[artifact["format"]][0]):
+            raise BundleError(f"{place}: path {artifact['path']!r:.80}: expected {name}, in the same folder")
         if artifact.get("weights_at_rest", AtRest.NATIVE) not in tuple(AtRest):
             raise BundleError(f"{place}: 'weights_at_rest': expected one of {', '.join(AtRest)}")
         if not _is_number(artifact["accuracy"].get("value")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from edgecomp.artifact import FILES
 from edgecomp.methods import CHOSEN, OURS
 from edgecomp.report import table
 
@@ -17,6 +18,9 @@ _FILES = {
     "model.onnx": "the compressed network for onnxruntime 1.17 or newer; packed weights are unpacked once, at load",
     "model.tflite": "the compressed network for LiteRT / TensorFlow Lite",
     "model.tflite, packed": "the compressed network for LiteRT / TensorFlow Lite; unpack it before running, see below",
+    "model.tflm.tflite": "the compressed network for TFLite Micro; each weight is decoded before its layer runs",
+    "model.cc": "the same file as an array for a firmware, with model.h",
+    "model.h": "the array's declaration",
     "graph.edgecomp": "the float network, BatchNorm folded, adjusted to the plan; the two give every file again",
     "plan.json": "what was decided: channels kept, bits of each layer, activation ranges, preprocessing",
     "manifest.json": "what was measured, byte counts, digests and tool versions, for programs",
@@ -30,6 +34,15 @@ It is widened to int8 in memory, and then runs like any int8 file; stock interpr
     interpreter = Interpreter(model_content=edgecomp.runtime.load("model.tflite"))
 
 In C++ edgecomp_unpack.hpp does the same; `edgecomp unpack --cpp-header` says where it is.
+"""
+
+_MICRO = """
+## The TFLite Micro file
+
+Its arena took {arena_total_bytes} bytes in the interpreter on the machine that built it: {arena_head_bytes} for
+activations and decoded weights, {arena_tail_bytes} for records, most of which are smaller where pointers have 32 bits.
+`edgecomp inspect DIR/model.tflm.tflite` lists the operators that a MicroMutableOpResolver must know; TFLM_DECODE is
+AddDecode(). For less RAM and more flash: `edgecomp export ... --format tflm --weights-at-rest int8`.
 """
 
 
@@ -132,8 +145,10 @@ def overview(record: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
     if first_form == "tflite" and first_artifact.get("weights_at_rest", "native") != "native":
         first_form += f" --weights-at-rest {first_artifact['weights_at_rest']}"
     names = [a["path"] + ", packed" * (a.get("weights_at_rest") == "packed") for a in record["artifacts"]]
+    names += [name for a in record["artifacts"] for name in FILES[a["format"]][1:]]
     files = [(name, what) for name, what in _FILES.items() if name in names or not name.startswith("model.")]
     packed = _PACKED if any(name.endswith(", packed") for name in names) else ""
+    packed += "".join(_MICRO.format_map(a) for a in record["artifacts"] if "arena_total_bytes" in a)
     first = record["artifacts"][0]["path"]
     unmet = "" if budget["met"] else " (not met)"
     return f"""# {record["model"]}, compressed by edgecomp
@@ -157,8 +172,9 @@ Budget: {_BUDGETS[budget["kind"]]} {budget["asked"]:g}, came to {budget["got"]:g
 {layers_table(record)}
 
 "relevance" is the layer's share of all absolute relevance at layer outputs; "bits" are those of the plan, "stored
-bytes" those in {first}. ONNX and packed TFLite store codes that are unevenly used in fewer bits than that; other TFLite
-stores 4 or 8 bits, whichever holds the codes.
+bytes" those in {first}. ONNX and packed TFLite store codes that are unevenly used in fewer bits than that; for TFLite
+Micro they are indices into a table of those that occur, or 8 bits and a map of the zeros; other TFLite stores 4 or 8
+bits, whichever holds the codes.
 {packed}
 ## What next, with this folder for DIR
 

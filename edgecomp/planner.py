@@ -167,7 +167,7 @@ def layer_choices(
         graph: float.
         relevance: of the same graph.
         keep: layer name -> keep flags.
-        formats: "onnx", "tflite".
+        formats: "onnx", "tflite", "tflm"; see `artifact.form_of`.
         progress: called after each layer with the number of its weights.
     """
     channels = number_channels(graph)

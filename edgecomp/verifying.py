@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgecomp.artifact import AtRest, form_of
+from edgecomp.artifact import FILES, AtRest, form_of
+from edgecomp.bundle import GRAPH_FILE
 from edgecomp.check import LEAST_AGREEMENT_PERCENT, measure_accuracy, measure_parity, parity_by_layer
 from edgecomp.compress import compress
 from edgecomp.data import DataSet, load
-from edgecomp.errors import DataError, ExportError
+from edgecomp.errors import BundleError, DataError, ExportError
+from edgecomp.files import PLAN_FILE
 from edgecomp.folder import BuiltFolder, open_folder
 from edgecomp.report import Parity, table
 
@@ -143,6 +145,9 @@ def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Ve
     files = {entry["path"]: folder.artifact(entry) for entry in folder.record["artifacts"]}
     images = _images(folder, data)
     quantized = compress(folder.graph, folder.plan)
+    for entry in folder.record["artifacts"]:
+        if entry["format"] == "tflm":
+            _check_array(folder, entry["path"], files[entry["path"]])
     verified = []
     for entry in folder.record["artifacts"]:
         runtime = entry["accuracy"]["runtime"].split()[0]
@@ -167,6 +172,18 @@ def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Ve
             )
         )
     return Verification(files=tuple(verified))
+
+
+def _check_array(folder: BuiltFolder, path: str, data: bytes) -> None:
+    """Check that the array in C++ is still the file."""
+    from edgecomp.exporters.c_array import c_array
+
+    for name, contents in zip(FILES["tflm"][1:], c_array(data), strict=True):
+        if folder.read(name) != contents:
+            raise BundleError(
+                f"{folder.path / name}: is not {path} as an array, it was changed after the build; write it again "
+                f"with: edgecomp export {PLAN_FILE} --graph {GRAPH_FILE} --format tflm -o NEW"
+            )
 
 
 def _images(folder: BuiltFolder, data: str | None) -> DataSet:

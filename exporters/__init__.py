@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from edgecomp.errors import ExportError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from edgecomp.artifact import Exported
     from edgecomp.graph import Graph
 
-FORMATS = ("onnx", "tflite")
-"""What `export` can write; the file's suffix is the same word."""
+FORMATS = ("onnx", "tflite", "tflm")
+"""What `export` can write; "tflm" is a TFLite file for TFLite Micro."""
 
 
 def export(graph: Graph, form: str) -> Exported:
@@ -37,5 +39,19 @@ def export(graph: Graph, form: str) -> Exported:
             from .to_tflite import to_tflite
 
             return to_tflite(graph, at_rest=at_rest)
+        case "tflm" | "tflm-int8":
+            from .to_tflite import to_tflm
+
+            return to_tflm(graph, at_rest=at_rest)
         case _:
             raise ExportError(f"format {form!r} is unknown; expected one of {', '.join(FORMATS)}")
+
+
+def files_of(exported: Exported) -> Mapping[str, bytes]:
+    """Give the files to write by name: the exported one, and for TFLite Micro the same as an array in C++."""
+    from edgecomp.artifact import FILES
+
+    from .c_array import c_array
+
+    array = c_array(exported.data) if exported.format == "tflm" else ()
+    return dict(zip(FILES[exported.format], (exported.data, *array), strict=True))

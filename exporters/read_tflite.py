@@ -20,6 +20,8 @@ from .modelfacts import (
     model_facts,
     weight_row,
 )
+from .tflm_decode import OPERATOR as DECODE
+from .tflm_decode import facts_of as decode_facts
 from .unpack_tflite import OPERATOR, custom_codes
 
 
@@ -69,11 +71,15 @@ def _tflite_model(model: Table, schema: Any, file_bytes: int) -> dict[str, objec
 
     tensors = [graph.tables(0) for graph in graphs]
     weights, stored = [], {}
-    packed = _packed_sources(model, graphs, tensors)
+    packed, ancillary = _packed_sources(model, graphs, tensors)
+
+    def payload(tensor: Table) -> tuple[int, int]:
+        return buffers[number].payload() if (number := tensor.number(2, "I")) else (0, 0)
+
     for tensor in (t for of_graph in tensors for t in of_graph):
         source = packed.get(tensor.position, tensor)
         shape = tensor.numbers(0, "<i4")
-        start, n_bytes = buffers[number].payload() if (number := source.number(2, "I")) else (0, 0)
+        start, n_bytes = payload(source)
         dtype = dtype_of(tensor)
         if not n_bytes or (shape.size < 2 and source is tensor) or dtype in NO_WEIGHTS:
             continue
@@ -81,6 +87,12 @@ def _tflite_model(model: Table, schema: Any, file_bytes: int) -> dict[str, objec
         dims = checked_shape(shape.tolist(), name)
         n, shown = math.prod(dims), name.removesuffix(".weight") if producer == "edgecomp" else name
         stored[start] = n_bytes
+        if tensor.position in ancillary:
+            at, n_more = payload(ancillary[tensor.position])
+            kind, bits = decode_facts(bytes(model.file.data[at : at + min(n_more, 16)]), n_bytes, n)
+            stored[at] = n_more
+            weights.append({**weight_row(shown, dims, bits, n_bytes + n_more), "encoding": kind})
+            continue
         if source is not tensor:
             kind, bits, n_packed = facts_of(bytes(model.file.data[start : start + min(n_bytes, 64)]))
             if n_packed != n:
@@ -123,15 +135,27 @@ def _tflite_model(model: Table, schema: Any, file_bytes: int) -> dict[str, objec
     )
 
 
-def _packed_sources(model: Table, graphs: list[Table], tensors: list[list[Table]]) -> dict[int, Table]:
-    """Find, by the position of a weight's tensor, the tensor that holds its packed bytes."""
-    ours = {number for number, text in custom_codes(model).items() if text == OPERATOR}
-    found = {}
+def _packed_sources(
+    model: Table, graphs: list[Table], tensors: list[list[Table]]
+) -> tuple[dict[int, Table], dict[int, Table]]:
+    """Find, by the position of a weight's tensor, the tensor that holds its packed bytes.
+
+    Returns:
+        those tensors, and those that say to TFLite Micro's DECODE how; these only of weights that it decodes.
+    """
+    codes = custom_codes(model)
+    found, ancillary = {}, {}
     for graph, of_graph in zip(graphs, tensors, strict=True):
         for operator in graph.tables(3):
-            if operator.number(0, "I") in ours:
-                source, weight = (int(operator.numbers(field, "<i4")[0]) for field in (1, 2))
-                if min(source, weight) < 0:
-                    raise ValueError(f"{OPERATOR} reads or gives no tensor")
-                found[of_graph[weight].position] = of_graph[source]
-    return found
+            name = codes.get(operator.number(0, "I"))
+            if name not in (OPERATOR, DECODE):
+                continue
+            sources, weights = (operator.numbers(field, "<i4").tolist() for field in (1, 2))
+            a_weight = 1 if name == OPERATOR else 2
+            if len(sources) != a_weight * len(weights) or not weights or min(sources + weights) < 0:
+                raise ValueError(f"{name} reads or gives no tensor, or another number of them")
+            for i, weight in enumerate(weights):
+                found[of_graph[weight].position] = of_graph[sources[a_weight * i]]
+                if name == DECODE:
+                    ancillary[of_graph[weight].position] = of_graph[sources[2 * i + 1]]
+    return found, ancillary

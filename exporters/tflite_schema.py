@@ -75,7 +75,7 @@ class TfliteFile:
         self._tensors: list[_Tensor] = []
         self._operators: list[_Operator] = []
         self._packed: list[tuple[int, bytes]] = []
-        self._codes: dict[tuple[int, int], int] = {}
+        self._codes: dict[tuple[int, int] | str, int] = {}
         self._buffers = [b""]  # the format keeps buffer 0 empty, for tensors without data
         self._shared = {b"": 0}
 
@@ -139,10 +139,9 @@ class TfliteFile:
             fields: of the options.
         """
         key = (getattr(self.schema.BuiltinOperator, op), version)
-        code = self._codes.setdefault(key, len(self._codes))
         self._operators.append(
             _Operator(
-                code=code,
+                code=self._codes.setdefault(key, len(self._codes)),
                 inputs=tuple(inputs),
                 outputs=tuple(outputs),
                 options=options,
@@ -150,8 +149,20 @@ class TfliteFile:
             )
         )
 
-    def to_bytes(self, *, inputs: Sequence[int], outputs: Sequence[int]) -> bytes:
-        """Give the file, with one subgraph and one signature.
+    def custom(self, op: str, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+        """Add an operator that the schema does not know, without options, by its custom code."""
+        code = self._codes.setdefault(op, len(self._codes))
+        self._operators.append(
+            _Operator(code=code, inputs=tuple(inputs), outputs=tuple(outputs), options="", fields=())
+        )
+
+    def to_bytes(self, *, inputs: Sequence[int], outputs: Sequence[int], signature: bool = True) -> bytes:
+        """Give the file, with one subgraph.
+
+        Args:
+            inputs: tensor numbers.
+            outputs: tensor numbers.
+            signature: whether it names them in a signature, which some programs ask for.
 
         Raises:
             ExportError: the file would exceed what a flatbuffer can address.
@@ -168,6 +179,7 @@ class TfliteFile:
                 self._buffers,
                 tuple(inputs),
                 tuple(outputs),
+                signature=signature,
             )
         except self._flatbuffers.builder.BuilderSizeError as e:
             raise ExportError(f"tflite: the file exceeds the {_MAX_BYTES} bytes that the format holds") from e
@@ -310,6 +322,8 @@ class _Packer:
         buffers: Sequence[bytes],
         inputs: tuple[int, ...],
         outputs: tuple[int, ...],
+        *,
+        signature: bool,
     ) -> bytes:
         """Write everything and give the finished file."""
         data = self._all_buffers(buffers, packed=OPERATOR in codes)
@@ -321,15 +335,15 @@ class _Packer:
             Operators=self._tables([self._operator(operator) for operator in operators]),
             Name=self._text("main"),
         )
-        opcodes = [self._code(code) for code in codes]
-        model = self._table(
-            "Model",
-            Version=_VERSION,
-            OperatorCodes=self._tables(opcodes),
-            Subgraphs=self._tables([main]),
-            Description=self._text("edgecomp"),
-            Buffers=data,
-            SignatureDefs=self._tables([self._signature(tensors, inputs, outputs)]),
-        )
+        fields: dict[str, object] = {
+            "Version": _VERSION,
+            "OperatorCodes": self._tables([self._code(code) for code in codes]),
+            "Subgraphs": self._tables([main]),
+            "Description": self._text("edgecomp"),
+            "Buffers": data,
+        }
+        if signature:
+            fields["SignatureDefs"] = self._tables([self._signature(tensors, inputs, outputs)])
+        model = self._table("Model", **fields)
         self._builder.Finish(model, _IDENTIFIER)
         return bytes(self._builder.Output())

@@ -1,9 +1,8 @@
 """A graph as a TFLite file: NHWC, int8 activations, int8 or packed int4 weights; or all float32.
 
 Written with flatbuffers and the schema alone. Operators run in stock LiteRT, in its reference, built-in and XNNPACK
-kernels alike; what the format cannot express is refused with the node's name. Weights of 4 bits and fewer are stored as
-int4 where the kernels read it; or all as int8; or packed, to be unpacked before an interpreter reads the file
-(`unpack_tflite`). Batch size is 1; the input can be resized to more images.
+kernels alike, and in TFLite Micro; what the format cannot express is refused with the node's name. How weights are
+stored, `tflite_weights` says. Batch size is 1; the input can be resized to more images.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgecomp.artifact import AtRest, Exported, StoredWeight
-from edgecomp.atrest import to_bytes
-from edgecomp.coding import UNPACKING_BYTES, encode, field_bits
+from edgecomp.artifact import AtRest, Exported, StoredWeight, form_of
+from edgecomp.coding import field_bits
 from edgecomp.compress import fuse_clips
 from edgecomp.curves import gate_codes
 from edgecomp.errors import ExportError
@@ -33,7 +31,8 @@ from .layout import (
     stored_shape,
     window_padding,
 )
-from .tflite_schema import TfliteFile, pack_dense
+from .tflite_schema import TfliteFile
+from .tflite_weights import STORING
 
 
 def to_tflite(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
@@ -51,17 +50,40 @@ def to_tflite(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
     Raises:
         ExportError: TFLite cannot express a node, or the writer libraries are missing.
     """
+    return _written(graph, "tflite", at_rest)
+
+
+def to_tflm(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
+    """Write a graph as a TFLite file for TFLite Micro: the same operators, and weights behind DECODE (`tflm_decode`).
+
+    Every byte is flash here: of tensors only inputs, outputs and weights keep their names, and there is no signature.
+
+    Args:
+        graph: as in `to_tflite`.
+        at_rest: NATIVE, or INT8 for a file without DECODE, which needs less memory to run.
+
+    Raises:
+        ExportError: as `to_tflite`.
+    """
+    if at_rest is AtRest.PACKED:
+        raise ExportError("tflm: weights are packed natively; there is no other packed form")
+    return _written(graph, "tflm", at_rest)
+
+
+def _written(graph: Graph, format_name: str, at_rest: AtRest) -> Exported:
     if all(tensor.quant is None for tensor in graph.tensors.values()):
         graph = fuse_clips(graph)
-    writer = _Writer(graph, at_rest)
+    writer = _Writer(graph, form_of(format_name, at_rest))
     for name in graph.inputs:
         writer.activation(name)
     for node in graph.nodes:
         _HANDLERS[node.op](writer, node)
     data = writer.file.to_bytes(
-        inputs=[writer.number[name] for name in graph.inputs], outputs=[writer.number[name] for name in graph.outputs]
+        inputs=[writer.number[name] for name in graph.inputs],
+        outputs=[writer.number[name] for name in graph.outputs],
+        signature=not writer.micro,
     )
-    return Exported(format="tflite", data=data, weights=tuple(writer.weights), at_rest=at_rest)
+    return Exported(format=format_name, data=data, weights=tuple(writer.weights), at_rest=at_rest)
 
 
 class _Writer:
@@ -69,16 +91,18 @@ class _Writer:
 
     Attributes:
         graph: what is written.
-        at_rest: how weights are stored.
+        form: see `artifact.form_of`.
+        micro: whether it is for TFLite Micro.
         file: takes tensors and operators.
         number: tensor number by graph name.
         orders: see `layout.feature_orders`.
         weights: one entry a layer so far.
     """
 
-    def __init__(self, graph: Graph, at_rest: AtRest) -> None:
+    def __init__(self, graph: Graph, form: str) -> None:
         self.graph = graph
-        self.at_rest = at_rest
+        self.form = form
+        self.micro = form.startswith("tflm")
         self.file = TfliteFile()
         self.number: dict[str, int] = {}
         self.orders = feature_orders(graph)
@@ -92,6 +116,7 @@ class _Writer:
 
     def scratch(self, name: str, shape: Sequence[int], like: Tensor) -> int:
         """Add an activation with the type and scale of `like`."""
+        name = "" if self.micro and name not in (*self.graph.inputs, *self.graph.outputs) else name
         return self.file.tensor(name, shape, "FLOAT32" if like.quant is None else "INT8", quant=like.quant)
 
     def constant(self, values: Array, *, quant: QuantParams | None = None) -> int:
@@ -206,10 +231,10 @@ class _Writer:
         weight = self.graph.weight(node)
         if weight.quant is None:
             return 32
-        return field_bits("tflite", node, weight.quant.bits) if self.at_rest is AtRest.NATIVE else 8
+        return field_bits("tflite", node, weight.quant.bits) if self.form == "tflite" else 8
 
     def layer(self, node: Node, values: Array, *, axis: int) -> list[int]:
-        """Add weight and bias of a layer.
+        """Add weight and bias of a layer, as late as possible: TFLite Micro decodes the weight for the next operator.
 
         Args:
             node: the layer.
@@ -220,24 +245,15 @@ class _Writer:
             tensor numbers.
         """
         weight = self.graph.weight(node)
-        data, kind, quant = _little_endian(values), "FLOAT32", weight.quant
-        bits, width = 32, self.stored_bits(node)
-        if quant is not None:
-            bits = quant.bits
-            kind, data, quant = f"INT{width}", pack_dense(values, width), replace(quant, axis=axis)
-        if quant is not None and self.at_rest is AtRest.PACKED:
-            encoded = encode(values, bits)
-            if encoded.stored_bytes + UNPACKING_BYTES < len(data):
-                packed = to_bytes(encoded)
-                self.weights.append(
-                    StoredWeight(
-                        layer=node.name, bits=bits, stored_bits=bits, stored_bytes=len(packed), encoding=encoded.kind
-                    )
-                )
-                number = self.file.packed(weight.name, values.shape, kind, data=packed, quant=quant)
-                return [number, self._bias(node)]
-        self.weights.append(StoredWeight(layer=node.name, bits=bits, stored_bits=width, stored_bytes=len(data)))
-        return [self.file.tensor(weight.name, values.shape, kind, data=data, quant=quant), self._bias(node)]
+        if weight.quant is None:
+            data = _little_endian(values)
+            number = self.file.tensor(weight.name, values.shape, "FLOAT32", data=data)
+            stored = StoredWeight(layer=node.name, bits=32, stored_bits=32, stored_bytes=len(data))
+        else:
+            store = STORING[self.form]
+            number, stored = store(self.file, node, weight, values, axis, self.stored_bits(node))
+        self.weights.append(stored)
+        return [number, self._bias(node)]
 
     def _bias(self, node: Node) -> int:
         """Add a layer's bias: of zeros where it has none, as the kernels of convolutions insist on one."""
@@ -252,7 +268,7 @@ class _Writer:
             quant = replace(weight.quant, bits=32, scale=scale)
             bias = Tensor(name=name, shape=shape, data=np.zeros(shape, dtype=np.int32), quant=quant)
         assert bias.data is not None
-        kind = bias.data.dtype.name.upper()
+        name, kind = "" if self.micro else name, bias.data.dtype.name.upper()
         return self.file.tensor(name, shape, kind, data=_little_endian(bias.data), quant=bias.quant)
 
     def activated(

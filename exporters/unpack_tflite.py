@@ -74,10 +74,15 @@ def unpack_tflite(data: bytes, where: str, *, most_bytes: int = MOST_BYTES) -> b
 
 def is_packed(data: bytes | mmap.mmap) -> bool:
     """Tell whether a file needs unpacking before an interpreter takes it; False for damaged and foreign files."""
+    return has_custom(data, OPERATOR)
+
+
+def has_custom(data: bytes | mmap.mmap, operator: str) -> bool:
+    """Tell whether a file knows a custom operator; False for damaged and foreign files."""
     if data[4:8] != _IDENTIFIER:
         return False
     try:
-        return any(text == OPERATOR for text in custom_codes(Flatbuffer(data).root()).values())
+        return operator in custom_codes(Flatbuffer(data).root()).values()
     except MEANT_BY_DAMAGED:
         return False
 

@@ -129,7 +129,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another file's path": (lambda r: r["artifacts"][0].update(path="plan.json"), "same folder"),
     "a path smuggled in by the format": (
         lambda r: r["artifacts"][0].update(format="x/../../y", path="model.x/../../y"),
-        "same folder",
+        "format 'x/../../y': expected one of onnx, tflite, tflm",
     ),
     "accuracy without value": (lambda r: r["artifacts"][0]["accuracy"].pop("value"), "'value' is missing"),
     "accuracy as text": (lambda r: r["artifacts"][0]["accuracy"].update(value="90"), "'value' is missing"),

@@ -297,10 +297,11 @@ def test_a_broken_runtime_says_why(tmp_path, monkeypatch):
 
 
 def test_the_table_of_runtimes():
-    assert list(RUNNERS) == ["onnxruntime", "litert", "litert-reference", "tflite-runtime", "reference"]
-    assert {name: default_runtime(name) for name in ("onnx", "tflite", "graph")} == {
+    assert list(RUNNERS) == ["onnxruntime", "litert", "litert-reference", "tflite-runtime", "tflite-micro", "reference"]
+    assert {name: default_runtime(name) for name in ("onnx", "tflite", "tflm", "graph")} == {
         "onnx": "onnxruntime",
         "tflite": "litert",
+        "tflm": "tflite-micro",
         "graph": "reference",
     }
     assert runner_class("litert") is LiteRt

@@ -59,7 +59,7 @@ def try_grids(
     Args:
         graph: float.
         batches: preprocessed images float32 (N, C, H, W), one at least.
-        formats: "onnx", "tflite".
+        formats: "onnx", "tflite", "tflm"; see `artifact.form_of`.
         masks: of the layers in which weights are to be 0; what that costs counts to every grid.
         progress: called after each layer with the number of its weights.
 
@@ -97,7 +97,7 @@ def trial_choices(
         graph: float.
         trials: of the same graph, for the same formats.
         relevance: of the same graph.
-        formats: "onnx", "tflite".
+        formats: "onnx", "tflite", "tflm"; see `artifact.form_of`.
     """
     choices = []
     for node in graph.layers():

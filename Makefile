@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types soak clean
+.PHONY: demo test lint types soak matrix clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## compress the bundled network and measure it: about a minute
@@ -23,6 +23,9 @@ types: $(READY)
 MINUTES ?= 20
 soak: $(READY)  ## fuzzing and random graphs for MINUTES; SEED=N repeats a run
 	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+matrix: $(READY)  ## measure README's table of what runs where again: about an hour
+	$(BIN)/python -m tests.matrix
 
 # Made again when the dependencies change; .ready is written last, so an interrupted installation is repeated.
 $(READY): pyproject.toml constraints.txt

@@ -52,6 +52,16 @@ def moves_data(shape: Shape) -> bool:
     return len(shape) == 4 and shape[1] != 1 and shape[2] * shape[3] != 1
 
 
+def shuffled_groups(indices: Sequence[int], n_channels: int) -> int | None:
+    """Find G such that the indices read channels, in G groups of equal size, by turns: a channel shuffle; else None."""
+    step = indices[1] - indices[0] if len(indices) > 1 else 0
+    if len(indices) != n_channels or step <= 0 or n_channels % step:
+        return None
+    groups = n_channels // step
+    shuffled = np.arange(n_channels).reshape(groups, step).T.ravel()
+    return groups if np.array_equal(indices, shuffled) else None
+
+
 def window_padding(shape: Shape, kernel: Sequence[int], node: Node) -> WindowPadding:
     """Find the padding that a window operator really uses, and whether SAME says the same.
 

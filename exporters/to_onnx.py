@@ -360,8 +360,8 @@ def _avg_pool(model: Model, graph: Graph, node: Node) -> None:
     _write(model, graph, node, "AveragePool", inputs, **_window(node), count_include_pad=node.attrs["include_pad"])
 
 
-# Max pool, concat, flatten and reshape only move codes: ONNX's own operators do that on int8 as well as on floats
-# (MaxPool pads with the smallest code), so nothing is dequantized.
+# Max pool, concat, gather, flatten and reshape only move codes: ONNX's own operators do that on int8 as well as on
+# floats (MaxPool pads with the smallest code), so nothing is dequantized.
 
 
 def _max_pool(model: Model, graph: Graph, node: Node) -> None:
@@ -379,6 +379,11 @@ def _global_avg_pool(model: Model, graph: Graph, node: Node) -> None:
 
 def _concat(model: Model, graph: Graph, node: Node) -> None:
     model.node("Concat", node.inputs, node.outputs[0], name=node.name, axis=node.attrs["axis"])
+
+
+def _gather(model: Model, graph: Graph, node: Node) -> None:
+    indices = model.constant(np.array(ints(node.attrs, "indices"), dtype=np.int64))
+    model.node("Gather", [node.inputs[0], indices], node.outputs[0], name=node.name, axis=1)
 
 
 def _reshape(model: Model, graph: Graph, node: Node) -> None:
@@ -414,6 +419,7 @@ _EMIT: dict[Op, Any] = {
     Op.AVG_POOL: _avg_pool,
     Op.GLOBAL_AVG_POOL: _global_avg_pool,
     Op.CONCAT: _concat,
+    Op.GATHER: _gather,
     Op.FLATTEN: _flatten,
     Op.RESHAPE: _reshape,
     Op.SOFTMAX: _softmax,

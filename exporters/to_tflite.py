@@ -8,6 +8,7 @@ int4 where the kernels read it; or all as int8; or packed, to be unpacked before
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -29,6 +30,7 @@ from .layout import (
     TO_NHWC,
     feature_orders,
     moves_data,
+    shuffled_groups,
     stored_axis,
     stored_shape,
     window_padding,
@@ -151,8 +153,14 @@ class _Writer:
         write(self, node, real, found)
         self.file.operator("QUANTIZE", 1, [found], [self.activation(node.outputs[0])], "QuantizeOptions")
 
+    def reshape(self, number: int, output: int, shape: Sequence[int]) -> None:
+        """Add a reshape; `shape` leaves the first axis out."""
+        # -1: the batch is whatever is left, so that the input can be resized to many images.
+        inputs = [number, self.constant(np.array([-1, *shape], dtype=np.int32))]
+        self.file.operator("RESHAPE", 1, inputs, [output], "ReshapeOptions")
+
     def transpose(self, number: int, order: Sequence[int], output: int, like: Tensor) -> None:
-        """Add a transpose of rank 4."""
+        """Add a transpose."""
         permutation = self.constant(np.asarray(order, dtype=np.int32))
         self.file.operator("TRANSPOSE", 1 if like.quant is None else 2, [number, permutation], [output])
 
@@ -280,7 +288,7 @@ class _Writer:
             return False
         if "low" in node.attrs:
             return float(node.attrs["low"]) >= 0  # type: ignore[arg-type]
-        passes = node.op in (Op.MAX_POOL, Op.AVG_POOL, Op.CONCAT)
+        passes = node.op in (Op.MAX_POOL, Op.AVG_POOL, Op.CONCAT, Op.GATHER)
         return passes and all(self.never_negative(n) for n in node.inputs)
 
 
@@ -401,6 +409,31 @@ def _concat(writer: _Writer, node: Node) -> None:
     writer.operator("CONCATENATION", node, inputs, "ConcatenationOptions", axis=axis)
 
 
+def _gather(writer: _Writer, node: Node) -> None:
+    """Write a slice, or a shuffle by a transpose, where the channels are just that: XNNPACK does not take GATHER."""
+    shape, indices = writer.result(node).shape, ints(node.attrs, "indices")
+    x, axis = writer.number[node.inputs[0]], stored_axis(1, len(shape))
+    first, n = indices[0], len(indices)
+    if indices == tuple(range(first, first + n)):
+        # The other axes whole, by masks: XNNPACK takes no SLICE whose batch is open.
+        ranges = [np.array([*[0] * axis, value], dtype=np.int32) for value in (first, first + n)]
+        inputs = [x, *map(writer.constant, (*ranges, np.ones(axis + 1, dtype=np.int32)))]
+        others = (1 << axis) - 1
+        writer.operator("STRIDED_SLICE", node, inputs, "StridedSliceOptions", beginMask=others, endMask=others)
+    elif (groups := shuffled_groups(indices, writer.source(node).shape[1])) is not None:
+        like = writer.source(node)
+        rows, turned = (
+            writer.scratch(f"{node.name}.{part}", (math.prod(shape) // n, *grid), like)
+            for part, grid in (("rows", (groups, n // groups)), ("turned", (n // groups, groups)))
+        )
+        writer.reshape(x, rows, (groups, n // groups))
+        writer.transpose(rows, (0, 2, 1), turned, like)
+        writer.reshape(turned, writer.activation(node.outputs[0]), stored_shape(shape)[1:])
+    else:
+        order = writer.constant(np.array(indices, dtype=np.int32))
+        writer.operator("GATHER", node, [x, order], "GatherOptions", axis=axis)
+
+
 def _pool(writer: _Writer, node: Node) -> None:
     kernel, (sh, sw) = ints(node.attrs, "kernel"), ints(node.attrs, "stride")
     op = "MAX_POOL_2D" if node.op is Op.MAX_POOL else "AVERAGE_POOL_2D"
@@ -437,9 +470,7 @@ def _reshape(writer: _Writer, node: Node) -> None:
     turned = moves_data(result.shape)
     target = writer.scratch(f"{node.name}.out", result.shape, result) if turned else y
     shape = result.shape if turned else stored_shape(result.shape)
-    # -1: the batch is whatever is left, so that the input can be resized to many images.
-    inputs = [x, writer.constant(np.array([-1, *shape[1:]], dtype=np.int32))]
-    writer.file.operator("RESHAPE", 1, inputs, [target], "ReshapeOptions")
+    writer.reshape(x, target, shape[1:])
     if turned:
         writer.transpose(target, TO_NHWC, y, result)
 
@@ -470,6 +501,7 @@ _HANDLERS: Mapping[Op, Callable[[_Writer, Node], None]] = {
     Op.SILU: _silu,
     Op.HARD_SWISH: _hard_swish,
     Op.CONCAT: _concat,
+    Op.GATHER: _gather,
     Op.MAX_POOL: _pool,
     Op.AVG_POOL: _pool,
     Op.GLOBAL_AVG_POOL: _global_avg_pool,

@@ -116,6 +116,33 @@ REFUSED = {
     ),
     "softmax of the batch": (lambda: nn.Softmax(dim=0), UnsupportedOp, "softmax along the batch"),
     "no batch left": (lambda: net(lambda m, x: x.flatten()), UnsupportedOp, "must stay the batch of 1"),
+    "transpose of an image": (
+        lambda: net(lambda m, x: x.transpose(2, 3).relu()),
+        UnsupportedOp,
+        "layer 'transpose': transpose is not supported, only of axes that a view has made of the channels",
+    ),
+    "transpose of channels and rows": (
+        lambda: net(lambda m, x: x.view(1, 2, 2, H, W).transpose(2, 3).relu()),
+        UnsupportedOp,
+        "layer 'transpose': transpose is not supported, only of axes",
+    ),
+    "transpose of what rows became": (
+        lambda: net(lambda m, x: x.view(1, C, 3, 3, W).transpose(1, 2).relu()),
+        UnsupportedOp,
+        "layer 'transpose': transpose is not supported, only of axes",
+    ),
+    "relu of shuffled groups": (
+        lambda: net(lambda m, x: x.view(1, 2, 2, H, W).transpose(1, 2).relu()),
+        UnsupportedOp,
+        "layer 'relu': relu of channels that were transposed is not supported, only view(N, C, H, W) of such",
+    ),
+    "flatten of shuffled groups": (
+        lambda: net(lambda m, x: x.view(1, 2, 2, H, W).transpose(1, 2).flatten(1)),
+        UnsupportedOp,
+        "flatten of channels that were transposed, to (1, 252), is not supported, only to (N, C, H, W)",
+    ),
+    "chunk of rows": (lambda: net(lambda m, x: x.chunk(3, 2)[0]), UnsupportedOp, "chunk along axis 2 is not supported"),
+    "slice of rows": (lambda: net(lambda m, x: x[:, :, 1:]), UnsupportedOp, "only of channels (axis 1)"),
     "other dtype": (lambda: net(lambda m, x: m.conv(x).half()), UnsupportedOp, "to torch.float16"),
     "dropout for ever": (lambda: net(lambda m, x: F.dropout(x)), UnsupportedOp, "training=self.training"),
     "random": (
@@ -200,9 +227,9 @@ def test_what_the_message_teaches_is_what_is_translated() -> None:
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("shufflenet", "layer 'stage2.0.transpose': transpose")],
+    [("convnext_tiny", "layer 'features.0.1.permute': permute is not supported, only of axes that a view has made")],
 )
 def test_torchvision_with_operators_we_do_not_know(name: str, found: str) -> None:
     with pytest.raises(UnsupportedOp, match=f"^{re.escape(found)}") as error:
-        capture(zoo(name), (3, 64, 64), name=name)
+        capture(zoo(name), (3, 32, 32), name=name)
     assert "edgecomp takes in conv2d, linear" in str(error.value)

@@ -12,7 +12,7 @@ import torch
 
 from edgecomp.errors import CaptureError, GraphError
 from edgecomp.graph import WEIGHTED, Array, Op
-from edgecomp.pytorch.calls import Activation, Call, Expanded, Padded, Value, operator_name
+from edgecomp.pytorch.calls import Activation, Arranged, Call, Expanded, Padded, Value, operator_name
 
 
 def _with_bias(weight: Array, bias: Array | None) -> dict[str, Array]:
@@ -185,10 +185,8 @@ def _expand(call: Call) -> Value:
 
 def _cat(call: Call) -> Value:
     parts = call.args["tensors"]
-    if any(isinstance(part, Padded) for part in parts):
-        raise call.refuse("of a tensor with zeros around it is not supported, only conv2d of such")
-    if any(isinstance(part, Expanded) for part in parts):
-        raise call.refuse("of a tensor that was expanded is not supported, only mul of such")
+    for part in parts:
+        call.refuse_unfinished(part)
     if not all(isinstance(part, Activation) for part in parts):
         raise call.refuse("with a constant tensor is not supported")
     ndim = len(parts[0].shape)
@@ -281,11 +279,90 @@ def _mean(call: Call) -> Value:
     return pooled if call.args["keepdim"] else _flatten_after(call, pooled)
 
 
+# ---- some channels, or all in another order --------------------------------------------------------------------------
+
+
+_NO_SHUFFLE = "is not supported, only of axes that a view has made of the channels: a channel shuffle"
+
+
+def _gather(call: Call, x: Activation, indices: Array) -> Activation:
+    if np.array_equal(indices, np.arange(x.shape[1])):
+        return x
+    return call.emit(Op.GATHER, [x], indices=tuple(indices.tolist()))
+
+
+def _channel_shuffle(call: Call) -> Value:
+    x, groups = call.activation("self"), int(call.args["groups"])
+    return _gather(call, x, np.arange(x.shape[1]).reshape(groups, -1).T.ravel())
+
+
+def _transpose(call: Call) -> Value:
+    """Let axes of channels change places, as between the two views of a channel shuffle."""
+    value = call.args["self"]
+    x = value if isinstance(value, Arranged) else _ungrouped(call, call.activation("self"))
+    order = np.arange(len(call.out_shape()))
+    if "dims" in call.args:
+        order = np.array(call.args["dims"]) % len(order)
+    else:
+        axes = [call.args["dim0"], call.args["dim1"]]
+        order[axes] = order[axes[::-1]]
+    ends = [0, *range(1 + x.channels.ndim, len(order))]
+    if not np.array_equal(order[ends], ends):
+        raise call.refuse(_NO_SHUFFLE)
+    return Arranged(x.inner, x.channels.transpose([i - 1 for i in order[1 : 1 + x.channels.ndim]]))
+
+
+def _ungrouped(call: Call, x: Activation) -> Arranged:
+    """See an activation whose channels a view has put into several axes as what the view was of."""
+    view = next((node for node in call.build.nodes if node.outputs[0] == x.name and node.op is Op.RESHAPE), None)
+    if view is None:
+        raise call.refuse(_NO_SHUFFLE)
+    source = Activation(view.inputs[0], call.build.tensors[view.inputs[0]].shape)
+    n_axes = len(x.shape) - len(source.shape) + 1
+    if n_axes < 2 or x.shape[1 + n_axes :] != source.shape[2:]:
+        raise call.refuse(_NO_SHUFFLE)
+    return Arranged(source, np.arange(source.shape[1]).reshape(x.shape[1 : 1 + n_axes]))
+
+
+def _regrouped(call: Call, x: Arranged) -> Value:
+    """Put channels that changed places into one axis again, or into others."""
+    shape, rest = call.out_shape(), x.inner.shape[2:]
+    axes = shape[1 : len(shape) - len(rest)]
+    if shape[:1] != (1,) or math.prod(axes) != x.channels.size or shape[1 + len(axes) :] != rest:
+        raise call.refuse(f"of channels that were transposed, to {shape}, is not supported, only to (N, C, H, W)")
+    channels = x.channels.reshape(axes)
+    return _gather(call, x.inner, channels) if channels.ndim == 1 else Arranged(x.inner, channels)
+
+
+def _parts(call: Call) -> Value:
+    """Cut channels into runs: chunk and split."""
+    x, axis = call.activation("self"), int(call.args["dim"]) % len(call.out_shape())
+    if axis != 1:
+        raise call.refuse(f"along axis {axis} is not supported, only channels (axis 1)")
+    borders = np.cumsum([part.shape[1] for part in call.node.meta["val"]])[:-1]
+    return tuple(_gather(call, x, run) for run in np.split(np.arange(x.shape[1]), borders))
+
+
+def _slice(call: Call) -> Value:
+    """Take a run of channels: slice and narrow."""
+    x, shape = call.activation("self"), call.out_shape()
+    if shape == x.shape:
+        return x
+    axis = int(call.args["dim"]) % len(shape)
+    if axis != 1 or not shape[1]:
+        raise call.refuse(f"of {x.shape} to {shape} is not supported, only of channels (axis 1)")
+    start, step = int(call.args["start"] or 0), int(call.args.get("step", 1))
+    return _gather(call, x, np.arange(x.shape[1])[start:][::step][: shape[1]])
+
+
 # ---- shape, and what disappears --------------------------------------------------------------------------------------
 
 
 def _reshape(call: Call) -> Value:
-    x, shape = call.activation("input" if "input" in call.args else "self"), call.out_shape()
+    name = "input" if "input" in call.args else "self"
+    if isinstance(call.args[name], Arranged):
+        return _regrouped(call, call.args[name])
+    x, shape = call.activation(name), call.out_shape()
     if shape == x.shape:
         return x
     if not shape or shape[0] != 1:
@@ -294,9 +371,12 @@ def _reshape(call: Call) -> Value:
 
 
 def _same(call: Call) -> Value:
-    x = call.activation("input" if "input" in call.args else "self")
+    name = "input" if "input" in call.args else "self"
     if call.args.get("train"):
         raise call.refuse("that stays on after training is not supported: pass training=self.training to it")
+    if isinstance(call.args[name], Arranged) and call.node.meta["val"].dtype == torch.float32:
+        return cast("Value", call.args[name])
+    x = call.activation(name)
     if call.node.meta["val"].dtype != torch.float32 or call.out_shape() != x.shape:
         raise call.refuse(f"to {call.node.meta['val'].dtype} {call.out_shape()} is not supported")
     return x
@@ -319,7 +399,11 @@ _SAME = ("dropout", "feature_dropout", "alpha_dropout", "detach", "alias", "cont
 _EXPANDS = ("expand", "expand_as")
 _COPIES = ("clone", "_to_copy", "lift_fresh_copy")
 
-VIEWS = frozenset(_RESHAPES + _SAME + _EXPANDS)
+_TRANSPOSES = ("transpose", "permute")
+_PARTS = ("chunk", "split", "split_with_sizes")
+_SLICES = ("slice", "narrow")
+
+VIEWS = frozenset((*_RESHAPES, *_SAME, *_EXPANDS, *_TRANSPOSES, *_PARTS, *_SLICES, "getitem"))
 """Operators whose output shares memory with their input: what is then done in place to one is done to the other."""
 
 TRANSLATORS: Mapping[str, Callable[[Call], Value]] = {
@@ -360,5 +444,9 @@ TRANSLATORS: Mapping[str, Callable[[Call], Value]] = {
     "constant_pad_nd": _pad,
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(_EXPANDS, _expand),
+    **dict.fromkeys(_TRANSPOSES, _transpose),
+    **dict.fromkeys(_PARTS, _parts),
+    **dict.fromkeys(_SLICES, _slice),
+    "channel_shuffle": _channel_shuffle,
     **dict.fromkeys((*_SAME, *_COPIES), _same),
 }

@@ -16,7 +16,8 @@ from edgecomp.ops import OPS, Shape
 
 _TAUGHT = (
     "conv2d, linear, batch_norm, relu, relu6, hardtanh, clamp, sigmoid, hardsigmoid, silu, hardswish, add, mul, cat, "
-    "max_pool2d, avg_pool2d, adaptive_avg_pool2d, adaptive_max_pool2d, mean, flatten, reshape, dropout, softmax, pad"
+    "max_pool2d, avg_pool2d, adaptive_avg_pool2d, adaptive_max_pool2d, mean, flatten, reshape, dropout, softmax, pad, "
+    "chunk, split, channel_shuffle"
 )  # without the other spellings of the same
 SUPPORTED = f"edgecomp takes in {_TAUGHT}"
 """The end of every UnsupportedOp message."""
@@ -56,8 +57,24 @@ class Expanded:
     shape: Shape
 
 
-Value = Activation | Padded | Expanded | torch.Tensor | tuple["Value | None", ...]
-"""What a node of the exported program stands for: an activation, a padded or expanded one, a constant, or several."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Arranged:
+    """An activation whose channels stand in several axes, in another order: half of a channel shuffle.
+
+    Attributes:
+        inner: whose channels, (N, C, ...).
+        channels: which of them stands where; its axes are those between batch and image.
+    """
+
+    inner: Activation
+    channels: Array
+
+
+UNFINISHED = (Padded, Expanded, Arranged)
+"""What has no node of its own until an operator reads it that can."""
+
+Value = Activation | Padded | Expanded | Arranged | torch.Tensor | tuple["Value | None", ...]
+"""What a node of the exported program stands for: an activation, plain or on its way to one; a constant; several."""
 
 
 def operator_name(node: fx.Node) -> str:
@@ -161,16 +178,26 @@ class Call:
     def activation(self, name: str, *, ndim: int | None = None) -> Activation:
         """Read an argument that must depend on the image."""
         value = self.args[name]
-        if isinstance(value, Padded):
-            raise self.refuse("of a tensor with zeros around it is not supported, only conv2d of such")
-        if isinstance(value, Expanded):
-            raise self.refuse("of a tensor that was expanded is not supported, only mul of such")
+        self.refuse_unfinished(value)
         if not isinstance(value, Activation):
             kind = "a constant tensor" if isinstance(value, torch.Tensor) else f"the constant {value!r}"
             raise self.refuse(f"with {kind} for {name!r} is not supported")
         if ndim is not None and len(value.shape) != ndim:
             raise self.refuse(f"on a tensor of shape {value.shape} is not supported, only {ndim} dimensions")
         return value
+
+    def refuse_unfinished(self, value: object) -> None:
+        """Refuse what only some operators can read.
+
+        Raises:
+            UnsupportedOp: with what those are.
+        """
+        if isinstance(value, Padded):
+            raise self.refuse("of a tensor with zeros around it is not supported, only conv2d of such")
+        if isinstance(value, Expanded):
+            raise self.refuse("of a tensor that was expanded is not supported, only mul of such")
+        if isinstance(value, Arranged):
+            raise self.refuse("of channels that were transposed is not supported, only view(N, C, H, W) of such")
 
     def padded(self, name: str, *, ndim: int) -> tuple[Activation, tuple[int, int, int, int]]:
         """Read an argument as `activation` does, and the zeros that stand around it: top, left, bottom, right."""

@@ -20,7 +20,7 @@ from edgecomp.errors import CaptureError, EdgecompError, GraphError, Unsupported
 from edgecomp.graph import Graph, Node, Tensor
 from edgecomp.ops import Shape
 from edgecomp.pytorch.aten import TRANSLATORS, VIEWS
-from edgecomp.pytorch.calls import SUPPORTED, Activation, Builder, Call, Expanded, Padded, Value, bind, operator_name
+from edgecomp.pytorch.calls import SUPPORTED, UNFINISHED, Activation, Builder, Call, Value, bind, operator_name
 
 # torch logs a traceback of its own beside the exception that it raises; the exception says it all.
 _ECHOES = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export")
@@ -253,7 +253,7 @@ def _value(
         raise UnsupportedOp(f"layer {layer!r}: {name} reads a value that edgecomp does not follow; {SUPPORTED}")
 
     def sole(x: Activation) -> bool:
-        plain = {other: value.inner if isinstance(value, (Padded, Expanded)) else value for other, value in env.items()}
+        plain = {other: value.inner if isinstance(value, UNFINISHED) else value for other, value in env.items()}
         aliases = [other for other, value in plain.items() if value == x]
         waiting = {user for alias in aliases for user in alias.users if user in live and user not in env}
         return waiting <= {node} and not any(x.name in done.inputs for done in build.nodes)

@@ -88,11 +88,37 @@ REFUSED = {
         UnsupportedOp,
         "of a tensor with zeros around it",
     ),
-    "conv1d": (
-        lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(C, 6, 3)),
+    "conv2d of what has no batch": (
+        lambda: net(lambda m, x: m.one(x.flatten(1, 2)).relu(), one=nn.Conv2d(1, 6, 3)),
         UnsupportedOp,
-        "layer '1': conv1d is not supported",
+        "layer 'one': conv2d on a tensor of shape (1, 36, 7) is not supported, only 4 dimensions",
     ),
+    "linear on a signal": (
+        lambda: nn.Sequential(nn.Flatten(2), nn.Linear(H * W, 3)),
+        UnsupportedOp,
+        "layer '1': linear on a tensor of shape (1, 4, 63) is not supported, only 2 dimensions",
+    ),
+    "mul of an image and a signal": (
+        lambda: net(lambda m, x: x.flatten(2) * x.mean((2, 3), keepdim=True)),
+        UnsupportedOp,
+        "mul of shapes (1, 4, 63) and (1, 4, 1, 1) is not supported",
+    ),
+    "transpose of a signal": (
+        lambda: net(lambda m, x: x.flatten(2).transpose(1, 2)),
+        UnsupportedOp,
+        "layer 'transpose': transpose is not supported, only of axes",
+    ),
+    "mean over channels": (
+        lambda: net(lambda m, x: x.flatten(2).mean(1)),
+        UnsupportedOp,
+        "layer 'mean': mean over axes [1] is not supported, only over all of space",
+    ),
+    "pad channels of a signal": (
+        lambda: net(lambda m, x: m.one(F.pad(x.flatten(2), (0, 0, 0, 1))), one=nn.Conv1d(C + 1, 2, 1)),
+        UnsupportedOp,
+        "pad by [0, 0, 0, 1] is not supported, only outwards and around the image",
+    ),
+    "slice of a signal": (lambda: net(lambda m, x: x.flatten(2)[:, :, 1:]), UnsupportedOp, "only of channels (axis 1)"),
     "linear on an image": (lambda: nn.Sequential(nn.Linear(W, 3)), UnsupportedOp, "only 2 dimensions"),
     "matmul of two": (lambda: net(lambda m, x: x.flatten(2)[0] @ x.flatten(2)[0].t()), UnsupportedOp, "layer 'select'"),
     "kernel from the image": (
@@ -214,7 +240,7 @@ def test_torch_logs_nothing_beside_the_error() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("shape", [(3, 32), (0, 8, 8), (3, -1, 8)])
+@pytest.mark.parametrize("shape", [(3,), (0, 8, 8), (3, -1, 8), (3, 0), (1, 3, 8, 8)])
 def test_an_input_shape_that_is_none(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="expected C,H,W"):
         capture(nn.ReLU(), shape, name="relu")
@@ -232,4 +258,4 @@ def test_what_the_message_teaches_is_what_is_translated() -> None:
 def test_torchvision_with_operators_we_do_not_know(name: str, found: str) -> None:
     with pytest.raises(UnsupportedOp, match=f"^{re.escape(found)}") as error:
         capture(zoo(name), (3, 32, 32), name=name)
-    assert "edgecomp takes in conv2d, linear" in str(error.value)
+    assert "edgecomp takes in conv2d, conv1d, linear" in str(error.value)

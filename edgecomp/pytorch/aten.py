@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 
 from edgecomp.errors import CaptureError, GraphError
 from edgecomp.graph import WEIGHTED, Array, Op
-from edgecomp.pytorch.calls import Activation, Arranged, Call, Expanded, Padded, Value, operator_name
+from edgecomp.pytorch.calls import Activation, Arranged, Call, Expanded, Padded, Value, in_graph, operator_name
 
 
 def _with_bias(weight: Array, bias: Array | None) -> dict[str, Array]:
@@ -22,12 +23,14 @@ def _with_bias(weight: Array, bias: Array | None) -> dict[str, Array]:
 # ---- layers with weights ---------------------------------------------------------------------------------------------
 
 
-def _conv2d(call: Call) -> Value:
+def _conv(call: Call) -> Value:
     if call.args.get("transposed"):
         raise call.refuse("that is transposed is not supported")
     weight = call.weight("weight")
-    if weight.ndim != 4:
+    if weight.ndim not in (3, 4):
         raise call.refuse(f"with a kernel of shape {weight.shape} is not supported")
+    x, around = call.padded("input", ndim=weight.ndim)
+    weight = weight.reshape(in_graph(weight.shape))
     dilation = call.pair("dilation")
     padding = call.args["padding"]
     if padding == "same":
@@ -37,7 +40,6 @@ def _conv2d(call: Call) -> Value:
     else:
         h, w = (0, 0) if padding == "valid" else call.pair("padding")
         pads = (h, w, h, w)
-    x, around = call.padded("input", ndim=4)
     return call.emit(
         Op.CONV2D,
         [x],
@@ -81,8 +83,8 @@ def _batch_norm(call: Call) -> Value:
     weight, bias = call.constant("weight"), call.constant("bias")
     scale = (1.0 if weight is None else weight.astype(np.float64)) / np.sqrt(variance)
     shift = (0.0 if bias is None else bias.astype(np.float64)) - mean.astype(np.float64) * scale
-    if len(x.shape) not in (2, 4):
-        raise call.refuse(f"on a tensor of shape {x.shape} is not supported, only 2 or 4 dimensions")
+    if len(x.shape) not in (2, 3, 4):
+        raise call.refuse(f"on a tensor of shape {x.shape} is not supported, only 2 to 4 dimensions")
     folded = _fold(call, x, scale, shift)
     if folded is None:
         folded = _scale_channels(call, x, scale, shift)
@@ -121,7 +123,7 @@ def _scale_channels(call: Call, x: Activation, scale: Array, shift: Array) -> Ac
         dilation=(1, 1),
         groups=x.shape[1],
     )
-    return out if image is x else _flatten_after(call, out)
+    return Activation(name, x.shape) if image is x else _flatten_after(call, out)
 
 
 def _flatten_after(call: Call, x: Activation) -> Activation:
@@ -164,11 +166,11 @@ def _mul(call: Call) -> Value:
     a, b = factors
     if all(isinstance(call.args[name], Expanded) for name in ("self", "other")):
         raise call.refuse("of two tensors that were expanded is not supported")
-    try:
-        return call.emit(Op.MUL, factors)
-    except GraphError as e:
-        raise call.refuse(f"of shapes {a.shape} and {b.shape} is not supported, only equal shapes, or one value a "
-                          "channel (N, C, 1, 1)") from e  # fmt: skip
+    if len(a.shape) == len(b.shape):
+        with contextlib.suppress(GraphError):
+            return call.emit(Op.MUL, factors)
+    raise call.refuse(f"of shapes {a.shape} and {b.shape} is not supported, only equal shapes, or one value a channel "
+                      "(N, C, 1, 1)")  # fmt: skip
 
 
 def _function(op: Op) -> Callable[[Call], Value]:
@@ -178,7 +180,7 @@ def _function(op: Op) -> Callable[[Call], Value]:
 
 def _expand(call: Call) -> Value:
     x, shape = call.activation("self"), call.out_shape()
-    if shape != x.shape and len(shape) == len(x.shape) == 4 and x.shape == (*shape[:2], 1, 1):
+    if shape != x.shape and len(shape) in (3, 4) and x.shape == (*shape[:2], 1, 1)[: len(shape)]:
         return Expanded(x, shape)
     return _same(call)
 
@@ -191,7 +193,7 @@ def _cat(call: Call) -> Value:
         raise call.refuse("with a constant tensor is not supported")
     ndim = len(parts[0].shape)
     axis = int(call.args["dim"]) % ndim
-    if axis != 1 or ndim not in (2, 4):
+    if axis != 1 or ndim not in (2, 3, 4):
         raise call.refuse(f"along axis {axis} of {ndim} is not supported, only channels (axis 1)")
     return cast("Value", parts[0]) if len(parts) == 1 else call.emit(Op.CONCAT, parts, axis=axis)
 
@@ -203,7 +205,7 @@ def _softmax(call: Call) -> Value:
         raise call.refuse("along the batch is not supported")
     if call.args.get("half_to_float") or call.args.get("dtype") not in (None, torch.float32):
         raise call.refuse("with a change of dtype is not supported")
-    return call.emit(Op.SOFTMAX, [x], axis=axis)
+    return call.emit(Op.SOFTMAX, [x], axis=3 if (len(x.shape), axis) == (3, 2) else axis)
 
 
 # ---- pools -----------------------------------------------------------------------------------------------------------
@@ -211,13 +213,19 @@ def _softmax(call: Call) -> Value:
 
 def _extra(call: Call, x: Activation, reach: Sequence[int]) -> tuple[int, int]:
     """Give the rows and columns past torch's padding that ceil_mode's last windows touch."""
-    out, stride, padding = call.out_shape()[2:], call.pair("stride"), call.pair("padding")
-    needed = [(out[i] - 1) * stride[i] + reach[i] - x.shape[2 + i] - 2 * padding[i] for i in (0, 1)]
+    out, size = in_graph(call.out_shape())[2:], in_graph(x.shape)[2:]
+    stride, padding = call.pair("stride"), call.pair("padding")
+    needed = [(out[i] - 1) * stride[i] + reach[i] - size[i] - 2 * padding[i] for i in (0, 1)]
     return max(0, needed[0]), max(0, needed[1])
 
 
-def _max_pool2d(call: Call) -> Value:
-    x = call.activation("self", ndim=4)
+def _pooled(call: Call) -> Activation:
+    """Read what a pool pools: a signal or an image, as the operator's name says."""
+    return call.activation("self", ndim=3 if "1d" in operator_name(call.node) else 4)
+
+
+def _max_pool(call: Call) -> Value:
+    x = _pooled(call)
     kernel, dilation, (h, w) = call.pair("kernel_size"), call.pair("dilation"), call.pair("padding")
     down, right = _extra(call, x, [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)])
     pooled = call.emit(
@@ -231,10 +239,10 @@ def _max_pool2d(call: Call) -> Value:
     return (pooled, None) if isinstance(call.node.meta["val"], (list, tuple)) else pooled
 
 
-def _avg_pool2d(call: Call) -> Value:
-    if call.args["divisor_override"] is not None:
+def _avg_pool(call: Call) -> Value:
+    if call.args.get("divisor_override") is not None:
         raise call.refuse("with divisor_override is not supported")
-    x = call.activation("self", ndim=4)
+    x = _pooled(call)
     kernel, (h, w) = call.pair("kernel_size"), call.pair("padding")
     down, right = _extra(call, x, kernel)
     include = bool(call.args["count_include_pad"]) and (h, w) != (0, 0)
@@ -251,9 +259,9 @@ def _avg_pool2d(call: Call) -> Value:
     )
 
 
-def _adaptive_pool2d(call: Call) -> Value:
-    x = call.activation("self", ndim=4)
-    out, size = call.out_shape()[2:], x.shape[2:]
+def _adaptive_pool(call: Call) -> Value:
+    x = _pooled(call)
+    out, size = in_graph(call.out_shape())[2:], in_graph(x.shape)[2:]
     maximum = "max" in operator_name(call.node)
     if out == size:
         pooled = x
@@ -271,12 +279,13 @@ def _adaptive_pool2d(call: Call) -> Value:
 
 
 def _mean(call: Call) -> Value:
-    x = call.activation("self", ndim=4)
-    axes = sorted(int(axis) % 4 for axis in call.args.get("dim") or ())
-    if axes != [2, 3] or call.args["dtype"] not in (None, torch.float32):
-        raise call.refuse(f"over axes {axes or 'all'} is not supported, only over space (2, 3)")
+    x = call.activation("self")
+    axes = sorted(int(axis) % len(x.shape) for axis in call.args.get("dim") or ())
+    rest = [n for axis, n in enumerate(x.shape) if axis not in axes]
+    if not axes or axes[0] < 2 or math.prod(rest) != x.shape[1] or call.args["dtype"] not in (None, torch.float32):
+        raise call.refuse(f"over axes {axes or 'all'} is not supported, only over all of space (2, 3)")
     pooled = call.emit(Op.GLOBAL_AVG_POOL, [x])
-    return pooled if call.args["keepdim"] else _flatten_after(call, pooled)
+    return _flatten_after(call, pooled) if len(call.out_shape()) == 2 else pooled
 
 
 # ---- some channels, or all in another order --------------------------------------------------------------------------
@@ -367,7 +376,9 @@ def _reshape(call: Call) -> Value:
         return x
     if not shape or shape[0] != 1:
         raise call.refuse(f"from {x.shape} to {shape} is not supported: the first axis must stay the batch of 1")
-    return call.emit(Op.FLATTEN, [x]) if len(shape) == 2 else call.emit(Op.RESHAPE, [x], shape=shape)
+    if in_graph(shape) == in_graph(x.shape):
+        return Activation(x.name, shape)
+    return call.emit(Op.FLATTEN, [x]) if len(shape) == 2 else call.emit(Op.RESHAPE, [x], shape=in_graph(shape))
 
 
 def _same(call: Call) -> Value:
@@ -383,13 +394,14 @@ def _same(call: Call) -> Value:
 
 
 def _pad(call: Call) -> Value:
-    """Put zeros around an image: what "same" padding of other frameworks becomes in PyTorch."""
-    x, around = call.padded("self", ndim=4)
+    """Put zeros around an image or a signal: "same" padding of other frameworks, or that of causal convolutions."""
+    ndim = min(4, max(3, len(call.out_shape())))
+    x, around = call.padded("self", ndim=ndim)
     mode, value = call.args.get("mode", "constant"), call.args.get("value")
     if mode != "constant" or value not in (None, 0):
         raise call.refuse(f"with mode {mode!r} and value {value} is not supported, only with zeros")
     left, right, top, bottom, *others = *(int(n) for n in call.args["pad"]), *(0,) * 4
-    if any(others) or min(left, right, top, bottom) < 0:
+    if any(others) or min(left, right, top, bottom) < 0 or (ndim == 3 and (top, bottom) != (0, 0)):
         raise call.refuse(f"by {call.args['pad']} is not supported, only outwards and around the image")
     return Padded(x, (around[0] + top, around[1] + left, around[2] + bottom, around[3] + right))
 
@@ -407,8 +419,9 @@ VIEWS = frozenset((*_RESHAPES, *_SAME, *_EXPANDS, *_TRANSPOSES, *_PARTS, *_SLICE
 """Operators whose output shares memory with their input: what is then done in place to one is done to the other."""
 
 TRANSLATORS: Mapping[str, Callable[[Call], Value]] = {
-    "conv2d": _conv2d,
-    "convolution": _conv2d,
+    "conv1d": _conv,
+    "conv2d": _conv,
+    "convolution": _conv,
     "linear": _linear,
     "matmul": _matmul,
     "mm": _matmul,
@@ -433,12 +446,17 @@ TRANSLATORS: Mapping[str, Callable[[Call], Value]] = {
     "concatenate": _cat,
     "softmax": _softmax,
     "_softmax": _softmax,
-    "max_pool2d": _max_pool2d,
-    "max_pool2d_with_indices": _max_pool2d,
-    "avg_pool2d": _avg_pool2d,
-    "adaptive_avg_pool2d": _adaptive_pool2d,
-    "_adaptive_avg_pool2d": _adaptive_pool2d,
-    "adaptive_max_pool2d": _adaptive_pool2d,
+    "max_pool1d": _max_pool,
+    "max_pool1d_with_indices": _max_pool,
+    "max_pool2d": _max_pool,
+    "max_pool2d_with_indices": _max_pool,
+    "avg_pool1d": _avg_pool,
+    "avg_pool2d": _avg_pool,
+    "adaptive_avg_pool1d": _adaptive_pool,
+    "adaptive_avg_pool2d": _adaptive_pool,
+    "_adaptive_avg_pool2d": _adaptive_pool,
+    "adaptive_max_pool1d": _adaptive_pool,
+    "adaptive_max_pool2d": _adaptive_pool,
     "mean": _mean,
     "pad": _pad,
     "constant_pad_nd": _pad,

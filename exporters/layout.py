@@ -13,6 +13,7 @@ import numpy as np
 from edgecomp.curves import FUNCTIONS
 from edgecomp.graph import Array, Graph, Node, Op
 from edgecomp.ops import ints
+from edgecomp.quantmath import ACT_MIN
 
 TO_NHWC = (0, 2, 3, 1)
 """Permutation that turns an NCHW array into NHWC."""
@@ -52,14 +53,18 @@ def moves_data(shape: Shape) -> bool:
     return len(shape) == 4 and shape[1] != 1 and shape[2] * shape[3] != 1
 
 
-def shuffled_groups(indices: Sequence[int], n_channels: int) -> int | None:
-    """Find G such that the indices read channels, in G groups of equal size, by turns: a channel shuffle; else None."""
-    step = indices[1] - indices[0] if len(indices) > 1 else 0
-    if len(indices) != n_channels or step <= 0 or n_channels % step:
-        return None
-    groups = n_channels // step
-    shuffled = np.arange(n_channels).reshape(groups, step).T.ravel()
-    return groups if np.array_equal(indices, shuffled) else None
+def never_negative(graph: Graph, name: str) -> bool:
+    """Tell whether a tensor cannot hold a value below zero, as far as what writes it says."""
+    quant = graph.tensors[name].quant
+    if quant is not None:
+        return int(quant.zero_point) == ACT_MIN
+    node = graph.producer().get(name)
+    if node is None:
+        return False
+    if "low" in node.attrs:
+        return float(node.attrs["low"]) >= 0  # type: ignore[arg-type]
+    passes = node.op in (Op.MAX_POOL, Op.AVG_POOL, Op.CONCAT, Op.GATHER)
+    return passes and all(never_negative(graph, source) for source in node.inputs)
 
 
 def window_padding(shape: Shape, kernel: Sequence[int], node: Node) -> WindowPadding:

@@ -8,7 +8,6 @@ int4 where the kernels read it; or all as int8; or packed, to be unpacked before
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -30,11 +29,12 @@ from .layout import (
     TO_NHWC,
     feature_orders,
     moves_data,
-    shuffled_groups,
+    never_negative,
     stored_axis,
     stored_shape,
     window_padding,
 )
+from .tflite_gather import write_gather
 from .tflite_schema import TfliteFile, pack_dense
 
 
@@ -189,7 +189,8 @@ class _Writer:
         output = self.scratch(f"{node.name}.pad", (n, top + h + bottom, left + w + right, c), source)
         margins = np.array([(0, 0), (top, bottom), (left, right), (0, 0)], dtype=np.int32)
         inputs, version = [number, self.constant(margins)], 1 if source.quant is None else 2
-        if node.op is Op.MAX_POOL and not self.never_negative(node.inputs[0]):
+        # Where nothing is below zero, zeros cannot change a maximum: XNNPACK runs PAD, but not PADV2.
+        if node.op is Op.MAX_POOL and not never_negative(self.graph, node.inputs[0]):
             value = np.array([np.finfo(np.float32).min], dtype=np.float32)
             value = value if source.quant is None else np.array([ACT_MIN], dtype=np.int8)
             inputs.append(self.constant(value, quant=source.quant))
@@ -277,19 +278,6 @@ class _Writer:
         self.file.operator(op, version, inputs, [target], options, fusedActivationFunction=function, **fields)
         if activation is None:
             self.clamp(node, target, output)
-
-    def never_negative(self, name: str) -> bool:
-        """Tell whether padding with zeros cannot change a maximum: XNNPACK runs PAD, but not PADV2."""
-        quant = self.graph.tensors[name].quant
-        if quant is not None:
-            return int(quant.zero_point) == ACT_MIN
-        node = self.graph.producer().get(name)
-        if node is None:
-            return False
-        if "low" in node.attrs:
-            return float(node.attrs["low"]) >= 0  # type: ignore[arg-type]
-        passes = node.op in (Op.MAX_POOL, Op.AVG_POOL, Op.CONCAT, Op.GATHER)
-        return passes and all(self.never_negative(n) for n in node.inputs)
 
 
 def _little_endian(values: Array) -> bytes:
@@ -409,31 +397,6 @@ def _concat(writer: _Writer, node: Node) -> None:
     writer.operator("CONCATENATION", node, inputs, "ConcatenationOptions", axis=axis)
 
 
-def _gather(writer: _Writer, node: Node) -> None:
-    """Write a slice, or a shuffle by a transpose, where the channels are just that: XNNPACK does not take GATHER."""
-    shape, indices = writer.result(node).shape, ints(node.attrs, "indices")
-    x, axis = writer.number[node.inputs[0]], stored_axis(1, len(shape))
-    first, n = indices[0], len(indices)
-    if indices == tuple(range(first, first + n)):
-        # The other axes whole, by masks: XNNPACK takes no SLICE whose batch is open.
-        ranges = [np.array([*[0] * axis, value], dtype=np.int32) for value in (first, first + n)]
-        inputs = [x, *map(writer.constant, (*ranges, np.ones(axis + 1, dtype=np.int32)))]
-        others = (1 << axis) - 1
-        writer.operator("STRIDED_SLICE", node, inputs, "StridedSliceOptions", beginMask=others, endMask=others)
-    elif (groups := shuffled_groups(indices, writer.source(node).shape[1])) is not None:
-        like = writer.source(node)
-        rows, turned = (
-            writer.scratch(f"{node.name}.{part}", (math.prod(shape) // n, *grid), like)
-            for part, grid in (("rows", (groups, n // groups)), ("turned", (n // groups, groups)))
-        )
-        writer.reshape(x, rows, (groups, n // groups))
-        writer.transpose(rows, (0, 2, 1), turned, like)
-        writer.reshape(turned, writer.activation(node.outputs[0]), stored_shape(shape)[1:])
-    else:
-        order = writer.constant(np.array(indices, dtype=np.int32))
-        writer.operator("GATHER", node, [x, order], "GatherOptions", axis=axis)
-
-
 def _pool(writer: _Writer, node: Node) -> None:
     kernel, (sh, sw) = ints(node.attrs, "kernel"), ints(node.attrs, "stride")
     op = "MAX_POOL_2D" if node.op is Op.MAX_POOL else "AVERAGE_POOL_2D"
@@ -501,7 +464,7 @@ _HANDLERS: Mapping[Op, Callable[[_Writer, Node], None]] = {
     Op.SILU: _silu,
     Op.HARD_SWISH: _hard_swish,
     Op.CONCAT: _concat,
-    Op.GATHER: _gather,
+    Op.GATHER: write_gather,
     Op.MAX_POOL: _pool,
     Op.AVG_POOL: _pool,
     Op.GLOBAL_AVG_POOL: _global_avg_pool,

@@ -382,8 +382,14 @@ def _concat(model: Model, graph: Graph, node: Node) -> None:
 
 
 def _gather(model: Model, graph: Graph, node: Node) -> None:
-    indices = model.constant(np.array(ints(node.attrs, "indices"), dtype=np.int64))
-    model.node("Gather", [node.inputs[0], indices], node.outputs[0], name=node.name, axis=1)
+    indices = ints(node.attrs, "indices")
+    first, stop = indices[0], indices[0] + len(indices)
+    if indices == tuple(range(first, stop)):
+        numbers = [model.constant(np.array([n], dtype=np.int64)) for n in (first, stop, 1)]  # start, end, axis
+        model.node("Slice", [node.inputs[0], *numbers], node.outputs[0], name=node.name)
+    else:
+        order = model.constant(np.array(indices, dtype=np.int32))
+        model.node("Gather", [node.inputs[0], order], node.outputs[0], name=node.name, axis=1)
 
 
 def _reshape(model: Model, graph: Graph, node: Node) -> None:

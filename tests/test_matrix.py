@@ -16,6 +16,8 @@ from tests import matrix
 from tests.zoo import NETWORKS
 
 SMALL = ("keywords_conv1d", "keywords_separable_conv1d", "squeezenet1_1")
+NOT_YET: set[str] = set()
+"""Networks that README says are not measured."""
 CELL = re.compile(r"(exact|within \d+ steps? in < [\d.e-]+ %), \d+ of 16|refused: .+")
 
 
@@ -33,7 +35,11 @@ def test_every_network_stands_in_the_table(table: list[matrix.Row]) -> None:
     assert [row["network"] for row in table] == list(NETWORKS)
     for row in table:
         assert list(row) == ["network", "input", "classes", *matrix.COLUMNS]
-        assert all(CELL.fullmatch(row[title]) for title in matrix.COLUMNS), row
+        cells = [row[title] for title in matrix.COLUMNS]
+        if row["network"] in NOT_YET:
+            assert set(cells) == {"not measured"}
+        else:
+            assert all(map(CELL.fullmatch, cells)), row
 
 
 @pytest.mark.parametrize("name", SMALL)

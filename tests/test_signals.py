@@ -80,7 +80,7 @@ CASES = {
     "rows made columns": (Function(lambda m, x: m.conv(x.reshape(-1, 2, 2 * T)), conv=nn.Conv1d(2, 3, 3)),
                           [Op.RESHAPE, CONV]),
     "bn after an alias of the convolution": (
-        Function(lambda m, x: (lambda y: m.bn(y) + y.unsqueeze(2).relu().squeeze(2))(m.conv(x)),
+        Function(lambda m, x: (lambda y: (lambda z: m.bn(y) + z.relu().squeeze(2))(y.unsqueeze(2)))(m.conv(x)),
                  conv=nn.Conv1d(C, 6, 3), bn=nn.BatchNorm1d(6)),
         [CONV, CONV, CLIP, Op.ADD],
     ),

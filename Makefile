@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types soak runtimes clean
+.PHONY: demo test lint types soak runtimes matrix clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## compress the bundled network and measure it: about a minute
@@ -26,6 +26,9 @@ soak: $(READY)  ## damaged files and random graphs for MINUTES, or CASES=100000 
 
 runtimes: $(READY)  ## the same files in old and new onnxruntime, tflite-runtime and LiteRT; fetches each once
 	$(BIN)/python -m tests.runtimes --folder .runtimes
+
+matrix: $(READY)  ## measure README's table of what runs where again: about an hour
+	$(BIN)/python -m tests.matrix
 
 # Made again when the dependencies change; .ready is written last, so an interrupted installation is repeated.
 $(READY): pyproject.toml constraints.txt

@@ -15,8 +15,8 @@ from enum import StrEnum
 import numpy as np
 
 from edgecomp.errors import UsageError
-from edgecomp.graph import Array, Graph
-from edgecomp.groups import Channels, number_channels
+from edgecomp.graph import WEIGHTED, Array, Graph
+from edgecomp.groups import Channels, gather_nodes, number_channels
 
 Scores = Mapping[str, Array]
 """Layer name -> float64 (O,): what each output channel is worth; the least goes first."""
@@ -119,19 +119,23 @@ def rank(graph: Graph, channels: Channels, scores: Scores, least: Mapping[str, i
     """
     total = np.zeros(len(channels.locked))
     owners: dict[int, list[tuple[str, int]]] = {}
-    for node in graph.layers():
+    left: dict[str, int] = {}
+    for node in (*graph.layers(), *gather_nodes(graph)):
         numbers = channels.of[node.outputs[0]]
-        score = np.asarray(scores.get(node.name, np.empty(0)), dtype=np.float64)
-        if score.shape != numbers.shape or not np.isfinite(score).all():
-            raise UsageError(f"scores of layer {node.name!r}: {score.shape}, expected {numbers.shape} finite numbers")
-        np.add.at(total, numbers, score)
+        if node.op in WEIGHTED:
+            score = np.asarray(scores.get(node.name, np.empty(0)), dtype=np.float64)
+            if score.shape != numbers.shape or not np.isfinite(score).all():
+                raise UsageError(
+                    f"scores of layer {node.name!r}: {score.shape}, expected {numbers.shape} finite numbers"
+                )
+            np.add.at(total, numbers, score)
+        left[node.name] = len(numbers)
         for number, count in zip(*np.unique(numbers, return_counts=True), strict=True):
             owners.setdefault(int(number), []).append((node.name, int(count)))
     free = np.array([n for n in sorted(owners) if not channels.locked[n]], dtype=np.int64)
-    left = {node.name: graph.weight(node).shape[0] for node in graph.layers()}
     order = []
     for number in free[np.argsort(total[free], kind="stable")].tolist():
-        if all(left[name] - count >= least[name] for name, count in owners[number]):
+        if all(left[name] - count >= least.get(name, 1) for name, count in owners[number]):
             order.append(number)
             for name, count in owners[number]:
                 left[name] -= count

@@ -84,6 +84,11 @@ def cut(graph: Graph, keep: Mapping[str, tuple[bool, ...]]) -> Graph:
         if node.op is Op.RESHAPE and not kept[channels.of[node.outputs[0]]].all():
             n, _, *rest = ints(node.attrs, "shape")
             node = replace(node, attrs={"shape": (n, int(kept[channels.of[node.outputs[0]]].sum()), *rest)})
+        if node.op is Op.GATHER:
+            there = kept[channels.of[node.inputs[0]]]
+            place = np.cumsum(there) - 1
+            indices = tuple(int(place[i]) for i in ints(node.attrs, "indices") if there[i])
+            node = replace(node, attrs={"indices": indices})
         nodes.append(node)
         shape = OPS[node.op].shape([tensors[name].shape for name in node.inputs], node.attrs)
         tensors[node.outputs[0]] = replace(tensors[node.outputs[0]], shape=shape)

@@ -30,6 +30,7 @@ class Op(StrEnum):
     ADD = "add"
     MUL = "mul"
     CONCAT = "concat"
+    GATHER = "gather"
     MAX_POOL = "max_pool"
     AVG_POOL = "avg_pool"
     GLOBAL_AVG_POOL = "global_avg_pool"

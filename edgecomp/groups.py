@@ -1,8 +1,8 @@
 """Which channels must be cut together, and which cannot be cut at all.
 
 Every channel of every activation gets a number; tensors that share a channel (through a residual add, a pool, a
-depthwise convolution, a concat, a gate) share its number. A number can be cut when no output of the model and no
-operator that fixes its channel order reads it.
+depthwise convolution, a concat, a gather, a gate) share its number. A number can be cut when no output of the model and
+no operator that fixes its channel order reads it.
 
 Cutting a channel must be the same as giving its layers weights and biases of 0. What a sigmoid makes of 0 is 1/2: such
 a channel is *lifted*, and cannot be cut where a layer or a sum reads it. The product of a lifted channel and one that
@@ -39,6 +39,11 @@ class Channels:
 def is_depthwise(graph: Graph, node: Node) -> bool:
     """Tell whether a conv2d has one input channel a group, so that output channel k*m+j belongs to input channel k."""
     return node.op is Op.CONV2D and node.attrs["groups"] != 1 and graph.weight(node).shape[1] == 1
+
+
+def gather_nodes(graph: Graph) -> tuple[Node, ...]:
+    """List what reads some channels of a tensor; like a layer, each of them needs one channel that stays."""
+    return tuple(node for node in graph.nodes if node.op is Op.GATHER)
 
 
 def number_channels(graph: Graph) -> Channels:
@@ -96,6 +101,9 @@ def number_channels(graph: Graph) -> Channels:
             case Op.CONCAT if node.attrs["axis"] == 1:
                 y = np.concatenate([of[name] for name in node.inputs])
                 up = np.concatenate([lifted[name] for name in node.inputs])
+            case Op.GATHER:
+                order = list(ints(node.attrs, "indices"))
+                y, up = x[order], up[order]
             case Op.FLATTEN:
                 y, up = (np.repeat(value, shape[1] // len(x)) for value in (x, up))
             case Op.RESHAPE if ints(node.attrs, "shape")[1:2] == (len(x),):

@@ -18,7 +18,7 @@ from edgecomp.curves import CURVES, curve_codes
 from edgecomp.errors import GraphError
 from edgecomp.graph import Array, Attribute, Node, Op, QuantParams, Tensor
 
-SHARES_SCALE = frozenset({Op.MAX_POOL, Op.AVG_POOL, Op.CONCAT, Op.FLATTEN, Op.RESHAPE, Op.CLIP})
+SHARES_SCALE = frozenset({Op.MAX_POOL, Op.AVG_POOL, Op.CONCAT, Op.GATHER, Op.FLATTEN, Op.RESHAPE, Op.CLIP})
 """Operators that only move, compare or average codes: all they read and write has one scale and zero point."""
 PROBABILITIES = frozenset({Op.SOFTMAX, Op.SIGMOID})
 """Operators that make probabilities of logits; their codes are steps of 1/256, `quantmath.UNIT`."""
@@ -241,6 +241,18 @@ def _concat(values: Sequence[Array], attrs: Attrs) -> Array:
     return np.concatenate(values, axis=cast("int", attrs["axis"]))
 
 
+def _gather_shape(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    n, n_channels, *rest = shapes[0]
+    indices = ints(attrs, "indices")
+    if not indices or not all(0 <= i < n_channels for i in indices):
+        raise GraphError(f"gather: indices {indices!r:.60}, expected at least one, from 0 to {n_channels - 1}")
+    return (n, len(indices), *rest)
+
+
+def _gather(values: Sequence[Array], attrs: Attrs) -> Array:
+    return np.take(values[0], ints(attrs, "indices"), axis=1)
+
+
 def _pool_shape(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
     x = shapes[0]
     return (*x[:2], *_window_shape(x, ints(attrs, "kernel"), attrs))
@@ -407,6 +419,14 @@ OPS: Mapping[Op, OpRow] = {
         shape=_concat_shape,
         compute=_concat,
         compute_integer=_on_codes(_concat),
+    ),
+    # out[:, k] = x[:, indices[k]]: a channel shuffle, or some of the channels
+    Op.GATHER: OpRow(
+        arity=(1, 1),
+        attributes=("indices",),
+        shape=_gather_shape,
+        compute=_gather,
+        compute_integer=_on_codes(_gather),
     ),
     Op.MAX_POOL: OpRow(
         arity=(1, 1),

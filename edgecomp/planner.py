@@ -21,7 +21,7 @@ from edgecomp import quantmath
 from edgecomp.coding import PACKED_FORMS, stored_bits
 from edgecomp.errors import BudgetError
 from edgecomp.graph import Array, Graph, Node
-from edgecomp.groups import Channels, number_channels
+from edgecomp.groups import Channels, gather_nodes, number_channels
 from edgecomp.plan import Relevance
 from edgecomp.quantmath import Grid
 from edgecomp.sparsity import Masks
@@ -143,7 +143,7 @@ def irrelevant_channels(graph: Graph, relevance: Relevance) -> dict[str, tuple[b
     for node in graph.layers():
         np.add.at(total, channels.of[node.outputs[0]], relevance.layers[node.name].channel_abs)
     kept = channels.locked | (total > 0)
-    for node in graph.layers():
+    for node in (*graph.layers(), *gather_nodes(graph)):
         numbers = channels.of[node.outputs[0]]
         if not kept[numbers].any():
             kept[numbers[0]] = True

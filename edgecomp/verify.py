@@ -101,7 +101,7 @@ def _verify_layer(graph: Graph, node: Node) -> None:
             raise GraphError(f"layer {node.name!r}: bias scale differs from input scale x weight scale")
 
 
-_LEAST = {"kernel": 1, "stride": 1, "dilation": 1, "groups": 1, "pads": 0, "include_pad": 0}
+_LEAST = {"kernel": 1, "stride": 1, "dilation": 1, "groups": 1, "pads": 0, "include_pad": 0, "indices": 0}
 
 
 def _verify_attributes(node: Node) -> None:

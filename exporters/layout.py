@@ -13,6 +13,7 @@ import numpy as np
 from edgecomp.curves import FUNCTIONS
 from edgecomp.graph import Array, Graph, Node, Op
 from edgecomp.ops import ints
+from edgecomp.quantmath import ACT_MIN
 
 TO_NHWC = (0, 2, 3, 1)
 """Permutation that turns an NCHW array into NHWC."""
@@ -50,6 +51,20 @@ def stored_axis(axis: int, rank: int) -> int:
 def moves_data(shape: Shape) -> bool:
     """Tell whether NCHW and NHWC of a (N, C, H, W) shape differ in memory: not if channels or pixels are single."""
     return len(shape) == 4 and shape[1] != 1 and shape[2] * shape[3] != 1
+
+
+def never_negative(graph: Graph, name: str) -> bool:
+    """Tell whether a tensor cannot hold a value below zero, as far as what writes it says."""
+    quant = graph.tensors[name].quant
+    if quant is not None:
+        return int(quant.zero_point) == ACT_MIN
+    node = graph.producer().get(name)
+    if node is None:
+        return False
+    if "low" in node.attrs:
+        return float(node.attrs["low"]) >= 0  # type: ignore[arg-type]
+    passes = node.op in (Op.MAX_POOL, Op.AVG_POOL, Op.CONCAT, Op.GATHER)
+    return passes and all(never_negative(graph, source) for source in node.inputs)
 
 
 def window_padding(shape: Shape, kernel: Sequence[int], node: Node) -> WindowPadding:

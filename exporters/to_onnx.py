@@ -371,8 +371,8 @@ def _avg_pool(model: Model, graph: Graph, node: Node) -> None:
     _write(model, graph, node, "AveragePool", inputs, **_window(node), count_include_pad=node.attrs["include_pad"])
 
 
-# Max pool, concat, flatten and reshape only move codes: ONNX's own operators do that on int8 as well as on floats
-# (MaxPool pads with the smallest code), so nothing is dequantized.
+# Max pool, concat, gather, flatten and reshape only move codes: ONNX's own operators do that on int8 as well as on
+# floats (MaxPool pads with the smallest code), so nothing is dequantized.
 
 
 def _max_pool(model: Model, graph: Graph, node: Node) -> None:
@@ -390,6 +390,17 @@ def _global_avg_pool(model: Model, graph: Graph, node: Node) -> None:
 
 def _concat(model: Model, graph: Graph, node: Node) -> None:
     model.node("Concat", node.inputs, node.outputs[0], name=node.name, axis=node.attrs["axis"])
+
+
+def _gather(model: Model, graph: Graph, node: Node) -> None:
+    indices = ints(node.attrs, "indices")
+    first, stop = indices[0], indices[0] + len(indices)
+    if indices == tuple(range(first, stop)):
+        numbers = [model.constant(np.array([n], dtype=np.int64)) for n in (first, stop, 1)]  # start, end, axis
+        model.node("Slice", [node.inputs[0], *numbers], node.outputs[0], name=node.name)
+    else:
+        order = model.constant(np.array(indices, dtype=np.int32))
+        model.node("Gather", [node.inputs[0], order], node.outputs[0], name=node.name, axis=1)
 
 
 def _reshape(model: Model, graph: Graph, node: Node) -> None:
@@ -425,6 +436,7 @@ _EMIT: dict[Op, Any] = {
     Op.AVG_POOL: _avg_pool,
     Op.GLOBAL_AVG_POOL: _global_avg_pool,
     Op.CONCAT: _concat,
+    Op.GATHER: _gather,
     Op.FLATTEN: _flatten,
     Op.RESHAPE: _reshape,
     Op.SOFTMAX: _softmax,

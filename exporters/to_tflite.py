@@ -27,10 +27,12 @@ from .layout import (
     TO_NHWC,
     feature_orders,
     moves_data,
+    never_negative,
     stored_axis,
     stored_shape,
     window_padding,
 )
+from .tflite_gather import write_gather
 from .tflite_schema import TfliteFile
 from .tflite_weights import STORING
 
@@ -176,8 +178,14 @@ class _Writer:
         write(self, node, real, found)
         self.file.operator("QUANTIZE", 1, [found], [self.activation(node.outputs[0])], "QuantizeOptions")
 
+    def reshape(self, number: int, output: int, shape: Sequence[int]) -> None:
+        """Add a reshape; `shape` leaves the first axis out."""
+        # -1: the batch is whatever is left, so that the input can be resized to many images.
+        inputs = [number, self.constant(np.array([-1, *shape], dtype=np.int32))]
+        self.file.operator("RESHAPE", 1, inputs, [output], "ReshapeOptions")
+
     def transpose(self, number: int, order: Sequence[int], output: int, like: Tensor) -> None:
-        """Add a transpose of rank 4."""
+        """Add a transpose."""
         permutation = self.constant(np.asarray(order, dtype=np.int32))
         self.file.operator("TRANSPOSE", 1 if like.quant is None else 2, [number, permutation], [output])
 
@@ -206,7 +214,8 @@ class _Writer:
         output = self.scratch(f"{node.name}.pad", (n, top + h + bottom, left + w + right, c), source)
         margins = np.array([(0, 0), (top, bottom), (left, right), (0, 0)], dtype=np.int32)
         inputs, version = [number, self.constant(margins)], 1 if source.quant is None else 2
-        if node.op is Op.MAX_POOL and not self.never_negative(node.inputs[0]):
+        # Where nothing is below zero, zeros cannot change a maximum: XNNPACK runs PAD, but not PADV2.
+        if node.op is Op.MAX_POOL and not never_negative(self.graph, node.inputs[0]):
             value = np.array([np.finfo(np.float32).min], dtype=np.float32)
             value = value if source.quant is None else np.array([ACT_MIN], dtype=np.int8)
             inputs.append(self.constant(value, quant=source.quant))
@@ -285,19 +294,6 @@ class _Writer:
         self.file.operator(op, version, inputs, [target], options, fusedActivationFunction=function, **fields)
         if activation is None:
             self.clamp(node, target, output)
-
-    def never_negative(self, name: str) -> bool:
-        """Tell whether padding with zeros cannot change a maximum: XNNPACK runs PAD, but not PADV2."""
-        quant = self.graph.tensors[name].quant
-        if quant is not None:
-            return int(quant.zero_point) == ACT_MIN
-        node = self.graph.producer().get(name)
-        if node is None:
-            return False
-        if "low" in node.attrs:
-            return float(node.attrs["low"]) >= 0  # type: ignore[arg-type]
-        passes = node.op in (Op.MAX_POOL, Op.AVG_POOL, Op.CONCAT)
-        return passes and all(self.never_negative(n) for n in node.inputs)
 
 
 def _little_endian(values: Array) -> bytes:
@@ -453,9 +449,7 @@ def _reshape(writer: _Writer, node: Node) -> None:
     turned = moves_data(result.shape)
     target = writer.scratch(f"{node.name}.out", result.shape, result) if turned else y
     shape = result.shape if turned else stored_shape(result.shape)
-    # -1: the batch is whatever is left, so that the input can be resized to many images.
-    inputs = [x, writer.constant(np.array([-1, *shape[1:]], dtype=np.int32))]
-    writer.file.operator("RESHAPE", 1, inputs, [target], "ReshapeOptions")
+    writer.reshape(x, target, shape[1:])
     if turned:
         writer.transpose(target, TO_NHWC, y, result)
 
@@ -486,6 +480,7 @@ _HANDLERS: Mapping[Op, Callable[[_Writer, Node], None]] = {
     Op.SILU: _silu,
     Op.HARD_SWISH: _hard_swish,
     Op.CONCAT: _concat,
+    Op.GATHER: write_gather,
     Op.MAX_POOL: _pool,
     Op.AVG_POOL: _pool,
     Op.GLOBAL_AVG_POOL: _global_avg_pool,

@@ -199,7 +199,34 @@ def gated(seed: int = 0) -> Graph:
     return b.graph(b.linear("fc2", x, 10), "gated")
 
 
-GRAPHS = {"plain": plain, "residual": residual, "separable": separable, "branches": branches, "gated": gated}
+def shuffled(seed: int = 0) -> Graph:
+    """Channels shuffled, cut in two, one half passed on; then some, in any order: the shape of ShuffleNet."""
+    b = Build(seed, (3, 8, 8))
+    point = {"kernel": (1, 1), "pads": (0, 0, 0, 0)}
+    x = b.clip("stem.relu", b.conv("stem", "input", 6))
+    y = b.clip("right.relu", b.conv("right", x, 6, **point))  # type: ignore[arg-type]
+    x = b.node(Op.CONCAT, "cat1", (x, y), {"axis": 1})
+    x = b.node(Op.GATHER, "shuffle1", (x,), {"indices": tuple(i + 6 * j for i in range(6) for j in range(2))})
+    kept = b.node(Op.GATHER, "chunk1", (x,), {"indices": tuple(range(6))})
+    y = b.node(Op.GATHER, "chunk2", (x,), {"indices": tuple(range(6, 12))})
+    y = b.conv("dw", b.clip("expand.relu", b.conv("expand", y, 6, **point)), 6, groups=6)  # type: ignore[arg-type]
+    y = b.clip("project.relu", b.conv("project", y, 6, **point))  # type: ignore[arg-type]
+    x = b.node(Op.CONCAT, "cat2", (kept, y), {"axis": 1})
+    x = b.node(Op.GATHER, "shuffle2", (x,), {"indices": tuple(i + 4 * j for i in range(4) for j in range(3))})
+    x = b.clip("end.relu", b.conv("end", x, 8, stride=(2, 2)))
+    x = b.node(Op.FLATTEN, "flatten", (b.node(Op.GLOBAL_AVG_POOL, "pool", (x,), {}),), {})
+    x = b.node(Op.GATHER, "some", (x,), {"indices": (7, 0, 1, 2, 4, 4)})
+    return b.graph(b.linear("fc", x, 10), "shuffled")
+
+
+GRAPHS = {
+    "plain": plain,
+    "residual": residual,
+    "separable": separable,
+    "branches": branches,
+    "gated": gated,
+    "shuffled": shuffled,
+}
 
 
 def alone(graph: Graph, node: Node) -> Graph:

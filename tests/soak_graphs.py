@@ -15,7 +15,7 @@ from edgecomp.errors import ExportError
 from edgecomp.exporters import export
 from edgecomp.exporters.layout import stored_axis, window_padding
 from edgecomp.graph import Graph, Op
-from edgecomp.groups import is_depthwise, number_channels
+from edgecomp.groups import gather_nodes, is_depthwise, number_channels
 from edgecomp.ops import OPS, PROBABILITIES, ints
 from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan
 from edgecomp.preprocessing import Preprocessing
@@ -35,7 +35,7 @@ assert RUNTIMES.keys() <= RUNNERS.keys()
 # arithmetic. A softmax's exponential comes from a table or a polynomial: one more.
 STEPS_OF_A_NODE = dict.fromkeys(Op, 1) | {Op.SOFTMAX: 2}
 # Only what neither multiplies nor divides is exact.
-STEPS_OF_A_NODE |= dict.fromkeys((Op.MAX_POOL, Op.CONCAT, Op.FLATTEN, Op.RESHAPE, Op.CLIP), 0)
+STEPS_OF_A_NODE |= dict.fromkeys((Op.MAX_POOL, Op.CONCAT, Op.GATHER, Op.FLATTEN, Op.RESHAPE, Op.CLIP), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +170,26 @@ class _Draw(Build):
             return x
         return self.node(Op.CONCAT, self.name("cat"), parts, {"axis": axis})
 
+    def some_gather(self, x: str) -> str:
+        """A channel shuffle, a run of channels, or any."""
+        n = self.shape(x)[1]
+        groups = int(self.draw.choice([g for g in range(1, n + 1) if n % g == 0]))
+        indices = np.arange(n).reshape(groups, -1).T.ravel()
+        if self.chance(0.5):
+            start = self.count(0, n - 1)
+            indices = np.arange(start, self.count(start + 1, n))
+        elif self.chance(0.3):
+            indices = self.draw.integers(n, size=self.count(1, n))
+        return self.node(Op.GATHER, self.name("gather"), (x,), {"indices": tuple(indices.tolist())})
+
     def body(self, x: str) -> str:
         for _ in range(self.count(1, 6)):
             match pick(
-                self.draw, "conv", "conv", "conv", "clip", "clip", "pool", "add", "concat", "function", "product"
-            ):
+                self.draw, "conv", "conv", "conv", "clip", "clip", "pool", "add", "concat", "gather", "function",
+                "product",
+            ):  # fmt: skip
+                case "gather":
+                    x = self.some_gather(x)
                 case "function":
                     x = self.some_function(x)
                 case "product":
@@ -207,7 +222,9 @@ class _Draw(Build):
             x = self.node(Op.FLATTEN, self.name("flatten"), (x,), {})
         for _ in range(self.count(0, 2)):
             x = self.linear(self.name("fc"), x, self.count(1, MAX_CHANNELS), bias=self.chance(0.8))
-            match pick(self.draw, "clip", "clip", "add", "concat", "function", "product", "nothing"):
+            match pick(self.draw, "clip", "clip", "add", "concat", "gather", "function", "product", "nothing"):
+                case "gather":
+                    x = self.some_gather(x)
                 case "function":
                     x = self.some_function(x)
                 case "product":
@@ -245,10 +262,10 @@ def _living(graph: Graph) -> Graph:
 
 
 def random_keep(rng: np.random.Generator, graph: Graph) -> dict[str, tuple[bool, ...]]:
-    """Draw a consistent choice of channels; every layer keeps one at least."""
+    """Draw a consistent choice of channels; every layer and every gather keeps one at least."""
     channels = number_channels(graph)
     kept = channels.locked | (rng.random(len(channels.locked)) < pick(rng, 0.3, 0.7, 1.0))
-    for node in graph.layers():
+    for node in (*graph.layers(), *gather_nodes(graph)):
         numbers = channels.of[node.outputs[0]]
         if not kept[numbers].any():
             kept[rng.choice(numbers)] = True

@@ -98,6 +98,10 @@ def features(x):
     return x.mean((2, 3))
 
 
+def shuffled(m, x):
+    return m.conv(x).view(-1, 2, 3, H, W).transpose(1, 2).contiguous().view(-1, 6, H, W)
+
+
 CASES = {
     "conv": (nn.Conv2d(C, 6, 3), [CONV]),
     "conv stride padding": (nn.Conv2d(C, 6, (3, 2), stride=(2, 1), padding=(1, 2)), [CONV]),
@@ -176,13 +180,42 @@ CASES = {
         Function(lambda m, x: torch.cat([features(x), m.fc(features(x))], -1), **HEAD),
         [MEAN, FLAT, MEAN, FLAT, Op.LINEAR, Op.CONCAT],
     ),
+    "channel shuffle": (Function(shuffled, conv=nn.Conv2d(C, 6, 3, padding=1)), [CONV, Op.GATHER]),
+    "channel shuffle module": (nn.ChannelShuffle(2), [Op.GATHER]),
+    "channel shuffle of features": (
+        Function(lambda m, x: m.fc(features(x).view(-1, 2, 2).transpose(-1, -2).reshape(-1, C)), **HEAD),
+        [MEAN, FLAT, Op.GATHER, Op.LINEAR],
+    ),
+    "channel shuffle by permute": (
+        Function(lambda m, x: x.reshape(-1, 2, 1, 2, H, W).permute(0, 3, 2, 1, -2, -1).flatten(1, 2).flatten(1, 2)),
+        [Op.GATHER],
+    ),
+    "shuffled back": (
+        Function(lambda m, x: F.channel_shuffle(x, 1).view(-1, 2, 2, H, W).transpose(1, 2).transpose(2, 1)
+                 .view(-1, C, H, W).relu()),
+        [CLIP],
+    ),
+    "chunk": (
+        Function(lambda m, x: (lambda a, b: torch.cat([b, m.conv(a)], 1))(*x.chunk(2, 1)), conv=nn.Conv2d(2, 3, 1)),
+        [Op.GATHER, Op.GATHER, CONV, Op.CONCAT],
+    ),
+    "chunk unevenly": (
+        Function(lambda m, x: torch.cat([m.c(x).chunk(3, dim=-3)[i] for i in (2, 0, 1)], 1), c=nn.Conv2d(C, 7, 1)),
+        [CONV, *[Op.GATHER] * 3, Op.CONCAT],
+    ),
+    "split": (Function(lambda m, x: torch.cat(x.split([1, 3], 1)[::-1], 1)), [Op.GATHER, Op.GATHER, Op.CONCAT]),
+    "split by size": (Function(lambda m, x: x.split(2, 1)[1].relu()), [Op.GATHER, CLIP]),
+    "slice": (Function(lambda m, x: x[:, 1:-1].relu()), [Op.GATHER, CLIP]),
+    "slice with steps": (Function(lambda m, x: x[:, -3::2].relu()), [Op.GATHER, CLIP]),
+    "slice everything": (Function(lambda m, x: x[:, :, :].relu()), [CLIP]),
+    "narrow": (Function(lambda m, x: x.narrow(1, 1, 2).relu()), [Op.GATHER, CLIP]),
     "flatten": (nn.Flatten(), [FLAT]),
     "view": (Function(lambda m, x: x.view(x.size(0), -1)), [FLAT]),
     "reshape": (Function(lambda m, x: x.reshape(x.shape[0], 2, C // 2, H, W)), [Op.RESHAPE]),
     "unflatten": (Function(lambda m, x: x.flatten(1).unflatten(1, (2, -1))), [FLAT, Op.RESHAPE]),
     "squeeze": (
         Function(lambda m, x: x.mean([-1, -2], keepdim=True).squeeze(-1).squeeze(-1)),
-        [MEAN, Op.RESHAPE, FLAT],
+        [MEAN, FLAT],
     ),
     "softmax": (
         Function(lambda m, x: F.softmax(m.fc(features(x)), dim=-1), **HEAD),
@@ -426,7 +459,7 @@ def zoo(name: str) -> nn.Module:
 
         module = models.ResNet(Bottleneck, [1, 1, 1, 1], groups=4, width_per_group=8, num_classes=10)
     elif name == "shufflenet":
-        module = models.ShuffleNetV2([1, 1, 1], [8, 16, 32, 64, 64])
+        module = models.ShuffleNetV2([2, 2, 1], [8, 16, 32, 64, 64])
     else:
         module = getattr(models, name)(weights=None, num_classes=10)
     return randomised(module)
@@ -443,6 +476,7 @@ def zoo(name: str) -> nn.Module:
         ("mnasnet", 48, 23),
         ("inception", 40, 12),
         ("resnext", 48, 18),
+        ("shufflenet", 48, 24),
     ],
 )
 def test_torchvision(name: str, side: int, n_layers: int) -> None:

@@ -88,11 +88,37 @@ REFUSED = {
         UnsupportedOp,
         "of a tensor with zeros around it",
     ),
-    "conv1d": (
-        lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(C, 6, 3)),
+    "conv2d of what has no batch": (
+        lambda: net(lambda m, x: m.one(x.flatten(1, 2)).relu(), one=nn.Conv2d(1, 6, 3)),
         UnsupportedOp,
-        "layer '1': conv1d is not supported",
+        "layer 'one': conv2d on a tensor of shape (1, 36, 7) is not supported, only 4 dimensions",
     ),
+    "linear on a signal": (
+        lambda: nn.Sequential(nn.Flatten(2), nn.Linear(H * W, 3)),
+        UnsupportedOp,
+        "layer '1': linear on a tensor of shape (1, 4, 63) is not supported, only 2 dimensions",
+    ),
+    "mul of an image and a signal": (
+        lambda: net(lambda m, x: x.flatten(2) * x.mean((2, 3), keepdim=True)),
+        UnsupportedOp,
+        "mul of shapes (1, 4, 63) and (1, 4, 1, 1) is not supported",
+    ),
+    "transpose of a signal": (
+        lambda: net(lambda m, x: x.flatten(2).transpose(1, 2)),
+        UnsupportedOp,
+        "layer 'transpose': transpose is not supported, only of axes",
+    ),
+    "mean over channels": (
+        lambda: net(lambda m, x: x.flatten(2).mean(1)),
+        UnsupportedOp,
+        "layer 'mean': mean over axes [1] is not supported, only over all of space",
+    ),
+    "pad channels of a signal": (
+        lambda: net(lambda m, x: m.one(F.pad(x.flatten(2), (0, 0, 0, 1))), one=nn.Conv1d(C + 1, 2, 1)),
+        UnsupportedOp,
+        "pad by [0, 0, 0, 1] is not supported, only outwards and around the image",
+    ),
+    "slice of a signal": (lambda: net(lambda m, x: x.flatten(2)[:, :, 1:]), UnsupportedOp, "only of channels (axis 1)"),
     "linear on an image": (lambda: nn.Sequential(nn.Linear(W, 3)), UnsupportedOp, "only 2 dimensions"),
     "matmul of two": (lambda: net(lambda m, x: x.flatten(2)[0] @ x.flatten(2)[0].t()), UnsupportedOp, "layer 'select'"),
     "kernel from the image": (
@@ -116,6 +142,33 @@ REFUSED = {
     ),
     "softmax of the batch": (lambda: nn.Softmax(dim=0), UnsupportedOp, "softmax along the batch"),
     "no batch left": (lambda: net(lambda m, x: x.flatten()), UnsupportedOp, "must stay the batch of 1"),
+    "transpose of an image": (
+        lambda: net(lambda m, x: x.transpose(2, 3).relu()),
+        UnsupportedOp,
+        "layer 'transpose': transpose is not supported, only of axes that a view has made of the channels",
+    ),
+    "transpose of channels and rows": (
+        lambda: net(lambda m, x: x.view(1, 2, 2, H, W).transpose(2, 3).relu()),
+        UnsupportedOp,
+        "layer 'transpose': transpose is not supported, only of axes",
+    ),
+    "transpose of what rows became": (
+        lambda: net(lambda m, x: x.view(1, C, 3, 3, W).transpose(1, 2).relu()),
+        UnsupportedOp,
+        "layer 'transpose': transpose is not supported, only of axes",
+    ),
+    "relu of shuffled groups": (
+        lambda: net(lambda m, x: x.view(1, 2, 2, H, W).transpose(1, 2).relu()),
+        UnsupportedOp,
+        "layer 'relu': relu of channels that were transposed is not supported, only view(N, C, H, W) of such",
+    ),
+    "flatten of shuffled groups": (
+        lambda: net(lambda m, x: x.view(1, 2, 2, H, W).transpose(1, 2).flatten(1)),
+        UnsupportedOp,
+        "flatten of channels that were transposed, to (1, 252), is not supported, only to (N, C, H, W)",
+    ),
+    "chunk of rows": (lambda: net(lambda m, x: x.chunk(3, 2)[0]), UnsupportedOp, "chunk along axis 2 is not supported"),
+    "slice of rows": (lambda: net(lambda m, x: x[:, :, 1:]), UnsupportedOp, "only of channels (axis 1)"),
     "other dtype": (lambda: net(lambda m, x: m.conv(x).half()), UnsupportedOp, "to torch.float16"),
     "dropout for ever": (lambda: net(lambda m, x: F.dropout(x)), UnsupportedOp, "training=self.training"),
     "random": (
@@ -187,7 +240,7 @@ def test_torch_logs_nothing_beside_the_error() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("shape", [(3, 32), (0, 8, 8), (3, -1, 8)])
+@pytest.mark.parametrize("shape", [(3,), (0, 8, 8), (3, -1, 8), (3, 0), (1, 3, 8, 8)])
 def test_an_input_shape_that_is_none(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="expected C,H,W"):
         capture(nn.ReLU(), shape, name="relu")
@@ -200,9 +253,9 @@ def test_what_the_message_teaches_is_what_is_translated() -> None:
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("shufflenet", "layer 'stage2.0.transpose': transpose")],
+    [("convnext_tiny", "layer 'features.0.1.permute': permute is not supported, only of axes that a view has made")],
 )
 def test_torchvision_with_operators_we_do_not_know(name: str, found: str) -> None:
     with pytest.raises(UnsupportedOp, match=f"^{re.escape(found)}") as error:
-        capture(zoo(name), (3, 64, 64), name=name)
-    assert "edgecomp takes in conv2d, linear" in str(error.value)
+        capture(zoo(name), (3, 32, 32), name=name)
+    assert "edgecomp takes in conv2d, conv1d, linear" in str(error.value)

@@ -88,6 +88,22 @@ def test_the_least_worth_goes_first() -> None:
     assert not {int(n) for n in channels.of["fc"]} & set(order)
 
 
+def test_a_gather_keeps_a_channel() -> None:
+    """One half of the channels, which come from two layers, is worth nothing; one of them stays."""
+    graph = GRAPHS["shuffled"]()
+    channels = number_channels(graph)
+    scores = {node.name: np.ones(graph.weight(node).shape[0]) for node in graph.layers()}
+    scores["stem"][:3] = scores["right"][:3] = 0
+    keep = not_above(graph, scores, floors(graph, 0))
+    assert sum(keep["stem"]) + sum(keep["right"]) == 7
+    smaller = cut(graph, keep)
+    assert smaller.tensors["chunk1"].shape[1] == 1
+    assert smaller.tensors["chunk2"].shape[1] == 6
+    least = floors(graph, 0)
+    gone = set(rank(graph, channels, scores, least))
+    assert not gone.issuperset(channels.of["chunk1"].tolist())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_nothing_above_zero_is_what_the_planner_calls_irrelevant(name: str) -> None:
     graph = ALL[name]()

@@ -14,7 +14,7 @@ from edgecomp.compress import compress, cut, fuse_clips
 from edgecomp.errors import GraphError, PlanError
 from edgecomp.exporters.to_tflite import to_tflite
 from edgecomp.graph import Graph, Op, QuantParams
-from edgecomp.groups import number_channels
+from edgecomp.groups import gather_nodes, number_channels
 from edgecomp.ops import SHARES_SCALE
 from edgecomp.plan import ActRange, CompressionPlan, Io
 from edgecomp.verify import verify_quantized
@@ -27,10 +27,10 @@ ALL = {**GRAPHS, "multiplied": multiplied, "dense": dense}
 
 
 def random_keep(graph: Graph, rng: np.random.Generator, share: float) -> dict[str, tuple[bool, ...]]:
-    """Drop each free channel number with the given probability, but keep one channel of each layer."""
+    """Drop each free channel number with the given probability, but keep one channel of each layer and gather."""
     channels = number_channels(graph)
     kept = channels.locked | (rng.random(len(channels.locked)) >= share)
-    for node in graph.layers():
+    for node in (*graph.layers(), *gather_nodes(graph)):
         numbers = channels.of[node.outputs[0]]
         if not kept[numbers].any():
             kept[rng.choice(numbers)] = True

@@ -34,6 +34,7 @@ TOGETHER: dict[str, list[set[str]]] = {
         {"se2.fc1"},
         {"fc1"},
     ],
+    "shuffled": [{"stem"}, {"right"}, {"expand", "dw"}, {"project"}, {"end"}],
 }
 LOCKED = {
     "plain": {"fc2"},
@@ -43,6 +44,7 @@ LOCKED = {
     "multiplied": {"fc"},
     "dense": {"fc"},
     "gated": {"fc2"},
+    "shuffled": {"fc"},
 }
 
 
@@ -80,7 +82,16 @@ def test_numbers_by_hand() -> None:
     want = [*grown.of["stem"].tolist(), *grown.of["conv1"].tolist(), *grown.of["conv2"].tolist()]
     assert grown.of["cat2"].tolist() == want
     assert grown.of["cat"].tolist() == [n for n in want for _ in range(9)] + grown.of["side"].tolist()
-    for channels in (residual, doubled, grown):
+    mixed = number_channels(ALL["shuffled"]())
+    stem, right, project = (mixed.of[name].tolist() for name in ("stem", "right", "project"))
+    by_turns = [n for pair in zip(stem, right, strict=True) for n in pair]
+    assert mixed.of["shuffle1"].tolist() == by_turns
+    assert mixed.of["chunk2"].tolist() == by_turns[6:]
+    threes = [(by_turns[i], by_turns[i + 4] if i < 2 else project[i - 2], project[i + 2]) for i in range(4)]
+    assert mixed.of["shuffle2"].tolist() == [n for three in threes for n in three]
+    end = mixed.of["end"].tolist()
+    assert mixed.of["some"].tolist() == [end[7], end[0], end[1], end[2], end[4], end[4]]
+    for channels in (residual, doubled, grown, mixed):
         for numbers in channels.of.values():
             assert not numbers.flags.writeable
 
@@ -132,7 +143,8 @@ def removable(graph: Graph, name: str) -> bool:
     return shapes_hold(graph, {name: 1})
 
 
-@pytest.mark.parametrize("name", ALL)
+# Counting cannot tell which channels a gather reads: its numbers are checked by hand, and by cutting.
+@pytest.mark.parametrize("name", sorted(ALL.keys() - {"shuffled"}))
 def test_coupled_is_what_breaks_shapes(name: str) -> None:
     """A channel can be cut alone exactly when shapes hold; a coupled group exactly when all its layers are cut."""
     graph = ALL[name]()

@@ -128,6 +128,8 @@ OTHERS: dict[str, tuple[Op, dict[str, object], Callable[..., torch.Tensor], int]
     "concat channels": (Op.CONCAT, {"axis": 1}, lambda *t: torch.cat(t, 1), 3),
     "concat rows": (Op.CONCAT, {"axis": 2}, lambda *t: torch.cat(t, 2), 2),
     "concat last": (Op.CONCAT, {"axis": -1}, lambda *t: torch.cat(t, -1), 2),
+    "gather": (Op.GATHER, {"indices": (2, 0, 0)}, lambda x: x[:, [2, 0, 0]], 1),
+    "channel shuffle": (Op.GATHER, {"indices": (0, 1, 2)}, lambda x: F.channel_shuffle(x, 3), 1),
     "global avg pool": (Op.GLOBAL_AVG_POOL, {}, lambda x: F.adaptive_avg_pool2d(x, 1), 1),
     "relu": (Op.CLIP, {"low": 0.0, "high": np.inf}, F.relu, 1),
     "relu6": (Op.CLIP, {"low": 0.0, "high": 0.75}, lambda x: x.clamp(0, 0.75), 1),
@@ -191,6 +193,8 @@ BAD_SHAPES = {
     "mul of another channel": (Op.MUL, [(1, 4, 2, 2), (1, 1, 1, 1)], {}, "expected equal shapes, or"),
     "mul of rows": (Op.MUL, [(1, 4), (1, 1)], {}, "expected equal shapes, or"),
     "concat": (Op.CONCAT, [(1, 4, 2, 2), (1, 4, 3, 2)], {"axis": 1}, "differ beside axis 1"),
+    "gather nothing": (Op.GATHER, [(1, 4, 2, 2)], {"indices": ()}, "expected at least one, from 0 to 3"),
+    "gather beyond": (Op.GATHER, [(1, 4, 2, 2)], {"indices": (0, 4)}, "expected at least one, from 0 to 3"),
     "reshape": (Op.RESHAPE, [(1, 4, 2, 2)], {"shape": (1, 5, 3)}, "does not fit"),
     "reshape of the batch": (Op.RESHAPE, [(1, 4, 2, 2)], {"shape": (2, 8)}, "does not fit"),
 }

@@ -41,6 +41,7 @@ TOLERANCE: dict[Op, tuple[int, float]] = {
     Op.AVG_POOL: (1, 0.3),
     Op.SOFTMAX: (1, 3e-2),
     Op.CONCAT: EXACT,
+    Op.GATHER: EXACT,
     Op.MAX_POOL: EXACT,
     Op.CLIP: EXACT,
     Op.FLATTEN: EXACT,
@@ -178,6 +179,7 @@ def test_cut_networks(name: str) -> None:
             "expand": (0, 5), "dw": (0, 5), "se.fc2": (0, 5), "se.fc1": (3,),
             "conv": (9,), "se2.fc2": (9,), "side": (9,), "fc1": (1, 2, 3),
         },
+        "shuffled": {"stem": (2,), "right": (0, 5), "expand": (1,), "dw": (1,), "project": (3,), "end": (4, 6)},
     }
     quantized = compress(graph, plan_for(graph, 3, drop=drop[name]))
     x = images(graph, N_IMAGES)

@@ -323,6 +323,8 @@ def dropped(keep: Mapping[str, tuple[bool, ...]]) -> dict[str, list[int]]:
             {"stem": [1], "dw1": [2, 3], "dw2": [4, 5, 6, 7]},
         ),
         ("multiplied", {"stem": [1], "dw1": [2, 3], "dw2": [4, 5, 6]}, {}),
+        # What reads the first half of the shuffled channels is left one of them.
+        ("shuffled", {"stem": [0, 1, 2], "right": [0, 1, 2]}, {"stem": [1, 2], "right": [0, 1, 2]}),
     ],
 )
 def test_irrelevant_channels(name: str, zero: dict[str, list[int]], want: dict[str, list[int]]) -> None:

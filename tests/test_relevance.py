@@ -201,6 +201,7 @@ LOGITS = {
     "residual": (GRAPHS["residual"], "fc"),
     "separable": (GRAPHS["separable"], "fc"),
     "branches": (GRAPHS["branches"], "fc"),
+    "shuffled": (GRAPHS["shuffled"], "fc"),
     "conv head": (conv_head, "mean"),
     "reused": (reused, "fc"),
 }

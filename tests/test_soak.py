@@ -30,7 +30,7 @@ def test_random_networks_cover_what_they_should() -> None:
     ops = {node.op.value for case in cases for node in case.graph.nodes}
     assert ops == {
         "conv2d", "linear", "add", "concat", "max_pool", "avg_pool", "global_avg_pool", "clip", "flatten", "reshape",
-        "softmax", "mul", "sigmoid", "hard_sigmoid", "silu", "hard_swish",
+        "softmax", "mul", "sigmoid", "hard_sigmoid", "silu", "hard_swish", "gather",
     }  # fmt: skip
     convs = [n.attrs for case in cases for n in case.graph.nodes if n.op == "conv2d"]
     assert any(a["groups"] != 1 for a in convs)

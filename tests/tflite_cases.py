@@ -17,6 +17,10 @@ def reshape(b: Build, x: str, *shape: int) -> str:
     return b.node(Op.RESHAPE, "reshaped", (x,), {"shape": shape})
 
 
+def gather(b: Build, x: str, *indices: int) -> str:
+    return b.node(Op.GATHER, "gathered", (x,), {"indices": indices})
+
+
 def add(b: Build, x: str, y: str) -> str:
     return b.node(Op.ADD, "add", (x, y), {})
 
@@ -159,6 +163,16 @@ CASES = {
         build=lambda b: b.node(Op.CONCAT, "cat", (b.conv("c", "input", 5), b.conv("d", "input", 5)), {"axis": -2}),
         ops="CONV_2D CONV_2D CONCATENATION",
     ),
+    "gather a run": Case(build=lambda b: gather(b, "input", 2, 3, 4), ops="STRIDED_SLICE", shape=(6, 8, 8)),
+    "gather a run of features": Case(build=lambda b: gather(b, "input", 2, 3, 4), ops="STRIDED_SLICE", shape=(6,)),
+    "shuffle in two groups": Case(
+        build=lambda b: gather(b, "input", 0, 3, 1, 4, 2, 5), ops="RESHAPE TRANSPOSE RESHAPE", shape=(6, 8, 8)
+    ),
+    "shuffle in three groups": Case(
+        build=lambda b: gather(b, "input", 0, 2, 4, 1, 3, 5), ops="RESHAPE TRANSPOSE RESHAPE", shape=(6,)
+    ),
+    "gather in any order": Case(build=lambda b: gather(b, "input", 5, 0, 1, 1), ops="GATHER", shape=(6, 8, 8)),
+    "gather of features": Case(build=lambda b: gather(b, "input", 0, 3, 1, 4, 2), ops="GATHER", shape=(6,)),
     "max pool": Case(build=lambda b: b.max_pool("p", "input", (3, 2)), ops="MAX_POOL_2D"),
     "max pool padded": Case(
         build=lambda b: b.max_pool("p", "input", (3, 3), pads=(1, 1, 1, 1)), ops="PADV2 MAX_POOL_2D"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 
 from edgecomp.errors import CaptureError, GraphError
 from edgecomp.graph import WEIGHTED, Array, Op
-from edgecomp.pytorch.calls import Activation, Call, Expanded, Padded, Value, operator_name
+from edgecomp.pytorch.calls import Activation, Arranged, Call, Expanded, Padded, Value, in_graph, operator_name
 
 
 def _with_bias(weight: Array, bias: Array | None) -> dict[str, Array]:
@@ -22,12 +23,14 @@ def _with_bias(weight: Array, bias: Array | None) -> dict[str, Array]:
 # ---- layers with weights ---------------------------------------------------------------------------------------------
 
 
-def _conv2d(call: Call) -> Value:
+def _conv(call: Call) -> Value:
     if call.args.get("transposed"):
         raise call.refuse("that is transposed is not supported")
     weight = call.weight("weight")
-    if weight.ndim != 4:
+    if weight.ndim not in (3, 4):
         raise call.refuse(f"with a kernel of shape {weight.shape} is not supported")
+    x, around = call.padded("input", ndim=weight.ndim)
+    weight = weight.reshape(in_graph(weight.shape))
     dilation = call.pair("dilation")
     padding = call.args["padding"]
     if padding == "same":
@@ -37,7 +40,6 @@ def _conv2d(call: Call) -> Value:
     else:
         h, w = (0, 0) if padding == "valid" else call.pair("padding")
         pads = (h, w, h, w)
-    x, around = call.padded("input", ndim=4)
     return call.emit(
         Op.CONV2D,
         [x],
@@ -81,8 +83,8 @@ def _batch_norm(call: Call) -> Value:
     weight, bias = call.constant("weight"), call.constant("bias")
     scale = (1.0 if weight is None else weight.astype(np.float64)) / np.sqrt(variance)
     shift = (0.0 if bias is None else bias.astype(np.float64)) - mean.astype(np.float64) * scale
-    if len(x.shape) not in (2, 4):
-        raise call.refuse(f"on a tensor of shape {x.shape} is not supported, only 2 or 4 dimensions")
+    if len(x.shape) not in (2, 3, 4):
+        raise call.refuse(f"on a tensor of shape {x.shape} is not supported, only 2 to 4 dimensions")
     folded = _fold(call, x, scale, shift)
     if folded is None:
         folded = _scale_channels(call, x, scale, shift)
@@ -121,7 +123,7 @@ def _scale_channels(call: Call, x: Activation, scale: Array, shift: Array) -> Ac
         dilation=(1, 1),
         groups=x.shape[1],
     )
-    return out if image is x else _flatten_after(call, out)
+    return Activation(name, x.shape) if image is x else _flatten_after(call, out)
 
 
 def _flatten_after(call: Call, x: Activation) -> Activation:
@@ -164,11 +166,11 @@ def _mul(call: Call) -> Value:
     a, b = factors
     if all(isinstance(call.args[name], Expanded) for name in ("self", "other")):
         raise call.refuse("of two tensors that were expanded is not supported")
-    try:
-        return call.emit(Op.MUL, factors)
-    except GraphError as e:
-        raise call.refuse(f"of shapes {a.shape} and {b.shape} is not supported, only equal shapes, or one value a "
-                          "channel (N, C, 1, 1)") from e  # fmt: skip
+    if len(a.shape) == len(b.shape):
+        with contextlib.suppress(GraphError):
+            return call.emit(Op.MUL, factors)
+    raise call.refuse(f"of shapes {a.shape} and {b.shape} is not supported, only equal shapes, or one value a channel "
+                      "(N, C, 1, 1)")  # fmt: skip
 
 
 def _function(op: Op) -> Callable[[Call], Value]:
@@ -178,22 +180,20 @@ def _function(op: Op) -> Callable[[Call], Value]:
 
 def _expand(call: Call) -> Value:
     x, shape = call.activation("self"), call.out_shape()
-    if shape != x.shape and len(shape) == len(x.shape) == 4 and x.shape == (*shape[:2], 1, 1):
+    if shape != x.shape and len(shape) in (3, 4) and x.shape == (*shape[:2], 1, 1)[: len(shape)]:
         return Expanded(x, shape)
     return _same(call)
 
 
 def _cat(call: Call) -> Value:
     parts = call.args["tensors"]
-    if any(isinstance(part, Padded) for part in parts):
-        raise call.refuse("of a tensor with zeros around it is not supported, only conv2d of such")
-    if any(isinstance(part, Expanded) for part in parts):
-        raise call.refuse("of a tensor that was expanded is not supported, only mul of such")
+    for part in parts:
+        call.refuse_unfinished(part)
     if not all(isinstance(part, Activation) for part in parts):
         raise call.refuse("with a constant tensor is not supported")
     ndim = len(parts[0].shape)
     axis = int(call.args["dim"]) % ndim
-    if axis != 1 or ndim not in (2, 4):
+    if axis != 1 or ndim not in (2, 3, 4):
         raise call.refuse(f"along axis {axis} of {ndim} is not supported, only channels (axis 1)")
     return cast("Value", parts[0]) if len(parts) == 1 else call.emit(Op.CONCAT, parts, axis=axis)
 
@@ -205,7 +205,7 @@ def _softmax(call: Call) -> Value:
         raise call.refuse("along the batch is not supported")
     if call.args.get("half_to_float") or call.args.get("dtype") not in (None, torch.float32):
         raise call.refuse("with a change of dtype is not supported")
-    return call.emit(Op.SOFTMAX, [x], axis=axis)
+    return call.emit(Op.SOFTMAX, [x], axis=3 if (len(x.shape), axis) == (3, 2) else axis)
 
 
 # ---- pools -----------------------------------------------------------------------------------------------------------
@@ -213,13 +213,19 @@ def _softmax(call: Call) -> Value:
 
 def _extra(call: Call, x: Activation, reach: Sequence[int]) -> tuple[int, int]:
     """Give the rows and columns past torch's padding that ceil_mode's last windows touch."""
-    out, stride, padding = call.out_shape()[2:], call.pair("stride"), call.pair("padding")
-    needed = [(out[i] - 1) * stride[i] + reach[i] - x.shape[2 + i] - 2 * padding[i] for i in (0, 1)]
+    out, size = in_graph(call.out_shape())[2:], in_graph(x.shape)[2:]
+    stride, padding = call.pair("stride"), call.pair("padding")
+    needed = [(out[i] - 1) * stride[i] + reach[i] - size[i] - 2 * padding[i] for i in (0, 1)]
     return max(0, needed[0]), max(0, needed[1])
 
 
-def _max_pool2d(call: Call) -> Value:
-    x = call.activation("self", ndim=4)
+def _pooled(call: Call) -> Activation:
+    """Read what a pool pools: a signal or an image, as the operator's name says."""
+    return call.activation("self", ndim=3 if "1d" in operator_name(call.node) else 4)
+
+
+def _max_pool(call: Call) -> Value:
+    x = _pooled(call)
     kernel, dilation, (h, w) = call.pair("kernel_size"), call.pair("dilation"), call.pair("padding")
     down, right = _extra(call, x, [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)])
     pooled = call.emit(
@@ -233,10 +239,10 @@ def _max_pool2d(call: Call) -> Value:
     return (pooled, None) if isinstance(call.node.meta["val"], (list, tuple)) else pooled
 
 
-def _avg_pool2d(call: Call) -> Value:
-    if call.args["divisor_override"] is not None:
+def _avg_pool(call: Call) -> Value:
+    if call.args.get("divisor_override") is not None:
         raise call.refuse("with divisor_override is not supported")
-    x = call.activation("self", ndim=4)
+    x = _pooled(call)
     kernel, (h, w) = call.pair("kernel_size"), call.pair("padding")
     down, right = _extra(call, x, kernel)
     include = bool(call.args["count_include_pad"]) and (h, w) != (0, 0)
@@ -253,9 +259,9 @@ def _avg_pool2d(call: Call) -> Value:
     )
 
 
-def _adaptive_pool2d(call: Call) -> Value:
-    x = call.activation("self", ndim=4)
-    out, size = call.out_shape()[2:], x.shape[2:]
+def _adaptive_pool(call: Call) -> Value:
+    x = _pooled(call)
+    out, size = in_graph(call.out_shape())[2:], in_graph(x.shape)[2:]
     maximum = "max" in operator_name(call.node)
     if out == size:
         pooled = x
@@ -273,43 +279,129 @@ def _adaptive_pool2d(call: Call) -> Value:
 
 
 def _mean(call: Call) -> Value:
-    x = call.activation("self", ndim=4)
-    axes = sorted(int(axis) % 4 for axis in call.args.get("dim") or ())
-    if axes != [2, 3] or call.args["dtype"] not in (None, torch.float32):
-        raise call.refuse(f"over axes {axes or 'all'} is not supported, only over space (2, 3)")
+    x = call.activation("self")
+    axes = sorted(int(axis) % len(x.shape) for axis in call.args.get("dim") or ())
+    rest = [n for axis, n in enumerate(x.shape) if axis not in axes]
+    if not axes or axes[0] < 2 or math.prod(rest) != x.shape[1] or call.args["dtype"] not in (None, torch.float32):
+        raise call.refuse(f"over axes {axes or 'all'} is not supported, only over all of space (2, 3)")
     pooled = call.emit(Op.GLOBAL_AVG_POOL, [x])
-    return pooled if call.args["keepdim"] else _flatten_after(call, pooled)
+    return _flatten_after(call, pooled) if len(call.out_shape()) == 2 else pooled
+
+
+# ---- some channels, or all in another order --------------------------------------------------------------------------
+
+
+_NO_SHUFFLE = "is not supported, only of axes that a view has made of the channels: a channel shuffle"
+
+
+def _gather(call: Call, x: Activation, indices: Array) -> Activation:
+    if np.array_equal(indices, np.arange(x.shape[1])):
+        return x
+    return call.emit(Op.GATHER, [x], indices=tuple(indices.tolist()))
+
+
+def _channel_shuffle(call: Call) -> Value:
+    x, groups = call.activation("self"), int(call.args["groups"])
+    return _gather(call, x, np.arange(x.shape[1]).reshape(groups, -1).T.ravel())
+
+
+def _transpose(call: Call) -> Value:
+    """Let axes of channels change places, as between the two views of a channel shuffle."""
+    value = call.args["self"]
+    x = value if isinstance(value, Arranged) else _ungrouped(call, call.activation("self"))
+    order = np.arange(len(call.out_shape()))
+    if "dims" in call.args:
+        order = np.array(call.args["dims"]) % len(order)
+    else:
+        axes = [call.args["dim0"], call.args["dim1"]]
+        order[axes] = order[axes[::-1]]
+    ends = [0, *range(1 + x.channels.ndim, len(order))]
+    if not np.array_equal(order[ends], ends):
+        raise call.refuse(_NO_SHUFFLE)
+    return Arranged(x.inner, x.channels.transpose([i - 1 for i in order[1 : 1 + x.channels.ndim]]))
+
+
+def _ungrouped(call: Call, x: Activation) -> Arranged:
+    """See an activation whose channels a view has put into several axes as what the view was of."""
+    view = next((node for node in call.build.nodes if node.outputs[0] == x.name and node.op is Op.RESHAPE), None)
+    if view is None:
+        raise call.refuse(_NO_SHUFFLE)
+    source = Activation(view.inputs[0], call.build.tensors[view.inputs[0]].shape)
+    n_axes = len(x.shape) - len(source.shape) + 1
+    if n_axes < 2 or x.shape[1 + n_axes :] != source.shape[2:]:
+        raise call.refuse(_NO_SHUFFLE)
+    return Arranged(source, np.arange(source.shape[1]).reshape(x.shape[1 : 1 + n_axes]))
+
+
+def _regrouped(call: Call, x: Arranged) -> Value:
+    """Put channels that changed places into one axis again, or into others."""
+    shape, rest = call.out_shape(), x.inner.shape[2:]
+    axes = shape[1 : len(shape) - len(rest)]
+    if shape[:1] != (1,) or math.prod(axes) != x.channels.size or shape[1 + len(axes) :] != rest:
+        raise call.refuse(f"of channels that were transposed, to {shape}, is not supported, only to (N, C, H, W)")
+    channels = x.channels.reshape(axes)
+    return _gather(call, x.inner, channels) if channels.ndim == 1 else Arranged(x.inner, channels)
+
+
+def _parts(call: Call) -> Value:
+    """Cut channels into runs: chunk and split."""
+    x, axis = call.activation("self"), int(call.args["dim"]) % len(call.out_shape())
+    if axis != 1:
+        raise call.refuse(f"along axis {axis} is not supported, only channels (axis 1)")
+    borders = np.cumsum([part.shape[1] for part in call.node.meta["val"]])[:-1]
+    return tuple(_gather(call, x, run) for run in np.split(np.arange(x.shape[1]), borders))
+
+
+def _slice(call: Call) -> Value:
+    """Take a run of channels: slice and narrow."""
+    x, shape = call.activation("self"), call.out_shape()
+    if shape == x.shape:
+        return x
+    axis = int(call.args["dim"]) % len(shape)
+    if axis != 1 or not shape[1]:
+        raise call.refuse(f"of {x.shape} to {shape} is not supported, only of channels (axis 1)")
+    start, step = int(call.args["start"] or 0), int(call.args.get("step", 1))
+    return _gather(call, x, np.arange(x.shape[1])[start:][::step][: shape[1]])
 
 
 # ---- shape, and what disappears --------------------------------------------------------------------------------------
 
 
 def _reshape(call: Call) -> Value:
-    x, shape = call.activation("input" if "input" in call.args else "self"), call.out_shape()
+    name = "input" if "input" in call.args else "self"
+    if isinstance(call.args[name], Arranged):
+        return _regrouped(call, call.args[name])
+    x, shape = call.activation(name), call.out_shape()
     if shape == x.shape:
         return x
     if not shape or shape[0] != 1:
         raise call.refuse(f"from {x.shape} to {shape} is not supported: the first axis must stay the batch of 1")
-    return call.emit(Op.FLATTEN, [x]) if len(shape) == 2 else call.emit(Op.RESHAPE, [x], shape=shape)
+    if in_graph(shape) == in_graph(x.shape):
+        return Activation(x.name, shape)
+    return call.emit(Op.FLATTEN, [x]) if len(shape) == 2 else call.emit(Op.RESHAPE, [x], shape=in_graph(shape))
 
 
 def _same(call: Call) -> Value:
-    x = call.activation("input" if "input" in call.args else "self")
+    name = "input" if "input" in call.args else "self"
     if call.args.get("train"):
         raise call.refuse("that stays on after training is not supported: pass training=self.training to it")
+    if isinstance(call.args[name], Arranged) and call.node.meta["val"].dtype == torch.float32:
+        return cast("Value", call.args[name])
+    x = call.activation(name)
     if call.node.meta["val"].dtype != torch.float32 or call.out_shape() != x.shape:
         raise call.refuse(f"to {call.node.meta['val'].dtype} {call.out_shape()} is not supported")
     return x
 
 
 def _pad(call: Call) -> Value:
-    """Put zeros around an image: what "same" padding of other frameworks becomes in PyTorch."""
-    x, around = call.padded("self", ndim=4)
+    """Put zeros around an image or a signal: "same" padding of other frameworks, or that of causal convolutions."""
+    ndim = min(4, max(3, len(call.out_shape())))
+    x, around = call.padded("self", ndim=ndim)
     mode, value = call.args.get("mode", "constant"), call.args.get("value")
     if mode != "constant" or value not in (None, 0):
         raise call.refuse(f"with mode {mode!r} and value {value} is not supported, only with zeros")
     left, right, top, bottom, *others = *(int(n) for n in call.args["pad"]), *(0,) * 4
-    if any(others) or min(left, right, top, bottom) < 0:
+    if any(others) or min(left, right, top, bottom) < 0 or (ndim == 3 and (top, bottom) != (0, 0)):
         raise call.refuse(f"by {call.args['pad']} is not supported, only outwards and around the image")
     return Padded(x, (around[0] + top, around[1] + left, around[2] + bottom, around[3] + right))
 
@@ -319,12 +411,17 @@ _SAME = ("dropout", "feature_dropout", "alpha_dropout", "detach", "alias", "cont
 _EXPANDS = ("expand", "expand_as")
 _COPIES = ("clone", "_to_copy", "lift_fresh_copy")
 
-VIEWS = frozenset(_RESHAPES + _SAME + _EXPANDS)
+_TRANSPOSES = ("transpose", "permute")
+_PARTS = ("chunk", "split", "split_with_sizes")
+_SLICES = ("slice", "narrow")
+
+VIEWS = frozenset((*_RESHAPES, *_SAME, *_EXPANDS, *_TRANSPOSES, *_PARTS, *_SLICES, "getitem"))
 """Operators whose output shares memory with their input: what is then done in place to one is done to the other."""
 
 TRANSLATORS: Mapping[str, Callable[[Call], Value]] = {
-    "conv2d": _conv2d,
-    "convolution": _conv2d,
+    "conv1d": _conv,
+    "conv2d": _conv,
+    "convolution": _conv,
     "linear": _linear,
     "matmul": _matmul,
     "mm": _matmul,
@@ -349,16 +446,25 @@ TRANSLATORS: Mapping[str, Callable[[Call], Value]] = {
     "concatenate": _cat,
     "softmax": _softmax,
     "_softmax": _softmax,
-    "max_pool2d": _max_pool2d,
-    "max_pool2d_with_indices": _max_pool2d,
-    "avg_pool2d": _avg_pool2d,
-    "adaptive_avg_pool2d": _adaptive_pool2d,
-    "_adaptive_avg_pool2d": _adaptive_pool2d,
-    "adaptive_max_pool2d": _adaptive_pool2d,
+    "max_pool1d": _max_pool,
+    "max_pool1d_with_indices": _max_pool,
+    "max_pool2d": _max_pool,
+    "max_pool2d_with_indices": _max_pool,
+    "avg_pool1d": _avg_pool,
+    "avg_pool2d": _avg_pool,
+    "adaptive_avg_pool1d": _adaptive_pool,
+    "adaptive_avg_pool2d": _adaptive_pool,
+    "_adaptive_avg_pool2d": _adaptive_pool,
+    "adaptive_max_pool1d": _adaptive_pool,
+    "adaptive_max_pool2d": _adaptive_pool,
     "mean": _mean,
     "pad": _pad,
     "constant_pad_nd": _pad,
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(_EXPANDS, _expand),
+    **dict.fromkeys(_TRANSPOSES, _transpose),
+    **dict.fromkeys(_PARTS, _parts),
+    **dict.fromkeys(_SLICES, _slice),
+    "channel_shuffle": _channel_shuffle,
     **dict.fromkeys((*_SAME, *_COPIES), _same),
 }

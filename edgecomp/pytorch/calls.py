@@ -15,8 +15,9 @@ from edgecomp.graph import Array, Attribute, Node, Op, Tensor
 from edgecomp.ops import OPS, Shape
 
 _TAUGHT = (
-    "conv2d, linear, batch_norm, relu, relu6, hardtanh, clamp, sigmoid, hardsigmoid, silu, hardswish, add, mul, cat, "
-    "max_pool2d, avg_pool2d, adaptive_avg_pool2d, adaptive_max_pool2d, mean, flatten, reshape, dropout, softmax, pad"
+    "conv2d, conv1d, linear, batch_norm, relu, relu6, hardtanh, clamp, sigmoid, hardsigmoid, silu, hardswish, add, "
+    "mul, cat, chunk, split, channel_shuffle, max_pool2d, max_pool1d, avg_pool2d, avg_pool1d, adaptive_avg_pool2d, "
+    "adaptive_avg_pool1d, adaptive_max_pool2d, adaptive_max_pool1d, mean, flatten, reshape, dropout, softmax, pad"
 )  # without the other spellings of the same
 SUPPORTED = f"edgecomp takes in {_TAUGHT}"
 """The end of every UnsupportedOp message."""
@@ -24,10 +25,20 @@ SUPPORTED = f"edgecomp takes in {_TAUGHT}"
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """A tensor that depends on the image: its name in the graph and its shape, N = 1."""
+    """A tensor that depends on the image.
+
+    Attributes:
+        name: in the graph.
+        shape: as the model sees it, N = 1; `in_graph` gives what it is there.
+    """
 
     name: str
     shape: Shape
+
+
+def in_graph(shape: Shape) -> Shape:
+    """Give the shape that a tensor has in the graph: a signal (N, C, T) is an image of one row there."""
+    return (*shape[:2], 1, shape[2]) if len(shape) == 3 else shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +67,24 @@ class Expanded:
     shape: Shape
 
 
-Value = Activation | Padded | Expanded | torch.Tensor | tuple["Value | None", ...]
-"""What a node of the exported program stands for: an activation, a padded or expanded one, a constant, or several."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Arranged:
+    """An activation whose channels stand in several axes, in another order: half of a channel shuffle.
+
+    Attributes:
+        inner: whose channels, (N, C, ...).
+        channels: which of them stands where; its axes are those between batch and image.
+    """
+
+    inner: Activation
+    channels: Array
+
+
+UNFINISHED = (Padded, Expanded, Arranged)
+"""What has no node of its own until an operator reads it that can."""
+
+Value = Activation | Padded | Expanded | Arranged | torch.Tensor | tuple["Value | None", ...]
+"""What a node of the exported program stands for: an activation, plain or on its way to one; a constant; several."""
 
 
 def operator_name(node: fx.Node) -> str:
@@ -161,10 +188,7 @@ class Call:
     def activation(self, name: str, *, ndim: int | None = None) -> Activation:
         """Read an argument that must depend on the image."""
         value = self.args[name]
-        if isinstance(value, Padded):
-            raise self.refuse("of a tensor with zeros around it is not supported, only conv2d of such")
-        if isinstance(value, Expanded):
-            raise self.refuse("of a tensor that was expanded is not supported, only mul of such")
+        self.refuse_unfinished(value)
         if not isinstance(value, Activation):
             kind = "a constant tensor" if isinstance(value, torch.Tensor) else f"the constant {value!r}"
             raise self.refuse(f"with {kind} for {name!r} is not supported")
@@ -172,10 +196,25 @@ class Call:
             raise self.refuse(f"on a tensor of shape {value.shape} is not supported, only {ndim} dimensions")
         return value
 
+    def refuse_unfinished(self, value: object) -> None:
+        """Refuse what only some operators can read.
+
+        Raises:
+            UnsupportedOp: with what those are.
+        """
+        if isinstance(value, Padded):
+            raise self.refuse("of a tensor with zeros around it is not supported, only conv2d of such")
+        if isinstance(value, Expanded):
+            raise self.refuse("of a tensor that was expanded is not supported, only mul of such")
+        if isinstance(value, Arranged):
+            raise self.refuse("of channels that were transposed is not supported, only view(N, C, H, W) of such")
+
     def padded(self, name: str, *, ndim: int) -> tuple[Activation, tuple[int, int, int, int]]:
         """Read an argument as `activation` does, and the zeros that stand around it: top, left, bottom, right."""
         value = self.args[name]
-        return (value.inner, value.pads) if isinstance(value, Padded) else (self.activation(name, ndim=ndim), (0,) * 4)
+        if isinstance(value, Padded) and len(value.inner.shape) == ndim:
+            return value.inner, value.pads
+        return self.activation(name, ndim=ndim), (0,) * 4
 
     def constant(self, name: str) -> Array | None:
         """Read an argument that must be a weight, or absent."""
@@ -194,11 +233,16 @@ class Call:
         return value
 
     def pair(self, name: str) -> tuple[int, int]:
-        """Read an argument that is one or two whole numbers; an empty stride means the kernel's size."""
+        """Read an argument that is one or two whole numbers; an empty stride means the kernel's size.
+
+        That of an operator on signals is one number, along the row.
+        """
         value = self.args[name]
         numbers = [int(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
         if not numbers and name == "stride":
             return self.pair("kernel_size")
+        if len(self.out_shape()) == 3:
+            return (0 if name == "padding" else 1, numbers[0])
         return (numbers[0], numbers[-1])
 
     def out_shape(self) -> Shape:
@@ -209,6 +253,7 @@ class Call:
     def emit(
         self, op: Op, inputs: Sequence[Activation], *, weights: Mapping[str, Array] | None = None, **attrs: Attribute
     ) -> Activation:
-        """Append the node of this call, under its own name."""
+        """Append the node of this call, under its own name; where torch gives a signal, give one."""
         name = self.build.unique(self.layer, functional=self.functional)
-        return self.build.emit(name, op, inputs, weights=weights, **attrs)
+        out = self.build.emit(name, op, inputs, weights=weights, **attrs)
+        return Activation(name, (*out.shape[:2], out.shape[3])) if len(self.out_shape()) == 3 else out

@@ -20,7 +20,17 @@ from edgecomp.errors import CaptureError, EdgecompError, GraphError, Unsupported
 from edgecomp.graph import Graph, Node, Tensor
 from edgecomp.ops import Shape
 from edgecomp.pytorch.aten import TRANSLATORS, VIEWS
-from edgecomp.pytorch.calls import SUPPORTED, Activation, Builder, Call, Expanded, Padded, Value, bind, operator_name
+from edgecomp.pytorch.calls import (
+    SUPPORTED,
+    UNFINISHED,
+    Activation,
+    Builder,
+    Call,
+    Value,
+    bind,
+    in_graph,
+    operator_name,
+)
 
 # torch logs a traceback of its own beside the exception that it raises; the exception says it all.
 _ECHOES = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export")
@@ -28,7 +38,7 @@ _MUTED = logging.CRITICAL + 1
 _WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
-def capture(module: nn.Module | ExportedProgram, input_shape: tuple[int, int, int], *, name: str) -> Graph:
+def capture(module: nn.Module | ExportedProgram, input_shape: tuple[int, ...], *, name: str) -> Graph:
     """Trace a network and translate it, in evaluation mode, to float32 and a batch of 1.
 
     The module is left as it was. Nodes carry PyTorch's layer names: a module's qualified name, "stack1.add" for a
@@ -36,25 +46,42 @@ def capture(module: nn.Module | ExportedProgram, input_shape: tuple[int, int, in
 
     Args:
         module: the trained network; one image batch in, one tensor out (a tuple or dict of one is unwrapped).
-        input_shape: C, H, W.
+        input_shape: C, H, W, or C, T of a network that takes signals (N, C, T). These are images of one row in the
+            graph, and C, 1, T, the shape that data of them have, means C, T where the network takes nothing else.
         name: the model's name, for people.
 
     Raises:
         UnsupportedOp: an operator that edgecomp does not know; layer, operator and what is known are named.
         CaptureError: weights with NaN or infinity, an input shape that does not fit, control flow that depends on the
             image, several inputs or outputs.
-        UsageError: `input_shape` is not three positive numbers.
+        UsageError: `input_shape` is not two or three positive numbers.
     """
-    if len(input_shape) != 3 or any(n < 1 for n in input_shape):
+    if len(input_shape) not in (2, 3) or any(n < 1 for n in input_shape):
         raise UsageError(f"input shape {input_shape}: expected C,H,W, three numbers above zero, e.g. (3, 32, 32)")
     shape = (1, *input_shape)
     if isinstance(module, ExportedProgram):
         _check_finite(dict(module.state_dict) | dict(module.constants), name)
-        program = module if _image_shape(module, name) == shape else _export(module.module(), shape, name)
-    else:
-        _check_finite(module.state_dict(), name)
-        with _evaluating(module) as ready:
-            program = _export(ready, shape, name)
+        taken = _image_shape(module, name)
+        if in_graph(taken) == in_graph(shape):
+            return _translate(module, taken, name)
+        return _traced(module.module(), shape, name)
+    _check_finite(module.state_dict(), name)
+    with _evaluating(module) as ready:
+        return _traced(ready, shape, name)
+
+
+def _traced(module: nn.Module, shape: Shape, name: str) -> Graph:
+    """Trace and translate; an image of one row that a network does not take is shown to it as a signal."""
+    signal = (*shape[:2], *shape[3:])
+    try:
+        program = _export(module, shape, name)
+    except CaptureError as error:
+        if in_graph(signal) != shape:
+            raise
+        try:
+            program, shape = _export(module, signal, name), signal
+        except CaptureError:
+            raise error from error.__cause__
     return _translate(program, shape, name)
 
 
@@ -100,7 +127,8 @@ def _export(module: nn.Module, shape: Shape, name: str) -> ExportedProgram:
                 "expected the same operations for every image: take the condition out of forward()"
             ) from error
         raise CaptureError(
-            f"{name}: does not run on one image of C,H,W = {','.join(map(str, shape[1:]))} ({reason}); "
+            f"{name}: does not run on one {'image of C,H,W' if len(shape) == 4 else 'signal of C,T'} = "
+            f"{','.join(map(str, shape[1:]))} ({reason}); "
             "check the input shape and the model's forward()"
         ) from error
 
@@ -126,7 +154,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _image_shape(program: ExportedProgram, name: str) -> tuple[object, ...]:
+def _image_shape(program: ExportedProgram, name: str) -> Shape:
     """Give the shape of the one image input; a dynamic size stays symbolic."""
     value = _node(program, _image_input(program, name)).meta["val"]
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
@@ -172,7 +200,7 @@ def _translate(program: ExportedProgram, shape: Shape, name: str) -> Graph:
     modules = frozenset(_path(node) for node in live) - {""}
     input_name = "input" if "input" not in modules else "image"
     build = Builder(used={input_name}, reserved=modules)
-    build.tensors[input_name] = Tensor(name=input_name, shape=shape)
+    build.tensors[input_name] = Tensor(name=input_name, shape=in_graph(shape))
     env[image] = Activation(input_name, shape)
     weights = {node: _weight_name(program, node) for node in env}
 
@@ -253,8 +281,8 @@ def _value(
         raise UnsupportedOp(f"layer {layer!r}: {name} reads a value that edgecomp does not follow; {SUPPORTED}")
 
     def sole(x: Activation) -> bool:
-        plain = {other: value.inner if isinstance(value, (Padded, Expanded)) else value for other, value in env.items()}
-        aliases = [other for other, value in plain.items() if value == x]
+        plain = {other: value.inner if isinstance(value, UNFINISHED) else value for other, value in env.items()}
+        aliases = [other for other, value in plain.items() if isinstance(value, Activation) and value.name == x.name]
         waiting = {user for alias in aliases for user in alias.users if user in live and user not in env}
         return waiting <= {node} and not any(x.name in done.inputs for done in build.nodes)
 

@@ -236,6 +236,7 @@ _COMPUTE: Mapping[Op, Callable[[Sequence[Tensor], Attrs], Tensor]] = {
     Op.SILU: lambda values, attrs: F.silu(values[0]),
     Op.HARD_SWISH: lambda values, attrs: F.hardswish(values[0]),
     Op.CONCAT: lambda values, attrs: torch.cat(tuple(values), dim=cast("int", attrs["axis"])),
+    Op.GATHER: lambda values, attrs: values[0][:, list(ints(attrs, "indices"))],
     Op.MAX_POOL: _max_pool,
     Op.AVG_POOL: _avg_pool,
     Op.GLOBAL_AVG_POOL: lambda values, attrs: values[0].mean(dim=(2, 3), keepdim=True),

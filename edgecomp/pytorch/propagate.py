@@ -6,7 +6,8 @@ sign(0) = 1:
 1. conv2d and linear by the rule that the composite gives them (`rules`).
 2. add, avg_pool and global_avg_pool, which are sums, by Epsilon: s = R_out / stab(z), R_in = a * (d z/d a)^T s. For
    add, both branches get their part of the sum.
-3. max_pool, concat, flatten and reshape, which choose or move values: R_in = (d z/d a)^T R_out; the winner takes all.
+3. max_pool, concat, gather, flatten and reshape, which choose or move values: R_in = (d z/d a)^T R_out; the winner
+   takes all.
 4. clip (ReLU), sigmoid, hard_sigmoid, silu and hard_swish hand on what they get; so do x * sigmoid(x) and the like,
    whichever way they are written, by 5.
 5. mul: the signal takes all, its gate nothing (Arras et al. 2019, arXiv 1909.12114, for the products in an LSTM). The
@@ -45,9 +46,9 @@ from edgecomp.pytorch.network import Network, as_input, compute
 from edgecomp.pytorch.rules import Composite, Epsilon, Term, share, stabilised
 
 _SUMS = frozenset({Op.CONV2D, Op.LINEAR, Op.ADD, Op.AVG_POOL, Op.GLOBAL_AVG_POOL})
-_MOVES = frozenset({Op.MAX_POOL, Op.CONCAT, Op.FLATTEN, Op.RESHAPE})
+_MOVES = frozenset({Op.MAX_POOL, Op.CONCAT, Op.GATHER, Op.FLATTEN, Op.RESHAPE})
 _BENT = FUNCTIONS | {Op.CLIP, Op.MUL}
-_KEEPS_GATES = frozenset({Op.CLIP, Op.MAX_POOL, Op.AVG_POOL, Op.GLOBAL_AVG_POOL, Op.FLATTEN, Op.RESHAPE})
+_KEEPS_GATES = _MOVES - {Op.CONCAT} | {Op.CLIP, Op.AVG_POOL, Op.GLOBAL_AVG_POOL}
 """What may stand between a sigmoid and the product that it is a gate of."""
 
 

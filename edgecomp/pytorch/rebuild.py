@@ -29,7 +29,7 @@ MOST_BITS = 6
 _SLACK = 0.2
 """How far a weight may lean towards the next code at first, in steps. What reconstruction rounded against its leaning
 would sit at the border otherwise, and few updates of noise take it over."""
-_EXACT = frozenset({Op.MAX_POOL, Op.CONCAT, Op.FLATTEN, Op.RESHAPE})
+_EXACT = frozenset({Op.MAX_POOL, Op.CONCAT, Op.GATHER, Op.FLATTEN, Op.RESHAPE})
 _DOUBLINGS = 12
 _HALVINGS = 12
 

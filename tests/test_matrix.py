@@ -17,7 +17,6 @@ from tests.zoo import NETWORKS
 
 SMALL = ("keywords_conv1d", "keywords_separable_conv1d", "squeezenet1_1")
 NOT_YET: set[str] = {
-    "vgg16_bn",
     "wide_resnet50_2",
 }
 """Networks that README says are not measured."""

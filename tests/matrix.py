@@ -276,7 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(" | ".join(kept[name].values()), flush=True)
             if args.keep:
                 args.keep.write_text(json.dumps(kept, indent=1), "utf-8")
-    before, _, rest = text.partition(BEGIN)
+    # Others may have edited the text around the table meanwhile.
+    before, _, rest = README.read_text("utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     README.write_text(f"{before}{BEGIN}\n{written([kept[name] for name in NETWORKS])}\n{END}{after}", "utf-8")
     return 0

@@ -29,7 +29,8 @@ _GRID_LIMIT = 31
 _GRID_TOLERANCE = 1e-4
 # Times the smallest input scale this is still a normal float32, and not zero on a device that knows no others.
 _LEAST_WEIGHT_SCALE = np.float32(2.0**-80)
-_BIAS_LIMIT = 1 << 30
+# XNNPACK's kernels for int4 weights add up sixteen times each product and the bias: five bits of an int32 are not ours.
+_BIAS_LIMIT = 1 << 26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +164,7 @@ def quantize_weight(weight: Array, scale: Array, bits: int) -> Array:
 def quantize_bias(bias: Array, input_scale: Array, weight_scale: Array) -> Array:
     """Round a bias float32 (O,) to int32 codes of scale input_scale x weight_scale (O,), saturating."""
     codes = np.rint(bias.astype(np.float64) / bias_scale(input_scale, weight_scale).astype(np.float64))
-    # A margin of half the int32 range stays free for the sum of products, so that the accumulator cannot overflow.
+    # The rest of the int32 range stays free for the sum of products, so that the accumulator cannot overflow.
     return np.clip(codes, -_BIAS_LIMIT, _BIAS_LIMIT).astype(np.int32)
 
 

@@ -285,6 +285,21 @@ def test_packed_1x1_convolutions_run_where_xnnpack_reads_them() -> None:
     assert operators(to_tflite(graph).data) == ["FULLY_CONNECTED+RELU"]
 
 
+@pytest.mark.parametrize("resolver", RESOLVERS)
+def test_a_channel_whose_weights_have_nearly_died_keeps_its_bias(resolver: str) -> None:
+    """XNNPACK's kernels for int4 add up sixteen times the products and the bias in an int32."""
+    build = Build(0, (8, 4, 4))
+    graph = build.graph(build.conv("pointwise", "input", 16, (1, 1), pads=(0, 0, 0, 0)))
+    weight, bias = (graph.tensors[name].data for name in graph.nodes[0].inputs[1:])
+    assert weight is not None
+    assert bias is not None
+    weight[3] *= 1e-9
+    bias[3] = 0.5 * np.abs(bias).max()
+    quantized, x = variant_of(graph, "int4")
+    want = reference.run(quantized, {"input": x})[quantized.outputs[0]]
+    assert close(litert_run(to_tflite(quantized).data, x, resolver), want, 1, resolver)
+
+
 @pytest.mark.parametrize("case", ["linear", "conv 1x1"])
 def test_two_bit_weights_when_the_table_has_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "field_bits", lambda *_: 2)

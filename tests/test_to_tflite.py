@@ -290,11 +290,15 @@ def test_a_channel_whose_weights_have_nearly_died_keeps_its_bias(resolver: str) 
     """XNNPACK's kernels for int4 add up sixteen times the products and the bias in an int32."""
     build = Build(0, (8, 4, 4))
     graph = build.graph(build.conv("pointwise", "input", 16, (1, 1), pads=(0, 0, 0, 0)))
-    weight, bias = (graph.tensors[name].data for name in graph.nodes[0].inputs[1:])
-    assert weight is not None
-    assert bias is not None
-    weight[3] *= 1e-9
-    bias[3] = 0.5 * np.abs(bias).max()
+    weight, bias = (graph.tensors[name] for name in graph.nodes[0].inputs[1:])
+    assert weight.data is not None
+    assert bias.data is not None
+    dying = np.where(np.arange(16) == 3, 1e-9, 1).astype(np.float32)
+    tensors = {
+        weight.name: replace(weight, data=weight.data * dying[:, None, None, None]),
+        bias.name: replace(bias, data=bias.data + np.where(np.arange(16) == 3, np.float32(0.7), 0).astype(np.float32)),
+    }
+    graph = replace(graph, tensors={**graph.tensors, **tensors})
     quantized, x = variant_of(graph, "int4")
     want = reference.run(quantized, {"input": x})[quantized.outputs[0]]
     assert close(litert_run(to_tflite(quantized).data, x, resolver), want, 1, resolver)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from edgecomp.compress import compress
-from edgecomp.errors import UsageError
+from edgecomp.errors import EdgecompError, UsageError
 from edgecomp.exporters import export
 from edgecomp.graph import Array, Graph
 from edgecomp.plan import CompressionPlan, Io, LayerPlan
@@ -243,6 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--weights", action="append", default=[], metavar="NETWORK=FILE", help="trained weights")
     p.add_argument("--rounds", type=int, default=30)
     args = p.parse_args(argv)
+    if args.rounds < 1 or not all("=" in text for text in args.weights):
+        p.error("expected --rounds of at least 1, and --weights NETWORK=FILE")
     given = dict(text.partition("=")[::2] for text in args.weights)
     names = args.networks.split(",")
     if unknown := {*names, *given} - set(NETWORKS):
@@ -269,4 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except EdgecompError as e:
+        raise SystemExit(f"edgecomp.benchmarks.formats: {e}") from None

@@ -67,20 +67,21 @@ class TfliteMicro:
         # The interpreter trusts a file: what is damaged must not reach it. This finds most of it; files of a built
         # folder are known by their digests.
         facts = read_tflite(data, self._place)
+        n_inputs, n_outputs = (len(facts[key]) for key in ("inputs", "outputs"))
+        if n_inputs != 1 or not n_outputs:
+            raise BundleError(
+                f"{self._place}: the model has {n_inputs} inputs and {n_outputs} outputs, expected one of each"
+            )
         lines: list[bytes] = []
         try:
             with held_back() as lines:
                 self._interpreter = module.runtime.Interpreter.from_bytes(data, arena_size=_room_bytes(data))
-                self.input, *others = self._borders(facts["inputs"], self._interpreter.get_input_details)
+                (self.input,) = self._borders(facts["inputs"], self._interpreter.get_input_details)
                 self._outputs = self._borders(facts["outputs"], self._interpreter.get_output_details)
         except (*MEANT_BY_DAMAGED, struct.error, RuntimeError, MemoryError) as error:
             said = [line.decode(errors="replace").strip() for line in lines]
             why = "; ".join([one_line(error), *filter(None, said[:1])])
             raise BundleError(f"{self._place}: {_PACKAGE} cannot load it: {why}") from error
-        if others or not self._outputs:
-            raise BundleError(
-                f"{self._place}: the model has {1 + len(others)} inputs and {len(self._outputs)} outputs, expected one"
-            )
         self.output = self._outputs[0]
 
     def _borders(self, described: Any, details_of: Any) -> list[Border]:

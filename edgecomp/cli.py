@@ -278,6 +278,7 @@ def _add_bench(verbs: Any) -> None:
 def _add_inspect(verbs: Any) -> None:
     p = verbs.add_parser("inspect", help="say what is in a file: layers, bits, bytes, operators")
     p.add_argument("file", type=Path, metavar="FILE")
+    p.add_argument("--execution", action="store_true", help="load it in onnxruntime: what is computed in float?")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_inspect)
 
@@ -468,7 +469,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from edgecomp.exporters.describe import describe_tables
     from edgecomp.inspecting import inspect
 
-    found = inspect(args.file)
+    found = inspect(args.file, execution=args.execution)
     print(json.dumps(found, indent=1) if args.json else describe_tables(found))
     return 0
 

@@ -152,15 +152,16 @@ def _checked_images(images: Array) -> Array:
     if images.dtype == np.uint8 and images.ndim == 3:
         images = images[..., np.newaxis]
     if images.ndim != 4:
-        layout = "(N, H, W, C) or (N, H, W)" if images.dtype == np.uint8 else "(N, C, H, W)"
-        raise DataError(f"images have shape {images.shape}, expected {layout} for {images.dtype}")
+        layout = "(N, H, W, C) or (N, H, W)" if images.dtype == np.uint8 else "(N, C, H, W), (N, C, 1, T) for signals,"
+        raise DataError(f"images have shape {images.shape}, expected {layout} as {images.dtype}")
     if not images.size:
         raise DataError(f"no images: shape {images.shape}")
     # A set in the other layout would go through everything and only score badly, so it is worth a guess.
     first, last = images.shape[1], images.shape[3]
     if images.dtype == np.uint8 and first in (1, 3) and last > 4:
         raise DataError(f"uint8 images have shape {images.shape}, which looks like (N, C, H, W); expected (N, H, W, C)")
-    if images.dtype == np.float32 and last in (1, 3) and first > 4:
+    # A signal (N, C, 1, T) may be as short as that.
+    if images.dtype == np.float32 and last in (1, 3) and first > 4 and images.shape[2] > 1:
         raise DataError(f"float images have shape {images.shape}, which looks like (N, H, W, C); expected (N, C, H, W)")
     if images.dtype == np.float32 and not np.isfinite(images).all():
         worst = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))

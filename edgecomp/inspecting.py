@@ -9,24 +9,28 @@ from edgecomp.errors import BundleError, TargetError
 from edgecomp.exporters.describe import describe
 
 
-def inspect(path: Path) -> dict[str, object]:
-    """Say what a file holds, and of an ONNX file of ours what onnxruntime executes in float.
+def inspect(path: Path, *, execution: bool = False) -> dict[str, object]:
+    """Say what a file holds, and on request what onnxruntime computes of it in float.
+
+    Args:
+        path: the file.
+        execution: load an ONNX file in onnxruntime too. That costs what running it costs, whatever the file asks for.
 
     Returns:
-        what `describe` gives; for an ONNX file of ours also "execution", in words, and, where onnxruntime is installed
-        and loads it, "float_operators": op type -> the outputs of its nodes that compute floats from floats.
+        what `describe` gives; on request also "execution", in words, and, where onnxruntime is installed and loads the
+        file, "float_operators": op type -> the outputs of its nodes that compute floats from floats.
 
     Raises:
         BundleError: the file is missing, empty, damaged, or nothing that edgecomp knows.
         ExportError: the package that reads the format is missing.
     """
     found: dict[str, object] = describe(path)
-    if found["kind"] != "onnx" or not str(found["producer"]).startswith("edgecomp "):
+    if not execution or found["kind"] != "onnx":
         return found
     try:
         executed = optimized(path)
     except (BundleError, TargetError) as e:
         return {**found, "execution": f"unknown: {e}"}
     n = sum(len(outputs) for outputs in executed.in_float.values())
-    left = f"{n} operators in float" if n else "all in integers between input and output"
+    left = f"operators in float: {n}" if n else "all in integers between input and output"
     return {**found, "execution": f"{executed.runtime}: {left}", "float_operators": executed.in_float}

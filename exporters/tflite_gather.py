@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from .to_tflite import _Writer
 
 
+_MOST_SLICED_AXES = 4
+"""Of STRIDED_SLICE in TFLite Micro; its GATHER has no such limit."""
+
+
 def write_gather(writer: _Writer, node: Node) -> None:
     """Write a run of channels as a slice, a shuffle by a transpose, and only the rest as GATHER."""
     like, shape, indices = writer.source(node), writer.result(node).shape, ints(node.attrs, "indices")
     x, axis, n = writer.number[node.inputs[0]], stored_axis(1, len(shape)), len(indices)
-    if indices == tuple(range(indices[0], indices[0] + n)):
+    if len(shape) <= _MOST_SLICED_AXES and indices == tuple(range(indices[0], indices[0] + n)):
         # The other axes whole, by masks: XNNPACK takes no SLICE whose batch is open.
         begin, end = (np.array([*[0] * axis, i], dtype=np.int32) for i in (indices[0], indices[0] + n))
         inputs = [x, *map(writer.constant, (begin, end, np.ones(axis + 1, dtype=np.int32)))]

@@ -204,6 +204,9 @@ CASES = {
         [CONV, *[Op.GATHER] * 3, Op.CONCAT],
     ),
     "split": (Function(lambda m, x: torch.cat(x.split([1, 3], 1)[::-1], 1)), [Op.GATHER, Op.GATHER, Op.CONCAT]),
+    "split with an empty part": (
+        Function(lambda m, x: torch.cat(x.split([0, 1, 3], 1)[:0:-1], 1)), [Op.GATHER, Op.GATHER, Op.CONCAT]
+    ),
     "split by size": (Function(lambda m, x: x.split(2, 1)[1].relu()), [Op.GATHER, CLIP]),
     "slice": (Function(lambda m, x: x[:, 1:-1].relu()), [Op.GATHER, CLIP]),
     "slice with steps": (Function(lambda m, x: x[:, -3::2].relu()), [Op.GATHER, CLIP]),

@@ -70,7 +70,7 @@ BAD_ARRAYS = {
     "bool images": (IMAGES > 9, LABELS, "images are bool"),
     "rank 2": (IMAGES[:, :, 0, 0], LABELS, r"shape \(4, 6\), expected \(N, H, W, C\) or"),
     "rank 5": (IMAGES[None], LABELS, "expected"),
-    "float rank 3": (FLOATS[:, 0], LABELS, r"expected \(N, C, H, W\) for float32"),
+    "float rank 3": (FLOATS[:, 0], LABELS, r"\(N, C, 1, T\) for signals, as float32"),
     "uint8 NCHW": (np.ascontiguousarray(IMAGES.transpose(0, 3, 1, 2)), LABELS, r"looks like \(N, C, H, W\)"),
     "float NHWC": (FLOATS.transpose(0, 2, 3, 1), LABELS, r"looks like \(N, H, W, C\)"),
     "NaN": (NAN, LABELS, "NaN or infinity, first in image 2"),
@@ -92,6 +92,12 @@ def test_arrays_that_are_no_split(tmp_path: Path, images: np.ndarray, labels: np
     refuse(f"npz:{tmp_path}/a.npz", message)
     np.savez(tmp_path / "b.npz", x_train=IMAGES, y_train=LABELS, x_test=images, y_test=labels)
     refuse(f"npz:{tmp_path}/b.npz", f"test: .*{message}")
+
+
+@pytest.mark.parametrize("length", [1, 3, 50])
+def test_signals_may_be_short(length: int) -> None:
+    signals = np.zeros((4, 8, 1, length), np.float32)
+    assert LabelledImages(images=signals, labels=LABELS).images.shape == signals.shape
 
 
 def test_splits_that_do_not_fit_together() -> None:

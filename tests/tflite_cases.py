@@ -172,6 +172,11 @@ CASES = {
         build=lambda b: gather(b, "input", 0, 2, 4, 1, 3, 5), ops="RESHAPE TRANSPOSE RESHAPE", shape=(6,)
     ),
     "gather in any order": Case(build=lambda b: gather(b, "input", 5, 0, 1, 1), ops="GATHER", shape=(6, 8, 8)),
+    "gather a run of groups": Case(
+        build=lambda b: flat(b, "f", gather(b, reshape(b, "input", 1, 3, 2, 8, 8), 1, 2)),
+        ops="TRANSPOSE RESHAPE GATHER RESHAPE",
+        shape=(6, 8, 8),
+    ),
     "gather of features": Case(build=lambda b: gather(b, "input", 0, 3, 1, 4, 2), ops="GATHER", shape=(6,)),
     "max pool": Case(build=lambda b: b.max_pool("p", "input", (3, 2)), ops="MAX_POOL_2D"),
     "max pool padded": Case(

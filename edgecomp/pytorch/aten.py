@@ -349,7 +349,8 @@ def _parts(call: Call) -> Value:
     if axis != 1:
         raise call.refuse(f"along axis {axis} is not supported, only channels (axis 1)")
     borders = np.cumsum([part.shape[1] for part in call.node.meta["val"]])[:-1]
-    return tuple(_gather(call, x, run) for run in np.split(np.arange(x.shape[1]), borders))
+    # A part without channels has nothing to give; whoever reads it is refused.
+    return tuple(_gather(call, x, run) if run.size else None for run in np.split(np.arange(x.shape[1]), borders))
 
 
 def _slice(call: Call) -> Value:

@@ -200,7 +200,7 @@ CASES = {
         [Op.GATHER, Op.GATHER, CONV, Op.CONCAT],
     ),
     "chunk unevenly": (
-        Function(lambda m, x: torch.cat([m.c(x).chunk(3, dim=-3)[i] for i in (2, 0, 1)], 1), c=nn.Conv2d(C, 7, 1)),
+        Function(lambda m, x: torch.cat(m.c(x).chunk(3, dim=-3)[::-1], 1), c=nn.Conv2d(C, 7, 1)),
         [CONV, *[Op.GATHER] * 3, Op.CONCAT],
     ),
     "split": (Function(lambda m, x: torch.cat(x.split([1, 3], 1)[::-1], 1)), [Op.GATHER, Op.GATHER, Op.CONCAT]),
@@ -215,7 +215,7 @@ CASES = {
     "flatten": (nn.Flatten(), [FLAT]),
     "view": (Function(lambda m, x: x.view(x.size(0), -1)), [FLAT]),
     "reshape": (Function(lambda m, x: x.reshape(x.shape[0], 2, C // 2, H, W)), [Op.RESHAPE]),
-    "unflatten": (Function(lambda m, x: x.flatten(1).unflatten(1, (2, -1))), [FLAT, Op.RESHAPE]),
+    "unflatten": (Function(lambda m, x: x.flatten(1).unflatten(1, (2, 3, -1))), [FLAT, Op.RESHAPE]),
     "squeeze": (
         Function(lambda m, x: x.mean([-1, -2], keepdim=True).squeeze(-1).squeeze(-1)),
         [MEAN, FLAT],

@@ -69,6 +69,15 @@ CASES = {
     "cat": (Function(lambda m, x: torch.cat([m.conv(x), x], 1), conv=nn.Conv1d(C, 3, 1)), [CONV, Op.CONCAT]),
     "chunk": (Function(lambda m, x: torch.cat(x.split([1, 3], 1)[::-1], 1)), [Op.GATHER, Op.GATHER, Op.CONCAT]),
     "channel shuffle": (Function(lambda m, x: F.channel_shuffle(x, 2)), [Op.GATHER]),
+    "shuffle by views": (
+        Function(lambda m, x: x.view(-1, 2, 2, T).transpose(1, 2).reshape(-1, C, T)), [Op.GATHER]
+    ),
+    "shuffle of unflattened channels": (
+        Function(lambda m, x: x.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2)), [Op.GATHER]
+    ),
+    "shuffle of a row": (
+        Function(lambda m, x: x.view(-1, 2, 2, 1, T).transpose(1, 2).reshape(-1, C, T)), [Op.GATHER]
+    ),
     "softmax over time": (nn.Softmax(dim=-1), [Op.SOFTMAX]),
     "softmax over channels": (nn.Softmax(dim=1), [Op.SOFTMAX]),
     "flatten": (nn.Sequential(nn.Flatten(), nn.Linear(C * T, 3)), [FLAT, Op.LINEAR]),
@@ -126,7 +135,7 @@ def test_data_of_one_row_are_signals(network: tuple[nn.Module, Graph]) -> None:
         assert capture(program, shape, name="net").digest() == graph.digest()
     with pytest.raises(CaptureError, match=r"does not run on one image of C,H,W = 8,2,33 "):
         capture(module, (8, 2, 33), name="net")
-    with pytest.raises(CaptureError, match=r"does not run on one image of C,H,W = 9,1,33 "):
+    with pytest.raises(CaptureError, match=r"does not run on one signal of C,T = 9,33 "):
         capture(module, (9, 1, 33), name="net")
     with pytest.raises(CaptureError, match=r"does not run on one signal of C,T = 9,33 "):
         capture(module, (9, 33), name="net")
@@ -158,3 +167,11 @@ def test_explained(network: tuple[nn.Module, Graph]) -> None:
     found = score(graph, [(images(graph, 4), np.arange(4))], composite=composite, dtype=torch.float64)
     assert found.conservation.keys() == {node.name for node in graph.layers()}
     assert max(found.conservation.values()) < 1e-6
+
+
+def test_what_is_wrong_with_a_network_of_signals_is_said_of_signals() -> None:
+    with pytest.raises(CaptureError, match="Kernel size can't be greater than actual input size"):
+        capture(nn.Conv1d(C, 2, T + 1), (C, 1, T), name="net")
+    # A network of images is still told of images.
+    with pytest.raises(CaptureError, match="expected input"):
+        capture(nn.Conv2d(C + 1, 2, 1), (C, 1, T), name="net")

@@ -68,7 +68,7 @@ def test_decoded_weights_are_those_of_the_undecoded_file(name: str) -> None:
     assert off(got, LiteRtReference(plain.data).run(x))[0] <= 2
     decoded = [weight for weight in packed.weights if weight.encoding != "dense"]
     assert (len(packed.data) < len(plain.data)) == bool(decoded)
-    assert decoded or name in ("multiplied", "dense", "separable")
+    assert decoded or name in ("multiplied", "dense", "separable", "shuffled")
 
 
 def test_every_kind_of_layer_is_decoded_in_the_wide_network() -> None:
@@ -103,7 +103,7 @@ def test_every_operator_on_the_references_inputs(name: str) -> None:
             assert steps == 0, (node.name, node.op)
         n += 1
     assert n >= 6
-    assert n_linear_off <= 0.07 * n_linear
+    assert n_linear_off <= 0.1 * n_linear
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,6 +13,7 @@ import torch
 
 from edgecomp.errors import CaptureError, GraphError
 from edgecomp.graph import WEIGHTED, Array, Op
+from edgecomp.ops import Shape
 from edgecomp.pytorch.calls import Activation, Arranged, Call, Expanded, Padded, Value, in_graph, operator_name
 
 
@@ -327,17 +328,30 @@ def _ungrouped(call: Call, x: Activation) -> Arranged:
     if view is None:
         raise call.refuse(_NO_SHUFFLE)
     source = Activation(view.inputs[0], call.build.tensors[view.inputs[0]].shape)
-    n_axes = len(x.shape) - len(source.shape) + 1
-    if n_axes < 2 or x.shape[1 + n_axes :] != source.shape[2:]:
+    axes = _channel_axes(x.shape, source)
+    if len(axes) < 2:
         raise call.refuse(_NO_SHUFFLE)
-    return Arranged(source, np.arange(source.shape[1]).reshape(x.shape[1 : 1 + n_axes]))
+    return Arranged(source, np.arange(source.shape[1]).reshape(axes))
+
+
+def _channel_axes(shape: Shape, source: Activation) -> Shape:
+    """Give the axes of a view that are the channels of what it is of; () if it has none that are.
+
+    A signal is an image of one row here, and has no row in the model.
+    """
+    rest = source.shape[2:]
+    for others in (rest, rest[1:]) if rest[:1] == (1,) else (rest,):
+        axes = shape[1 : len(shape) - len(others)]
+        if shape[1 + len(axes) :] == others and math.prod(axes) == source.shape[1]:
+            return axes
+    return ()
 
 
 def _regrouped(call: Call, x: Arranged) -> Value:
     """Put channels that changed places into one axis again, or into others."""
-    shape, rest = call.out_shape(), x.inner.shape[2:]
-    axes = shape[1 : len(shape) - len(rest)]
-    if shape[:1] != (1,) or math.prod(axes) != x.channels.size or shape[1 + len(axes) :] != rest:
+    shape = call.out_shape()
+    axes = _channel_axes(shape, x.inner)
+    if shape[:1] != (1,) or not axes:
         raise call.refuse(f"of channels that were transposed, to {shape}, is not supported, only to (N, C, H, W)")
     channels = x.channels.reshape(axes)
     return _gather(call, x.inner, channels) if channels.ndim == 1 else Arranged(x.inner, channels)

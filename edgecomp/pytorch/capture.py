@@ -70,6 +70,10 @@ def capture(module: nn.Module | ExportedProgram, input_shape: tuple[int, ...], *
         return _traced(ready, shape, name)
 
 
+_WANTS_SIGNALS = re.compile(r"2D \(unbatched\) or 3D \(batched\)|2D or 3D input")
+"""What torch's one-dimensional layers say to an image."""
+
+
 def _traced(module: nn.Module, shape: Shape, name: str) -> Graph:
     """Trace and translate; an image of one row that a network does not take is shown to it as a signal."""
     signal = (*shape[:2], *shape[3:])
@@ -80,8 +84,10 @@ def _traced(module: nn.Module, shape: Shape, name: str) -> Graph:
             raise
         try:
             program, shape = _export(module, signal, name), signal
-        except CaptureError:
-            raise error from error.__cause__
+        except CaptureError as other:
+            # A network of signals says so when it is shown an image; what is wrong stands in the other error.
+            told = other if _WANTS_SIGNALS.search(str(error)) else error
+            raise told from told.__cause__
     return _translate(program, shape, name)
 
 

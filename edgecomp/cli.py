@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(_parser().parse_args(argv))
     except BaseException as e:
-        # Native code in the middle of an import turns the interruption into an error of its own.
-        if interrupted:
+        # Native code in an import makes an error of its own of the interruption, or has put Python's handler back.
+        if interrupted or isinstance(e, KeyboardInterrupt):
             how_to_go_on = str(e) if isinstance(e, KeyboardInterrupt) else ""
             return _complain(how_to_go_on or "interrupted; nothing was left half-written", INTERRUPTED)
         raise

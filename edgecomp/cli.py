@@ -77,8 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(_parser().parse_args(argv))
     except BaseException as e:
-        # Native code in an import makes an error of its own of the interruption, or has put Python's handler back.
-        if interrupted or isinstance(e, KeyboardInterrupt):
+        # Native code in the middle of an import turns the interruption into an error of its own.
+        if interrupted:
+            # CPython counts one inside exec("...") as unhandled, and dies of it in the end, until the next exec.
+            exec("")
             how_to_go_on = str(e) if isinstance(e, KeyboardInterrupt) else ""
             return _complain(how_to_go_on or "interrupted; nothing was left half-written", INTERRUPTED)
         raise
@@ -451,12 +453,7 @@ def _bench(args: argparse.Namespace) -> int:
     from edgecomp.benching import bench_artifact
 
     comparisons = bench_artifact(
-        args.artifact,
-        runtime=args.runtime,
-        threads=args.threads,
-        min_s=args.min_secs,
-        seed=args.seed,
-        stage=_stage,
+        args.artifact, runtime=args.runtime, threads=args.threads, min_s=args.min_secs, seed=args.seed, stage=_stage
     )
     if args.json:
         print(json.dumps([json.loads(c.comparison.to_json()) for c in comparisons], indent=1))

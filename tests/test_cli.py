@@ -245,6 +245,15 @@ def test_interrupted_in_the_middle_leaves_nothing(tmp_path: Path, number: signal
     assert list(tmp_path.iterdir()) == []
 
 
+def test_interrupted_inside_exec(tmp_path: Path) -> None:
+    """Where dataclasses make their methods, for one: `python -m` would die of the signal although it was handled."""
+    module = "import os, signal\ndef images(): exec('os.kill(os.getpid(), signal.SIGINT)')\n"
+    (tmp_path / "stopping.py").write_text(module)
+    process = run("build", "--data", "stopping:images", "-o", "out", folder=tmp_path)
+    assert process.communicate(timeout=60) == ("", "edgecomp: interrupted; nothing was left half-written\n")
+    assert process.returncode == 130
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_full_disk_is_one_line(place: Place, tmp_path: Path) -> None:
     small = tmp_path / "small"

@@ -1,0 +1,345 @@
+"""A quantized graph as C99: constants, one call a layer, and the places of all activations in the caller's arena."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgecomp.arena import Arena, Buffer, arrange
+from edgecomp.artifact import Exported, StoredWeight
+from edgecomp.errors import ExportError
+from edgecomp.graph import Array, Graph, Op, QuantParams
+
+from .c_steps import Constant, Lowering, Step, lower
+from .layout import stored_shape
+
+KERNELS = ("edgecomp_kernels.c", "edgecomp_kernels.h")
+"""What every network needs beside it: the same files for all, written by hand."""
+_WIDTH = 116
+_NAME = re.compile(r"[^a-z0-9]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Program:
+    """A network in C before it is text.
+
+    Attributes:
+        name: what all its names begin with.
+        graph: that it computes.
+        steps: in order.
+        place: of every tensor, in C: an offset in the arena, or the caller's input or output.
+        scratch: offset of the memory that a step has for itself, by its number.
+        arena: of all.
+        left_out: operators on real numbers that the caller has to do behind the output.
+    """
+
+    name: str
+    graph: Graph
+    steps: Sequence[Step]
+    place: Mapping[str, str]
+    scratch: Mapping[int, int]
+    arena: Arena
+    left_out: Sequence[str]
+
+
+def to_c(graph: Graph) -> Exported:
+    """Write a graph in C.
+
+    Args:
+        graph: quantized, as `verify_quantized` defines it.
+
+    Returns:
+        the source; `c_files` gives all files. Equal graphs give equal bytes.
+
+    Raises:
+        ExportError: the graph is float, or the kernels cannot do a node.
+    """
+    program = program_of(graph)
+    weights = tuple(
+        StoredWeight(
+            layer=step.name.partition(" + ")[0],
+            bits=_bits(graph, step),
+            stored_bits=step.weights.bits,
+            stored_bytes=step.weights.n_bytes,
+            encoding=step.weights.form.name.lower(),
+        )
+        for step in program.steps
+        if step.weights is not None
+    )
+    return Exported(format="c", data=source_text(program).encode(), weights=weights)
+
+
+def c_files(graph: Graph) -> dict[str, bytes]:
+    """Give the header of a network, and the kernels: what belongs beside `to_c`."""
+    here = Path(__file__).parent
+    kernels = {name: (here / name).read_bytes() for name in KERNELS}
+    return {"model.h": header_text(program_of(graph)).encode(), **kernels}
+
+
+def _bits(graph: Graph, step: Step) -> int:
+    (bits,) = (graph.weight(n).quant.bits for n in graph.layers() if n.name == step.name.partition(" + ")[0])  # type: ignore[union-attr]
+    return bits
+
+
+def program_of(graph: Graph) -> Program:
+    """Lower a graph and plan its memory.
+
+    Raises:
+        ExportError: as `to_c`.
+    """
+    if all(tensor.quant is None for tensor in graph.tensors.values()):
+        raise ExportError("c: the network is float; compress it first, the kernels compute in integers")
+    work = lower(graph)
+    own = _shared_memory(work)
+    source, result = work.memory_of(graph.inputs[0]), own(graph.outputs[0])
+    buffers = {b.name: b for b in _buffers(work, own) if b.name not in (source, result)}
+    arena = arrange(buffers.values())
+    place = {source: "in", result: "out"}
+    place |= {name: f"memory + {arena.offsets[name]}" for name in buffers if not name.startswith("scratch:")}
+    scratch = {i: arena.offsets[f"scratch:{i}"] for i in range(len(work.steps)) if f"scratch:{i}" in buffers}
+    names = {name for step in work.steps for name in step.pointers.values()}
+    return Program(
+        name=_NAME.sub("_", graph.name.lower()).strip("_") or "net",
+        graph=graph,
+        steps=work.steps,
+        place={name: place[own(name)] for name in names},
+        scratch=scratch,
+        arena=arena,
+        left_out=work.left_out,
+    )
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _lives(work: Lowering) -> dict[str, tuple[int, int]]:
+    """Give the first and the last step that need each tensor."""
+    found: dict[str, tuple[int, int]] = {}
+    for i, step in enumerate(work.steps):
+        for name in step.pointers.values():
+            found[name] = (found.get(name, (i, i))[0], i)
+    return found
+
+
+def _shared_memory(work: Lowering) -> "_Shared":
+    lives = _lives(work)
+    source, result = work.memory_of(work.graph.inputs[0]), work.memory_of(work.graph.outputs[0])
+    shared = _Shared(work)
+    for i, step in enumerate(work.steps):
+        for name in step.may_overwrite:
+            free = lives[name][1] == i and shared(name) != source and step.output != result
+            # Only of one size: a smaller one would not need less.
+            if free and shared.size(name) == shared.size(step.output) and lives[step.output][0] == i:
+                shared.same[step.output] = shared(name)
+                break
+    return shared
+
+
+class _Shared:
+    """Looks up whose memory a tensor lives in.
+
+    Attributes:
+        same: the tensor whose memory an output takes over.
+    """
+
+    def __init__(self, work: Lowering) -> None:
+        self._work = work
+        self.same: dict[str, str] = {}
+
+    def __call__(self, name: str) -> str:
+        name = self._work.memory_of(name)
+        return self.same.get(name, name)
+
+    def size(self, name: str) -> int:
+        """Count the bytes of a tensor: one for each code."""
+        return math.prod(self._work.graph.tensors[name].shape)
+
+
+def _buffers(work: Lowering, own: _Shared) -> list[Buffer]:
+    spans: dict[str, tuple[int, int]] = {}
+    for name, (first, last) in _lives(work).items():
+        before = spans.get(own(name), (first, last))
+        spans[own(name)] = (min(before[0], first), max(before[1], last))
+    found = [Buffer(name=n, n_bytes=own.size(n), first=first, last=last) for n, (first, last) in spans.items()]
+    found += [
+        Buffer(name=f"scratch:{i}", n_bytes=step.scratch_bytes, first=i, last=i)
+        for i, step in enumerate(work.steps)
+        if step.scratch_bytes
+    ]
+    return found
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def flash_bytes(program: Program) -> int:
+    """Count the bytes of all arrays of constants; code and the few bytes a layer of structures are not among them."""
+    return sum(constant.n_bytes for step in program.steps for constant in step.constants)
+
+
+def borders(program: Program) -> tuple[tuple[int, ...], QuantParams, tuple[int, ...], QuantParams]:
+    """Give shape, scale and zero point of the codes that go in and come out, images H x W x C.
+
+    Raises:
+        ExportError: the network ends in real numbers that are not those of its last codes.
+    """
+    graph = program.graph
+    first, last = graph.inputs[0], graph.outputs[0]
+    producer = graph.producer()
+    for node in graph.nodes:
+        if node.op is Op.QUANTIZE and node.inputs[0] == first:
+            first = node.outputs[0]
+    while graph.tensors[last].quant is None:
+        last = producer[last].inputs[0]
+    quants = [graph.tensors[name].quant for name in (first, last)]
+    assert quants[0] is not None
+    assert quants[1] is not None
+    shapes = [stored_shape(graph.tensors[name].shape)[1:] for name in (first, last)]
+    return shapes[0], quants[0], shapes[1], quants[1]
+
+
+def header_text(program: Program) -> str:
+    """Write the header: what a caller has to know."""
+    n, guard = program.name, f"{program.name.upper()}_H_"
+    upper = n.upper()
+    in_shape, in_quant, out_shape, out_quant = borders(program)
+    macs = sum(step.macs for step in program.steps)
+    left = (
+        f"\n * Not done here, on the real numbers behind the output: {', '.join(program.left_out)}."
+        if program.left_out
+        else ""
+    )
+    return f"""\
+/* {_comment(program.graph.name)}, written by edgecomp; edit nothing here.
+ *
+ * in:  {_extent(in_shape)} codes, real = {_c_float(in_quant.scale)} * (code - {int(in_quant.zero_point)})
+ * out: {_extent(out_shape)} codes, real = {_c_float(out_quant.scale)} * (code - {int(out_quant.zero_point)}){left}
+ * constants: {flash_bytes(program):,} bytes of weights and their scales; {macs:,} multiplications a run
+ */
+#ifndef {guard}
+#define {guard}
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {{
+#endif
+
+#define {upper}_INPUT_BYTES {math.prod(in_shape)}
+#define {upper}_OUTPUT_BYTES {math.prod(out_shape)}
+#define {upper}_ARENA_BYTES {program.arena.n_bytes}
+
+/* Run the network. arena: {upper}_ARENA_BYTES on a multiple of 4, of which nothing is needed before or afterwards;
+ * in and out belong to the caller and do not overlap. Gives 0, or 1 where the arena is not on a multiple of 4. */
+int {n}_run(const int8_t *in, int8_t *out, void *arena);
+
+/* Real numbers, in the order of the codes, to codes, and back. */
+void {n}_quantize(const float *real, int8_t *in);
+void {n}_dequantize(const int8_t *out, float *real);
+
+#ifdef __cplusplus
+}}
+#endif
+
+#endif
+"""
+
+
+def source_text(program: Program) -> str:
+    """Write the constants and the calls."""
+    n = program.name
+    in_shape, in_quant, out_shape, out_quant = borders(program)
+    arrays = "\n".join(_constant(constant) for step in program.steps for constant in step.constants)
+    calls = "\n".join(_call(program, i) for i in range(len(program.steps)))
+    uses = any("memory" in line for line in calls.splitlines())
+    return f"""\
+/* {_comment(program.graph.name)}, written by edgecomp; edit nothing here.
+ *
+{_table(program)}
+ */
+#include "model.h"
+
+#include "edgecomp_kernels.h"
+
+{arrays}
+
+int {n}_run(const int8_t *in, int8_t *out, void *arena) {{
+{"  int8_t *memory = (int8_t *)arena;" if uses else "  (void)arena;"}
+  if ((uintptr_t)arena & 3u) return 1;
+{calls}
+  return 0;
+}}
+
+void {n}_quantize(const float *real, int8_t *in) {{
+  uint32_t i;
+  for (i = 0; i < {math.prod(in_shape)}u; i++) in[i] = edgecomp_code(real[i], {_c_float(in_quant.scale)}, {int(in_quant.zero_point)});
+}}
+
+void {n}_dequantize(const int8_t *out, float *real) {{
+  uint32_t i;
+  for (i = 0; i < {math.prod(out_shape)}u; i++) real[i] = (float)(out[i] - ({int(out_quant.zero_point)})) * {_c_float(out_quant.scale)};
+}}
+"""
+
+
+def _call(program: Program, i: int) -> str:
+    step = program.steps[i]
+    pointers = {key: program.place[name] for key, name in step.pointers.items()}
+    if i in program.scratch:
+        pointers["scratch"] = f"memory + {program.scratch[i]}"
+    return f"  {step.kernel}({step.arguments.format(**pointers)}); /* {_comment(step.name)} */"
+
+
+def _table(program: Program) -> str:
+    """Show which kernel runs each layer, on what."""
+    head = ("layer", "kernel", "weights", "bytes", "scratch bytes", "multiplications")
+    rows = [head]
+    for step in program.steps:
+        w = step.weights
+        stored = "" if w is None else f"{w.form.name.lower()}, {w.bits} bits"
+        size = "" if w is None else f"{w.n_bytes:,}"
+        kernel = step.kernel.removeprefix("edgecomp_")
+        rows.append((_comment(step.name), kernel, stored, size, f"{step.scratch_bytes:,}", f"{step.macs:,}"))
+    widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
+    lines = (" * " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def _constant(constant: Constant) -> str:
+    if isinstance(constant.values, str):
+        return f"static const {constant.type} {constant.name} = {constant.values};"
+    numbers = [_literal(int(v)) for v in constant.values]
+    lines, line = [], " "
+    for number in numbers:
+        if len(line) + len(number) + 2 > _WIDTH:
+            lines.append(line)
+            line = " "
+        line += f" {number},"
+    lines.append(line)
+    body = "\n".join(lines)
+    return f"static const {constant.type} {constant.name}[{len(numbers)}] = {{\n{body}\n}};"
+
+
+def _literal(value: int) -> str:
+    # -2147483648 is no literal in C: it is a minus before a number that an int cannot hold.
+    return str(value) if value > -(1 << 31) else "-2147483647 - 1"
+
+
+def _c_float(scale: Array) -> str:
+    """Write a float32 so that it is read back as it was."""
+    return f"{np.format_float_scientific(np.float32(scale), unique=True, trim='0')}f"
+
+
+def _extent(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _comment(text: str) -> str:
+    """Make text safe within a comment."""
+    plain = "".join(c if " " <= c <= "~" else "?" for c in text)
+    return plain.replace("*/", "* /").replace("/*", "/ *").replace("??", "? ?")

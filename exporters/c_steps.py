@@ -17,11 +17,11 @@ from edgecomp.graph import Array, Graph, Node, Op, QuantParams, Tensor
 from edgecomp.ops import clamp_codes, ints
 from edgecomp.quantmath import ACT_MAX, ACT_MIN, add_multipliers, multiplier
 
-from .c_weights import LINEAR_RUN, CodeStream, channel_fours, code_stream, filter_pairs
+from .c_weights import LINEAR_RUN, CodeStream, channel_fours, code_stream, filter_fours
 from .layout import TO_NHWC, feature_orders, moves_data, stored_axis
 
 _MOST = (1 << 16) - 1
-_LEAST_NARROW_SHIFT = 33
+_NARROW_SHIFTS = (33, 54)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -193,7 +193,8 @@ def _scaling(work: Lowering, label: str, node: Node, weight: Array) -> tuple[lis
         "shift": ("uint8_t", factor.shift.astype(np.uint8)),
     }
     constants = [Constant(name=f"{label}_{key}", type=kind, values=v) for key, (kind, v) in arrays.items()]
-    wide = int((factor.shift < _LEAST_NARROW_SHIFT).any())
+    least, most = _NARROW_SHIFTS
+    wide = int(((factor.shift < least) | (factor.shift > most)).any())
     names = ", ".join(constant.name for constant in constants)
     return constants, f"{{{names}, {wide}, {int(y.zero_point)}, {low}, {high}}}"
 
@@ -235,7 +236,7 @@ def _conv2d(work: Lowering, node: Node) -> None:
     rows = tensor.data.transpose(TO_NHWC).reshape(o, -1)
     contiguous = groups == 1 and ints(node.attrs, "dilation")[1] == 1
     run = n * kw if contiguous else n
-    parts = list(channel_fours(rows) if depthwise else filter_pairs(rows, groups, run))
+    parts = list(channel_fours(rows) if depthwise else filter_fours(rows, groups, run))
     stream = code_stream(parts)
     constants, weights = _weights(label, stream)
     more, scaling = _scaling(work, label, node, rows)
@@ -261,13 +262,13 @@ def _conv2d(work: Lowering, node: Node) -> None:
                 arguments=arguments,
                 pointers={"a": work.memory_of(node.inputs[0]), "y": node.outputs[0]},
                 output=node.outputs[0],
-                scratch_bytes=8 * kh * kw,
+                scratch_bytes=8 * kh * kw + (16 * kw * (kh + 1) if any(ints(node.attrs, "pads")) else 0),
                 **given,  # type: ignore[arg-type]
             )
         )
         return
     taps = n * kh * kw
-    scratch = 4 * taps + (max(8 * kh * kw, taps if n % 4 and contiguous else 0) if any(ints(node.attrs, "pads")) else 0)
+    scratch = 8 * taps + ((taps if n % 4 and contiguous else 16 * kw * (kh + 1)) if any(ints(node.attrs, "pads")) else 0)
     pointers = {"a": work.memory_of(node.inputs[0])}
     output, name, residual = node.outputs[0], node.name, "0"
     if added is not None:
@@ -294,7 +295,7 @@ def _linear(work: Lowering, node: Node) -> None:
     rows = rows if order is None else rows[:, order]
     if len(rows) > _MOST:
         raise ExportError(f"c: {node.name!r}: {len(rows)} outputs, the kernels take up to {_MOST}")
-    stream = code_stream(list(filter_pairs(rows, 1, LINEAR_RUN)))
+    stream = code_stream(list(filter_fours(rows, 1, LINEAR_RUN)))
     constants, weights = _weights(label, stream)
     more, scaling = _scaling(work, label, node, rows)
     text = f"{{{weights}, {scaling}, {rows.shape[1]}, {rows.shape[0]}}}"
@@ -304,7 +305,7 @@ def _linear(work: Lowering, node: Node) -> None:
         "edgecomp_fully_connected",
         f"&{label}, {{a}}, {{y}}, {{scratch}}",
         pointers={"a": work.memory_of(node.inputs[0]), "y": node.outputs[0]},
-        scratch_bytes=4 * min(rows.shape[1], LINEAR_RUN),
+        scratch_bytes=8 * min(rows.shape[1], LINEAR_RUN),
         constants=tuple(constants),
         weights=stream,
         macs=rows.size,

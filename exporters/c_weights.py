@@ -1,4 +1,4 @@
-"""Weights as the C kernels read them: a stream of bits for every pair of filters, in the order of the inner loop."""
+"""Weights as the C kernels read them: a stream of bits for every four filters, in the order of the inner loop."""
 
 from __future__ import annotations
 
@@ -47,33 +47,31 @@ class CodeStream:
         return len(self.data) + len(self.levels)
 
 
-def filter_pairs(weight: Array, groups: int, run: int) -> Iterator[Array]:
-    """Give the codes of each pair of filters in the order of the stream; a group's last filter may be alone.
+def filter_fours(weight: Array, groups: int, run: int) -> Iterator[Array]:
+    """Give the codes of every four filters in the order of the stream; the last of a group may be fewer.
 
     Args:
         weight: int8 (O, taps), in the order of the image in memory.
-        groups: of filters; no pair belongs to two.
+        groups: of filters; no four belong to two.
         run: taps that lie side by side in the image; divides their number, but for linear layers.
     """
     n_taps = weight.shape[1]
     for group in np.split(weight, groups):
-        for first in range(0, len(group), 2):
-            filters = group[first : first + 2]
+        for first in range(0, len(group), 4):
+            filters = group[first : first + 4]
             parts = []
             for start in range(0, n_taps, run):
                 taps = filters[:, start : start + run]
                 whole = taps.shape[1] // 4 * 4
-                fours = taps[:, :whole].reshape(len(filters), -1, 4)[:, :, _OF_FOUR]
-                parts += [fours.transpose(1, 0, 2).ravel(), taps[:, whole:].T.ravel()]
+                fours = taps[:, :whole].reshape(len(filters), -1, 4)[:, :, _OF_FOUR].reshape(len(filters), -1, 2, 2)
+                parts += [fours.transpose(1, 2, 0, 3).ravel(), taps[:, whole:].T.ravel()]
             yield np.concatenate(parts)
 
 
 def channel_fours(weight: Array) -> Iterator[Array]:
-    """Give the codes of a depthwise layer, int8 (C, taps): by four channels, every tap, then one by one."""
-    whole = len(weight) // 4 * 4
-    for start in range(0, whole, 4):
-        yield weight[start : start + 4][list(_OF_FOUR)].T.ravel()
-    yield from weight[whole:]
+    """Give the codes of a depthwise layer, int8 (C, taps): of every four channels each tap in turn."""
+    for start in range(0, len(weight), 4):
+        yield weight[start : start + 4].T.ravel()
 
 
 def code_stream(parts: list[Array]) -> CodeStream:

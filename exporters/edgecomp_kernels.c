@@ -9,6 +9,15 @@
 #define DSP 0
 #endif
 
+#ifdef __GNUC__
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static
+#endif
+
+/* Filters that are computed together. */
+#define FILTERS 4u
+
 /* ---- numbers ---------------------------------------------------------------------------------------------------- */
 
 static int8_t clamped(int32_t value, int32_t low, int32_t high) {
@@ -25,13 +34,28 @@ static int8_t rescaled_wide(int32_t sum, int32_t mantissa, uint32_t shift, int32
 }
 
 /* The same for shifts from 33 on: what the lower half of the product holds cannot change the result. */
-static int32_t rescaled(int32_t sum, int32_t mantissa, uint32_t shift) {
-  return shifted((int32_t)(((int64_t)sum * mantissa) >> 32), shift - 32u);
+static int8_t rescaled(int32_t sum, int32_t mantissa, uint32_t shift, int32_t zero, int32_t low, int32_t high) {
+  return clamped(shifted((int32_t)(((int64_t)sum * mantissa) >> 32), shift - 32u) + zero, low, high);
 }
 
-static int32_t added(const edgecomp_sum *sum, int32_t a, int32_t b) {
-  int32_t total = (a - sum->a_zero) * sum->a_factor + (b - sum->b_zero) * sum->b_factor;
-  return clamped(shifted(total, sum->shift) + sum->zero, sum->low, sum->high);
+static int8_t finished(const edgecomp_scaling *s, uint32_t channel, int32_t sum) {
+  int32_t mantissa = s->mantissa[channel];
+  uint32_t shift = s->shift[channel];
+  return s->wide ? rescaled_wide(sum, mantissa, shift, s->zero, s->low, s->high)
+                 : rescaled(sum, mantissa, shift, s->zero, s->low, s->high);
+}
+
+/* n sums. y may be a or b: what the structure holds is read before anything is written, for all the compiler knows y
+ * might be a part of it. */
+static void add_codes(const edgecomp_sum *sum, uint32_t n, const int8_t *a, const int8_t *b, int8_t *y) {
+  int32_t a_factor = sum->a_factor, b_factor = sum->b_factor, zero = sum->zero, low = sum->low, high = sum->high;
+  uint32_t shift = sum->shift, i;
+  /* Unsigned: parts of a sum may leave the range that all of it keeps. */
+  uint32_t start = (1u << (shift - 1u)) - (uint32_t)(sum->a_zero * a_factor) - (uint32_t)(sum->b_zero * b_factor);
+  for (i = 0; i < n; i++) {
+    int32_t total = (int32_t)(start + (uint32_t)(a[i] * a_factor) + (uint32_t)(b[i] * b_factor));
+    y[i] = clamped((total >> shift) + zero, low, high);
+  }
 }
 
 /* ---- weights ---------------------------------------------------------------------------------------------------- */
@@ -53,7 +77,7 @@ static reader open_stream(const edgecomp_weights *weights) {
 }
 
 /* What is left of a byte belongs to nobody. */
-static void next_pair(reader *r) {
+static void next_part(reader *r) {
   r->held = 0;
   r->n_held = 0;
 }
@@ -79,111 +103,230 @@ static int32_t code(reader *r) {
   return (int32_t)(value << (32u - w->bits)) >> (32u - w->bits);
 }
 
-/* Decode a run of n taps for one filter or two: fours of taps of the one, then of the other, and so on. */
+/* Decode a run of n taps of up to four filters. Of every four taps come 0 and 2 of each filter, then 1 and 3; the rest in
+ * turns. Filters that are missing leave their places as they are. */
 static int16_t *decode_run(reader *r, uint32_t n, uint32_t n_filters, int16_t *out) {
-  uint32_t i, f, k;
-  if (r->weights->form == EDGECOMP_DENSE && r->weights->bits == 4u && n_filters == 2u && (n & 3u) == 0u) {
-    const uint8_t *p = r->next;
-    int16_t *end = out + 2u * n;
-    while (out != end) {
+  const edgecomp_weights *w = r->weights;
+  const uint8_t *p = r->next;
+  uint32_t fours = n & ~3u, i, f;
+  int16_t *end = out + FILTERS * fours;
+  if (w->form == EDGECOMP_DENSE && w->bits == 4u && n_filters == FILTERS && r->n_held == 0u) {
+#if DSP
+    for (; out != end; out += 4, p += 2) {
+      uint16_t four;
+      int32_t c0, c1, c2, c3;
+      memcpy(&four, p, 2);
+      __asm__("sbfx  %0, %4, #0, #4\n\t"
+              "sbfx  %1, %4, #4, #4\n\t"
+              "sbfx  %2, %4, #8, #4\n\t"
+              "sbfx  %3, %4, #12, #4\n\t"
+              "pkhbt %0, %0, %1, lsl #16\n\t"
+              "pkhbt %2, %2, %3, lsl #16\n\t"
+              : "=&r"(c0), "=&r"(c1), "=&r"(c2), "=&r"(c3)
+              : "r"(four));
+      memcpy(out, &c0, 4);
+      memcpy(out + 2, &c2, 4);
+    }
+#endif
+    for (; out != end; out += 4, p += 2) {
       uint32_t low = p[0], high = p[1];
       out[0] = (int16_t)((int32_t)(low << 28) >> 28);
       out[1] = (int16_t)((int32_t)(low << 24) >> 28);
       out[2] = (int16_t)((int32_t)(high << 28) >> 28);
       out[3] = (int16_t)((int32_t)(high << 24) >> 28);
-      p += 2;
-      out += 4;
     }
     r->next = p;
-    return out;
+  } else if (w->form == EDGECOMP_DENSE && w->bits == 8u && n_filters == FILTERS) {
+    for (; out != end; out += 4, p += 4) {
+      out[0] = (int8_t)p[0];
+      out[1] = (int8_t)p[1];
+      out[2] = (int8_t)p[2];
+      out[3] = (int8_t)p[3];
+    }
+    r->next = p;
+  } else {
+    for (i = 0; i < fours; i += 2u, out += 2u * FILTERS)
+      for (f = 0; f < 2u * n_filters; f++) out[f] = (int16_t)code(r);
   }
-  for (i = 0; i + 4u <= n; i += 4u, out += 8)
-    for (f = 0; f < n_filters; f++)
-      for (k = 0; k < 4u; k++) out[4u * f + k] = (int16_t)code(r);
-  for (; i < n; i++, out += 2)
+  for (i = fours; i < n; i++, out += FILTERS)
     for (f = 0; f < n_filters; f++) out[f] = (int16_t)code(r);
   return out;
 }
 
 /* ---- sums of products ------------------------------------------------------------------------------------------- */
 
-/* Where the taps of a position lie: `height` x `width` runs of `n` codes in the image, and in the weights. Steps are in
- * elements. */
+/* Where the taps of a position lie: `height` x `width` runs of `n` codes. Steps are in elements: from the start of a run
+ * in the image to that of the next, and of a row of runs; in the weights what lies between two rows of runs. Depthwise:
+ * a run is a tap, and every filter has a code of its own there. */
 typedef struct {
   uint32_t height, width, n;
-  uint32_t x_row, x_run;
-  uint32_t w_row, w_run;
+  uint32_t x_row, x_run, w_gap;
+  int depthwise;
 } taps;
 
 #if DSP
-static int8x4_t word(const int8_t *x) {
-  int8x4_t value;
-  memcpy(&value, x, 4);
-  return value;
-}
-
-/* Bytes 1 and 3 of a word, extended; the intrinsics have no form that turns the word in the same instruction. */
-static int16x2_t upper(int8x4_t value) {
-  int16x2_t found;
-  __asm__("sxtb16 %0, %1, ror #8" : "=r"(found) : "r"(value));
+static int32_t saturated(int32_t value) {
+  int32_t found;
+  __asm__("ssat %0, #8, %1" : "=r"(found) : "r"(value));
   return found;
 }
 
-/* Two codes of the scratch memory, which are int16_t when they are written. */
-typedef int16x2_t __attribute__((may_alias)) two_codes;
-#define PAIRS(w, i) (((const two_codes *)(const void *)(w))[i])
+/* The upper half of a product, and a number. */
+static int32_t upper_half(int32_t a, int32_t b, int32_t added) {
+  int32_t found;
+  __asm__("smmla %0, %1, %2, %3" : "=r"(found) : "r"(a), "r"(b), "r"(added));
+  return found;
+}
+
+#else
+static int32_t saturated(int32_t value) { return clamped(value, -128, 127); }
+
+static int32_t upper_half(int32_t a, int32_t b, int32_t added) { return (int32_t)(((int64_t)a * b) >> 32) + added; }
 #endif
 
-/* Two filters at two positions: sums[2 * position + filter]. */
-static void sums_2x2(const taps *t, const int8_t *x0, const int8_t *x1, const int16_t *w, int32_t sums[4]) {
-  int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
-  uint32_t row, run;
-  for (row = 0; row < t->height; row++) {
-    for (run = 0; run < t->width; run++) {
-      const int8_t *a = x0 + row * t->x_row + run * t->x_run;
-      const int8_t *b = x1 + row * t->x_row + run * t->x_run;
-      const int16_t *v = w + row * t->w_row + run * t->w_run;
-      const int8_t *end = a + (t->n & ~3u);
 #if DSP
-#define STEP                                                        \
-  do {                                                              \
-    int8x4_t aw = word(a), bw = word(b);                            \
-    int16x2_t a02 = __sxtb16(aw), b02 = __sxtb16(bw);               \
-    int16x2_t a13 = upper(aw), b13 = upper(bw);                     \
-    s0 = __smlad(a02, PAIRS(v, 0), s0);                             \
-    s2 = __smlad(b02, PAIRS(v, 0), s2);                             \
-    s0 = __smlad(a13, PAIRS(v, 1), s0);                             \
-    s2 = __smlad(b13, PAIRS(v, 1), s2);                             \
-    s1 = __smlad(a02, PAIRS(v, 2), s1);                             \
-    s3 = __smlad(b02, PAIRS(v, 2), s3);                             \
-    s1 = __smlad(a13, PAIRS(v, 3), s1);                             \
-    s3 = __smlad(b13, PAIRS(v, 3), s3);                             \
-    a += 4;                                                         \
-    b += 4;                                                         \
-    v += 8;                                                         \
+/* Four taps of four filters. No compiler tried keeps all this in registers. */
+#define FOUR_TAPS                          \
+  "ldr    %[p], [%[a]], #4\n\t"            \
+  "ldmia  %[w]!, {r8, r9, r10, r11}\n\t"   \
+  "sxtb16 %[t], %[p]\n\t"                  \
+  "smlad  %[s0], %[t], r8, %[s0]\n\t"      \
+  "smlad  %[s1], %[t], r9, %[s1]\n\t"      \
+  "smlad  %[s2], %[t], r10, %[s2]\n\t"     \
+  "smlad  %[s3], %[t], r11, %[s3]\n\t"     \
+  "ldmia  %[w]!, {r8, r9, r10, r11}\n\t"   \
+  "sxtb16 %[p], %[p], ror #8\n\t"          \
+  "smlad  %[s0], %[p], r8, %[s0]\n\t"      \
+  "smlad  %[s1], %[p], r9, %[s1]\n\t"      \
+  "smlad  %[s2], %[p], r10, %[s2]\n\t"     \
+  "smlad  %[s3], %[p], r11, %[s3]\n\t"
+
+/* Until a reaches end, at least once. */
+#define LOOP(body)          \
+  "1:\n\t" body             \
+  "cmp    %[a], %[end]\n\t" \
+  "bne    1b\n\t"
+
+#define RUN(body, end_of_run)                                                                                       \
+  do {                                                                                                              \
+    int32_t p, h;                                                                                                   \
+    const int8_t *end = (end_of_run);                                                                               \
+    __asm__ volatile(LOOP(body)                                                                                     \
+                     : [a] "+r"(a), [w] "+r"(w), [s0] "+r"(s0), [s1] "+r"(s1), [s2] "+r"(s2), [s3] "+r"(s3),        \
+                       [p] "=&r"(p), [t] "=&r"(h)                                                                   \
+                     : [end] "r"(end)                                                                               \
+                     : "r8", "r9", "r10", "r11", "cc", "memory");                                                   \
   } while (0)
-      const int8_t *most = a + (t->n & ~15u);
-      while (a != most) {
-        STEP;
-        STEP;
-        STEP;
-        STEP;
-      }
-      while (a != end) STEP;
-#undef STEP
+#define SIXTEEN_TAPS FOUR_TAPS FOUR_TAPS FOUR_TAPS FOUR_TAPS
+
+/* One tap of four channels, each with a filter of its own. */
+#define TAP_OF_CHANNELS(address)                                                                                    \
+  do {                                                                                                              \
+    int32_t p, h, u, v;                                                                                             \
+    __asm__ volatile(                                                                                               \
+        "ldr    %[p], " address "\n\t"                                                                              \
+        "ldrd   %[u], %[v], [%[w]], #8\n\t"                                                                         \
+        "sxtb16 %[t], %[p]\n\t"                                                                                     \
+        "sxtb16 %[p], %[p], ror #8\n\t"                                                                             \
+        "smlabb %[s0], %[t], %[u], %[s0]\n\t"                                                                       \
+        "smlabt %[s1], %[p], %[u], %[s1]\n\t"                                                                       \
+        "smlatb %[s2], %[t], %[v], %[s2]\n\t"                                                                       \
+        "smlatt %[s3], %[p], %[v], %[s3]\n\t"                                                                       \
+        : [w] "+r"(w), [s0] "+r"(s0), [s1] "+r"(s1), [s2] "+r"(s2), [s3] "+r"(s3), [p] "=&r"(p), [t] "=&r"(h),      \
+          [u] "=&r"(u), [v] "=&r"(v)                                                                                \
+        : [a] "r"(a), [step] "r"(step)                                                                              \
+        : "memory");                                                                                                \
+  } while (0)
+#endif
+
+/* How far it is from where a run or a row was read to the next: dilated ones overlap, so it may be back. */
+static int32_t gap(uint32_t step, uint32_t done) { return (int32_t)step - (int32_t)done; }
+
+/* Add the products of four channels at one position to sums. */
+INLINE void add_channels(const taps *t, const int8_t *a, const int16_t *w, int32_t *sums) {
+  int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
+  uint32_t row, run, step = t->x_run, w_gap = t->w_gap;
+  int32_t row_gap = gap(t->x_row, t->width * step);
+  for (row = t->height; row; row--, a += row_gap, w += w_gap) {
+#if DSP
+    if (t->width == 3u) {
+      TAP_OF_CHANNELS("[%[a]]");
+      TAP_OF_CHANNELS("[%[a], %[step]]");
+      a += 2u * step;
+      TAP_OF_CHANNELS("[%[a]]");
+      a += step;
+      continue;
+    }
+#endif
+    for (run = t->width; run; run--, a += step) {
+#if DSP
+      TAP_OF_CHANNELS("[%[a]]");
 #else
-      for (; a != end; a += 4, b += 4, v += 8) {
-        s0 += a[0] * v[0] + a[2] * v[1] + a[1] * v[2] + a[3] * v[3];
-        s1 += a[0] * v[4] + a[2] * v[5] + a[1] * v[6] + a[3] * v[7];
-        s2 += b[0] * v[0] + b[2] * v[1] + b[1] * v[2] + b[3] * v[3];
-        s3 += b[0] * v[4] + b[2] * v[5] + b[1] * v[6] + b[3] * v[7];
+      s0 += a[0] * w[0];
+      s1 += a[1] * w[1];
+      s2 += a[2] * w[2];
+      s3 += a[3] * w[3];
+      w += FILTERS;
+#endif
+    }
+  }
+  sums[0] = s0;
+  sums[1] = s1;
+  sums[2] = s2;
+  sums[3] = s3;
+}
+
+/* The same for fewer channels, the last ones: what would be read of others might lie outside the image. */
+static void add_few_channels(const taps *t, uint32_t n, const int8_t *a, const int16_t *w, int32_t *sums) {
+  uint32_t row, run, f;
+  int32_t row_gap = gap(t->x_row, t->width * t->x_run);
+  for (row = t->height; row; row--, a += row_gap, w += t->w_gap)
+    for (run = t->width; run; run--, a += t->x_run, w += FILTERS)
+      for (f = 0; f < n; f++) sums[f] += a[f] * w[f];
+}
+
+/* Add the products of four filters at one position to sums. */
+INLINE void add_products(const taps *t, const int8_t *a, const int16_t *w, int32_t *sums) {
+  int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
+  uint32_t row, run, n_16 = t->n & ~15u, n_4 = t->n & 12u, n_1 = t->n & 3u, w_gap = t->w_gap;
+  int32_t run_gap = gap(t->x_run, t->n), row_gap = gap(t->x_row, t->width * t->x_run);
+#if DSP
+  if (n_1 == 0u && t->width == 1u) {
+    /* The same as below, where nothing else needs registers. */
+    row_gap += run_gap;
+    if (n_4 == 0u)
+      for (row = t->height; row; row--, a += row_gap, w += w_gap) RUN(SIXTEEN_TAPS, a + n_16);
+    else
+      for (row = t->height; row; row--, a += row_gap, w += w_gap) {
+        if (n_16) RUN(SIXTEEN_TAPS, a + n_16);
+        RUN(FOUR_TAPS, a + n_4);
+      }
+    sums[0] = s0;
+    sums[1] = s1;
+    sums[2] = s2;
+    sums[3] = s3;
+    return;
+  }
+#endif
+  for (row = t->height; row; row--, a += row_gap, w += w_gap) {
+    for (run = t->width; run; run--, a += run_gap) {
+      const int8_t *last;
+#if DSP
+      if (n_16) RUN(SIXTEEN_TAPS, a + n_16);
+      if (n_4) RUN(FOUR_TAPS, a + n_4);
+#else
+      for (last = a + n_16 + n_4; a != last; a += 4, w += 4u * FILTERS) {
+        s0 += a[0] * w[0] + a[2] * w[1] + a[1] * w[8] + a[3] * w[9];
+        s1 += a[0] * w[2] + a[2] * w[3] + a[1] * w[10] + a[3] * w[11];
+        s2 += a[0] * w[4] + a[2] * w[5] + a[1] * w[12] + a[3] * w[13];
+        s3 += a[0] * w[6] + a[2] * w[7] + a[1] * w[14] + a[3] * w[15];
       }
 #endif
-      for (end = a + (t->n & 3u); a != end; a++, b++, v += 2) {
-        s0 += *a * v[0];
-        s1 += *a * v[1];
-        s2 += *b * v[0];
-        s3 += *b * v[1];
+      for (last = a + n_1; a != last; a++, w += FILTERS) {
+        s0 += *a * w[0];
+        s1 += *a * w[1];
+        s2 += *a * w[2];
+        s3 += *a * w[3];
       }
     }
   }
@@ -193,59 +336,101 @@ static void sums_2x2(const taps *t, const int8_t *x0, const int8_t *x1, const in
   sums[3] = s3;
 }
 
-/* Two filters at one position. */
-static void sums_2x1(const taps *t, const int8_t *x, const int16_t *w, int32_t sums[2]) {
-  int32_t s0 = sums[0], s1 = sums[1];
-  uint32_t row, run;
-  for (row = 0; row < t->height; row++) {
-    for (run = 0; run < t->width; run++) {
-      const int8_t *a = x + row * t->x_row + run * t->x_run;
-      const int16_t *v = w + row * t->w_row + run * t->w_run;
-      const int8_t *end = a + (t->n & ~3u);
-      for (; a != end; a += 4, v += 8) {
-#if DSP
-        int8x4_t aw = word(a);
-        int16x2_t a02 = __sxtb16(aw), a13 = upper(aw);
-        s0 = __smlad(a02, PAIRS(v, 0), s0);
-        s0 = __smlad(a13, PAIRS(v, 1), s0);
-        s1 = __smlad(a02, PAIRS(v, 2), s1);
-        s1 = __smlad(a13, PAIRS(v, 3), s1);
-#else
-        s0 += a[0] * v[0] + a[2] * v[1] + a[1] * v[2] + a[3] * v[3];
-        s1 += a[0] * v[4] + a[2] * v[5] + a[1] * v[6] + a[3] * v[7];
-#endif
-      }
-      for (end = a + (t->n & 3u); a != end; a++, v += 2) {
-        s0 += *a * v[0];
-        s1 += *a * v[1];
-      }
-    }
-  }
-  sums[0] = s0;
-  sums[1] = s1;
-}
-
 /* ---- convolution ------------------------------------------------------------------------------------------------ */
 
-/* A pair of filters at work. */
+/* Filters at work. */
 typedef struct {
   const edgecomp_conv *conv;
   const int8_t *residual;
   int8_t *y;
-  uint32_t channel, n_filters;
-  int32_t bias[2], mantissa[2];
-  uint32_t shift[2];
-} pair;
+  uint32_t channel, n;
+  int32_t bias[FILTERS], mantissa[FILTERS];
+  int32_t offset[FILTERS]; /* zero point and rounding, before the shift */
+  uint32_t shift[FILTERS]; /* less 32 */
+} filters;
 
-static void store(const pair *p, uint32_t position, const int32_t sums[2]) {
+static void load_filters(filters *p, uint32_t channel, uint32_t n) {
   const edgecomp_scaling *s = &p->conv->scaling;
-  uint32_t place = position * p->conv->window.out_channels + p->channel;
   uint32_t f;
-  for (f = 0; f < p->n_filters; f++, place++) {
-    int32_t value = s->wide ? rescaled_wide(sums[f], p->mantissa[f], p->shift[f], s->zero, s->low, s->high)
-                            : clamped(rescaled(sums[f], p->mantissa[f], p->shift[f]) + s->zero, s->low, s->high);
-    if (p->residual) value = added(p->conv->sum, value, p->residual[place]);
-    p->y[place] = (int8_t)value;
+  p->channel = channel;
+  p->n = n;
+  for (f = 0; f < FILTERS; f++) {
+    /* Those that are missing compute what another does. */
+    uint32_t c = channel + (f < n ? f : 0u);
+    p->bias[f] = s->bias[c];
+    p->mantissa[f] = s->mantissa[c];
+    p->shift[f] = s->wide ? s->shift[c] : s->shift[c] - 32u;
+    p->offset[f] = s->wide ? 0 : s->zero * (int32_t)(1u << p->shift[f]) + (int32_t)(1u << (p->shift[f] - 1u));
+  }
+}
+
+/* A part of the result, of positions whose windows lie alike: where it starts, in the image and in the result, and how far
+ * apart its columns and rows lie. */
+typedef struct {
+  const int8_t *x;
+  const int16_t *w;
+  const int32_t *start;
+  uint32_t place;
+  uint32_t n_rows, n_columns;
+  uint32_t x_row, x_column;
+} part;
+
+/* The common case, without what it does not need: four filters or channels, no sum, and all codes in range. */
+static void compute_four(const filters *p, const taps *t, const part *h) {
+  const int16_t *w = h->w;
+  const int32_t *start = h->start;
+  uint32_t y_step = p->conv->window.out_channels, x_step = h->x_column, row;
+  const taps here = *t; /* of which no store can be a part */
+  int32_t sums[FILTERS];
+  for (row = 0; row < h->n_rows; row++) {
+    const int8_t *a = h->x + row * h->x_row;
+    int8_t *y = p->y + h->place + row * p->conv->window.out_width * y_step;
+    uint32_t count = h->n_columns;
+    for (; count; count--, a += x_step, y += y_step) {
+      sums[0] = start[0];
+      sums[1] = start[1];
+      sums[2] = start[2];
+      sums[3] = start[3];
+      if (here.depthwise)
+        add_channels(&here, a, w, sums);
+      else
+        add_products(&here, a, w, sums);
+      y[0] = (int8_t)saturated(upper_half(sums[0], p->mantissa[0], p->offset[0]) >> p->shift[0]);
+      y[1] = (int8_t)saturated(upper_half(sums[1], p->mantissa[1], p->offset[1]) >> p->shift[1]);
+      y[2] = (int8_t)saturated(upper_half(sums[2], p->mantissa[2], p->offset[2]) >> p->shift[2]);
+      y[3] = (int8_t)saturated(upper_half(sums[3], p->mantissa[3], p->offset[3]) >> p->shift[3]);
+    }
+  }
+}
+
+static void compute(const filters *p, const taps *t, const part *h) {
+  const edgecomp_scaling *s = &p->conv->scaling;
+  uint32_t n = p->n, row, column, f;
+  int32_t low = s->low, high = s->high, sums[FILTERS];
+  if (!s->wide && !p->residual && n == FILTERS && low == -128 && high == 127) {
+    compute_four(p, t, h);
+    return;
+  }
+  for (row = 0; row < h->n_rows; row++) {
+    for (column = 0; column < h->n_columns; column++) {
+      const int8_t *a = h->x + row * h->x_row + column * h->x_column;
+      uint32_t place = h->place + (row * p->conv->window.out_width + column) * p->conv->window.out_channels;
+      int8_t found[FILTERS];
+      int8_t *y = p->residual ? found : p->y + place;
+      for (f = 0; f < FILTERS; f++) sums[f] = h->start[f];
+      if (!t->depthwise)
+        add_products(t, a, h->w, sums);
+      else if (n == FILTERS)
+        add_channels(t, a, h->w, sums);
+      else
+        add_few_channels(t, n, a, h->w, sums);
+      if (s->wide)
+        for (f = 0; f < n; f++) y[f] = rescaled_wide(sums[f], p->mantissa[f], p->shift[f], s->zero, low, high);
+      else
+        for (f = 0; f < n; f++)
+          y[f] = clamped(upper_half(sums[f], p->mantissa[f], p->offset[f]) >> p->shift[f], low, high);
+      if (p->residual) add_codes(p->conv->sum, n, found, p->residual + place, p->y + place);
+    }
   }
 }
 
@@ -258,38 +443,54 @@ static void inside(int32_t start, uint32_t extent, uint32_t n_taps, uint32_t dil
   *last = k;
 }
 
-/* Sums of the weights of each tap of the kernel, for both filters: what it gives outside the image, but for the zero
+/* Sums of the weights of each tap of the kernel, for every filter: what it gives outside the image, but for the zero
  * point. Not for parts of fours: see `patched`. */
 static void sum_taps(const edgecomp_conv *conv, const int16_t *w, int32_t *tap_sums) {
   const edgecomp_window *v = &conv->window;
-  uint32_t n = (uint32_t)v->in_channels / conv->groups, n_taps = (uint32_t)v->kernel_height * v->kernel_width, k;
-  for (; n_taps; n_taps--, tap_sums += 2) {
-    int32_t s0 = 0, s1 = 0;
-    for (k = 0; k + 4u <= n; k += 4u, w += 8) {
-      s0 += w[0] + w[1] + w[2] + w[3];
-      s1 += w[4] + w[5] + w[6] + w[7];
-    }
-    for (; k < n; k++, w += 2) {
-      s0 += w[0];
-      s1 += w[1];
+  uint32_t n = (uint32_t)v->in_channels / conv->groups, n_taps = (uint32_t)v->kernel_height * v->kernel_width, k, f;
+  for (; n_taps; n_taps--, tap_sums += FILTERS) {
+    int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+    for (k = 0; k + 2u <= (n & ~3u); k += 2u, w += 2u * FILTERS) {
+      s0 += w[0] + w[1];
+      s1 += w[2] + w[3];
+      s2 += w[4] + w[5];
+      s3 += w[6] + w[7];
     }
     tap_sums[0] = s0;
     tap_sums[1] = s1;
+    tap_sums[2] = s2;
+    tap_sums[3] = s3;
+    for (; k < n; k++, w += FILTERS)
+      for (f = 0; f < FILTERS; f++) tap_sums[f] += w[f];
   }
 }
 
-static void outside(const edgecomp_conv *conv, const int32_t *tap_sums, const uint32_t rows[2], const uint32_t cols[2],
-                    const int32_t bias[2], int32_t sums[2]) {
-  uint32_t i, k;
-  int32_t s0 = 0, s1 = 0;
-  for (i = 0; i < conv->window.kernel_height; i++)
-    for (k = 0; k < conv->window.kernel_width; k++, tap_sums += 2)
-      if (i < rows[0] || i >= rows[1] || k < cols[0] || k >= cols[1]) {
-        s0 += tap_sums[0];
-        s1 += tap_sums[1];
-      }
-  sums[0] = bias[0] + conv->in_zero * s0;
-  sums[1] = bias[1] + conv->in_zero * s1;
+/* What the zero point adds to a window that reaches out of the image: by the rows outside to `start`, which holds the
+ * biases, and by each column outside to `columns`, of as many sums as filters for a tap in a row. */
+static void add_outside(const edgecomp_conv *conv, const int32_t *tap_sums, const uint32_t rows[2], int32_t *start,
+                        int32_t *columns) {
+  uint32_t i, k, width = FILTERS * conv->window.kernel_width;
+  memset(columns, 0, width * sizeof(int32_t));
+  for (i = 0; i < conv->window.kernel_height; i++) {
+    int is_inside = i >= rows[0] && i < rows[1];
+    for (k = 0; k < width; k++, tap_sums++) {
+      int32_t value = conv->in_zero * *tap_sums;
+      if (is_inside)
+        columns[k] += value;
+      else
+        start[k % FILTERS] += value;
+    }
+  }
+}
+
+static void add_columns(const int32_t *columns, uint32_t first, uint32_t last, int32_t *sums) {
+  uint32_t k;
+  for (k = FILTERS * first; k < FILTERS * last; k += FILTERS) {
+    sums[0] += columns[k];
+    sums[1] += columns[k + 1u];
+    sums[2] += columns[k + 2u];
+    sums[3] += columns[k + 3u];
+  }
 }
 
 /* Copy a window of the image, with the zero point where it reaches outside. */
@@ -307,251 +508,163 @@ static void copy_patch(const edgecomp_conv *conv, const int8_t *x, int32_t top, 
   }
 }
 
-/* Columns of the result whose windows lie inside the image: [first, last). */
-static void whole_columns(const edgecomp_window *v, uint32_t *first, uint32_t *last) {
-  int32_t reach = (int32_t)(v->kernel_width - 1) * v->dilation_width;
-  int32_t room = (int32_t)v->in_width + v->pad_left - 1 - reach;
-  uint32_t lo = ((uint32_t)v->pad_left + v->stride_width - 1u) / v->stride_width;
-  uint32_t hi = room < 0 ? 0u : (uint32_t)room / v->stride_width + 1u;
-  if (hi > v->out_width) hi = v->out_width;
+/* Rows or columns of the result whose windows lie inside the image: [first, last). */
+static void whole(uint32_t extent, uint32_t n_out, uint32_t reach, uint32_t stride, uint32_t pad, uint32_t *first,
+                  uint32_t *last) {
+  uint32_t lo = (pad + stride - 1u) / stride;
+  uint32_t hi = extent + pad <= reach ? 0u : (extent + pad - 1u - reach) / stride + 1u;
+  if (hi > n_out) hi = n_out;
   if (lo >= hi) lo = hi = 0u;
   *first = lo;
   *last = hi;
 }
 
-static void convolve_pair(const pair *p, const int8_t *x, const int16_t *w, int32_t *tap_sums, int8_t *patch) {
+/* Compute a part whose windows reach out of an image whose pixels are no fours of codes, position by position, each on a
+ * copy of its window. */
+static void compute_patched(const filters *p, const taps *t, const part *h, const int8_t *x, uint32_t oy, uint32_t ox,
+                            int8_t *patch) {
   const edgecomp_conv *conv = p->conv;
   const edgecomp_window *v = &conv->window;
-  uint32_t n = (uint32_t)v->in_channels / conv->groups;
-  int rows_run = conv->groups == 1u && v->dilation_width == 1u;
-  uint32_t run = rows_run ? n * v->kernel_width : n;
-  uint32_t step = (uint32_t)v->stride_width * v->in_channels;
-  uint32_t all[2], lo, hi, oy, ox;
-  taps t;
-  all[0] = 0u;
-  all[1] = v->kernel_width;
-  t.x_row = (uint32_t)v->dilation_height * v->in_width * v->in_channels;
-  t.x_run = rows_run ? 0u : (uint32_t)v->dilation_width * v->in_channels;
-  t.w_run = rows_run ? 0u : 2u * n;
-  t.w_row = 2u * n * v->kernel_width;
-  whole_columns(v, &lo, &hi);
-  if (tap_sums) sum_taps(conv, w, tap_sums);
-  for (oy = 0; oy < v->out_height; oy++) {
-    int32_t top = (int32_t)(oy * v->stride_height) - v->pad_top;
-    uint32_t position = oy * v->out_width;
-    uint32_t rows[2];
-    int32_t start[2];
+  uint32_t row, column, rows[2], cols[2];
+  taps all = *t;
+  part one = *h;
+  all.height = v->kernel_height;
+  all.x_row = t->n;
+  one.x = patch;
+  one.n_rows = one.n_columns = 1u;
+  for (row = 0; row < h->n_rows; row++) {
+    int32_t top = (int32_t)((oy + row) * v->stride_height) - v->pad_top;
     inside(top, v->in_height, v->kernel_height, v->dilation_height, &rows[0], &rows[1]);
-    if (rows[1] - rows[0] == v->kernel_height || !tap_sums) {
-      start[0] = p->bias[0];
-      start[1] = p->bias[1];
-    } else {
-      outside(conv, tap_sums, rows, all, p->bias, start);
-    }
-    for (ox = 0; ox < v->out_width;) {
-      int32_t left = (int32_t)(ox * v->stride_width) - v->pad_left;
-      int32_t sums[4];
-      t.height = rows[1] - rows[0];
-      t.width = rows_run ? 1u : v->kernel_width;
-      t.n = run;
-      if (ox >= lo && ox < hi && (rows[1] - rows[0] == v->kernel_height || !patch)) {
-        const int8_t *a = x + ((uint32_t)(top + (int32_t)(rows[0] * v->dilation_height)) * v->in_width + (uint32_t)left) *
-                                  v->in_channels;
-        const int16_t *u = w + rows[0] * t.w_row;
-        sums[0] = sums[2] = start[0];
-        sums[1] = sums[3] = start[1];
-        if (ox + 1u < hi) {
-          sums_2x2(&t, a, a + step, u, sums);
-          store(p, position + ox + 1u, sums + 2);
-          store(p, position + ox, sums);
-          ox += 2u;
-        } else {
-          sums_2x1(&t, a, u, sums);
-          store(p, position + ox, sums);
-          ox++;
-        }
-        continue;
-      }
-      {
-        uint32_t cols[2];
-        inside(left, v->in_width, v->kernel_width, v->dilation_width, &cols[0], &cols[1]);
-        if (patch) {
-          taps whole = t;
-          whole.height = v->kernel_height;
-          whole.x_row = run;
-          copy_patch(conv, x, top, left, rows, cols, patch);
-          sums[0] = p->bias[0];
-          sums[1] = p->bias[1];
-          sums_2x1(&whole, patch, w, sums);
-        } else {
-          int32_t y0 = top + (int32_t)(rows[0] * v->dilation_height), x0 = left + (int32_t)(cols[0] * v->dilation_width);
-          if (tap_sums) {
-            outside(conv, tap_sums, rows, cols, p->bias, sums);
-          } else {
-            sums[0] = p->bias[0];
-            sums[1] = p->bias[1];
-          }
-          if (rows_run)
-            t.n = (cols[1] - cols[0]) * n;
-          else
-            t.width = cols[1] - cols[0];
-          if (t.height && cols[0] != cols[1])
-            sums_2x1(&t, x + ((uint32_t)y0 * v->in_width + (uint32_t)x0) * v->in_channels,
-                     w + rows[0] * t.w_row + 2u * n * cols[0], sums);
-        }
-        store(p, position + ox, sums);
-        ox++;
-      }
+    for (column = 0; column < h->n_columns; column++) {
+      int32_t left = (int32_t)((ox + column) * v->stride_width) - v->pad_left;
+      inside(left, v->in_width, v->kernel_width, v->dilation_width, &cols[0], &cols[1]);
+      copy_patch(conv, x, top, left, rows, cols, patch);
+      one.place = h->place + (row * v->out_width + column) * v->out_channels;
+      compute(p, &all, &one);
     }
   }
 }
 
-static void load_filter(pair *p, uint32_t f, uint32_t channel) {
-  const edgecomp_scaling *s = &p->conv->scaling;
-  p->bias[f] = s->bias[channel];
-  p->mantissa[f] = s->mantissa[channel];
-  p->shift[f] = s->shift[channel];
+/* Go through all positions with some filters: of a group, or of some channels if depthwise. The result is cut into parts
+ * at its borders, where windows reach out of the image. */
+static void convolve(const filters *p, int depthwise, const int8_t *x, const int16_t *w, int32_t *tap_sums,
+                     int8_t *patch) {
+  const edgecomp_conv *conv = p->conv;
+  const edgecomp_window *v = &conv->window;
+  uint32_t n = (uint32_t)v->in_channels / conv->groups, width = v->kernel_width, k;
+  int is_row = conv->groups == 1u && v->dilation_width == 1u && !depthwise;
+  int32_t *columns = tap_sums ? tap_sums + FILTERS * v->kernel_height * width : 0;
+  int32_t start[FILTERS], edge[FILTERS];
+  uint32_t rows[2], cols[2], top, bottom, lo, hi, oy, ox;
+  taps all;
+  part h;
+  all.depthwise = depthwise;
+  all.height = v->kernel_height;
+  all.width = is_row ? 1u : width;
+  all.n = is_row ? n * width : n;
+  all.x_row = (uint32_t)v->dilation_height * v->in_width * v->in_channels;
+  all.x_run = is_row ? all.n : (uint32_t)v->dilation_width * v->in_channels;
+  all.w_gap = 0u;
+  h.x_row = (uint32_t)v->stride_height * v->in_width * v->in_channels;
+  h.x_column = (uint32_t)v->stride_width * v->in_channels;
+  whole(v->in_height, v->out_height, (v->kernel_height - 1u) * v->dilation_height, v->stride_height, v->pad_top, &top,
+        &bottom);
+  whole(v->in_width, v->out_width, (width - 1u) * v->dilation_width, v->stride_width, v->pad_left, &lo, &hi);
+  if (tap_sums) sum_taps(conv, w, tap_sums);
+  for (oy = 0; oy < v->out_height; oy += h.n_rows) {
+    int32_t y0 = (int32_t)(oy * v->stride_height) - v->pad_top;
+    h.n_rows = oy == top && bottom ? bottom - top : 1u;
+    inside(y0, v->in_height, v->kernel_height, v->dilation_height, &rows[0], &rows[1]);
+    for (k = 0; k < FILTERS; k++) start[k] = p->bias[k];
+    if (tap_sums) add_outside(conv, tap_sums, rows, start, columns);
+    for (ox = 0; ox < v->out_width; ox += h.n_columns) {
+      int32_t x0 = (int32_t)(ox * v->stride_width) - v->pad_left;
+      taps t = all;
+      h.n_columns = ox == lo && hi ? hi - lo : 1u;
+      h.place = (oy * v->out_width + ox) * v->out_channels + p->channel;
+      inside(x0, v->in_width, width, v->dilation_width, &cols[0], &cols[1]);
+      if (patch && (rows[1] - rows[0] != v->kernel_height || cols[1] - cols[0] != width)) {
+        h.w = w;
+        h.start = p->bias;
+        compute_patched(p, &t, &h, x, oy, ox, patch);
+        continue;
+      }
+      for (k = 0; k < FILTERS; k++) edge[k] = start[k];
+      if (columns) {
+        add_columns(columns, 0u, cols[0], edge);
+        add_columns(columns, cols[1], width, edge);
+      }
+      if (is_row)
+        t.n = t.x_run = (cols[1] - cols[0]) * n;
+      else
+        t.width = cols[1] - cols[0];
+      t.w_gap = (width - (cols[1] - cols[0])) * n * FILTERS;
+      /* Where a window lies beside the image there is nothing to read. */
+      t.height = cols[0] == cols[1] ? 0u : rows[1] - rows[0];
+      h.x = x;
+      if (t.height)
+        h.x += ((uint32_t)(y0 + (int32_t)(rows[0] * v->dilation_height)) * v->in_width +
+                (uint32_t)(x0 + (int32_t)(cols[0] * v->dilation_width))) *
+               v->in_channels;
+      h.w = w + (rows[0] * width + cols[0]) * n * FILTERS;
+      h.start = edge;
+      compute(p, &t, &h);
+    }
+  }
+}
+
+static int reaches_out(const edgecomp_window *v) {
+  return v->pad_top || v->pad_left ||
+         (v->out_height - 1u) * v->stride_height + (v->kernel_height - 1u) * v->dilation_height >= v->in_height ||
+         (v->out_width - 1u) * v->stride_width + (v->kernel_width - 1u) * v->dilation_width >= v->in_width;
 }
 
 void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch) {
   const edgecomp_window *v = &conv->window;
   uint32_t n = (uint32_t)v->in_channels / conv->groups, per_group = (uint32_t)v->out_channels / conv->groups;
   uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width;
-  int rows_run = conv->groups == 1u && v->dilation_width == 1u;
-  uint32_t run = rows_run ? n * v->kernel_width : n;
-  int reaches_out = v->pad_top || v->pad_left ||
-                    (v->out_height - 1u) * v->stride_height + (v->kernel_height - 1u) * v->dilation_height >= v->in_height ||
-                    (v->out_width - 1u) * v->stride_width + (v->kernel_width - 1u) * v->dilation_width >= v->in_width;
+  int is_row = conv->groups == 1u && v->dilation_width == 1u;
+  uint32_t run = is_row ? n * v->kernel_width : n;
   /* Parts of a run can be read only from a four on. */
-  int patched = reaches_out && rows_run && (n & 3u);
+  int padded = reaches_out(v), patched = padded && is_row && (n & 3u);
   int16_t *w = (int16_t *)scratch;
-  int32_t *tap_sums = (int32_t *)scratch + n_taps * n;
-  int8_t *patch = (int8_t *)scratch + 4u * n_taps * n;
+  void *rest = w + FILTERS * n_taps * n;
   reader r = open_stream(&conv->weights);
   uint32_t g, o;
-  pair p;
+  filters p;
   p.conv = conv;
   p.residual = residual;
   p.y = y;
   for (g = 0; g < conv->groups; g++) {
-    for (o = 0; o < per_group; o += 2u) {
+    for (o = 0; o < per_group; o += FILTERS) {
       int16_t *out = w;
       uint32_t i;
-      p.channel = g * per_group + o;
-      p.n_filters = per_group - o < 2u ? 1u : 2u;
-      load_filter(&p, 0, p.channel);
-      load_filter(&p, 1, p.channel + p.n_filters - 1u);
-      if (p.n_filters == 1u) memset(w, 0, (size_t)4 * n_taps * n);
-      next_pair(&r);
-      for (i = 0; i < n_taps * n; i += run) out = decode_run(&r, run, p.n_filters, out);
-      convolve_pair(&p, x + g * n, w, reaches_out && !patched && conv->in_zero ? tap_sums : 0, patched ? patch : 0);
-    }
-  }
-}
-
-/* ---- depthwise convolution -------------------------------------------------------------------------------------- */
-
-static void store_channels(const edgecomp_conv *conv, uint32_t position, uint32_t channel, uint32_t n,
-                           const int32_t *sums, int8_t *y) {
-  const edgecomp_scaling *s = &conv->scaling;
-  int8_t *place = y + position * conv->window.out_channels + channel;
-  uint32_t k;
-  for (k = 0; k < n; k++) {
-    uint32_t c = channel + k;
-    place[k] = s->wide ? rescaled_wide(sums[k], s->mantissa[c], s->shift[c], s->zero, s->low, s->high)
-                       : clamped(rescaled(sums[k], s->mantissa[c], s->shift[c]) + s->zero, s->low, s->high);
-  }
-}
-
-/* Four channels at a position, w as channels 0, 2, 1, 3 of every tap. */
-static void sums_of_four(uint32_t height, uint32_t width, uint32_t x_row, uint32_t x_tap, const int8_t *x,
-                         const int16_t *w, int32_t sums[4]) {
-  int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
-  uint32_t row, k;
-#if DSP
-#define TAP(place)                                        \
-  do {                                                    \
-    int8x4_t aw = word(place);                            \
-    int16x2_t a02 = __sxtb16(aw), a13 = upper(aw);        \
-    int16x2_t w02 = PAIRS(w, 0), w13 = PAIRS(w, 1);       \
-    s0 = __smlabb(a02, w02, s0);                          \
-    s2 = __smlatt(a02, w02, s2);                          \
-    s1 = __smlabb(a13, w13, s1);                          \
-    s3 = __smlatt(a13, w13, s3);                          \
-    w += 4;                                               \
-  } while (0)
-#else
-#define TAP(place)              \
-  do {                          \
-    const int8_t *a = (place);  \
-    s0 += a[0] * w[0];          \
-    s2 += a[2] * w[1];          \
-    s1 += a[1] * w[2];          \
-    s3 += a[3] * w[3];          \
-    w += 4;                     \
-  } while (0)
-#endif
-  for (row = 0; row < height; row++, x += x_row) {
-    if (width == 3u) {
-      TAP(x);
-      TAP(x + x_tap);
-      TAP(x + 2u * x_tap);
-    } else {
-      for (k = 0; k < width; k++) TAP(x + k * x_tap);
-    }
-  }
-#undef TAP
-  sums[0] = s0;
-  sums[1] = s1;
-  sums[2] = s2;
-  sums[3] = s3;
-}
-
-/* n channels, four or one, at a position whose window reaches out of the image. */
-static void sums_at_edge(const edgecomp_conv *conv, const int8_t *x, uint32_t n, int32_t top, int32_t left,
-                         const int16_t *w, int32_t *sums) {
-  static const uint8_t order[4] = {0, 2, 1, 3};
-  const edgecomp_window *v = &conv->window;
-  uint32_t i, j, k;
-  for (i = 0; i < v->kernel_height; i++) {
-    int32_t row = top + (int32_t)(i * v->dilation_height);
-    for (j = 0; j < v->kernel_width; j++, w += n) {
-      int32_t column = left + (int32_t)(j * v->dilation_width);
-      int is_inside = row >= 0 && row < (int32_t)v->in_height && column >= 0 && column < (int32_t)v->in_width;
-      uint32_t place = is_inside ? ((uint32_t)row * v->in_width + (uint32_t)column) * v->in_channels : 0u;
-      for (k = 0; k < n; k++) sums[order[k]] += (is_inside ? x[place + order[k]] : conv->in_zero) * w[k];
+      load_filters(&p, g * per_group + o, per_group - o < FILTERS ? per_group - o : FILTERS);
+      if (p.n < FILTERS) memset(w, 0, FILTERS * n_taps * n * sizeof(int16_t));
+      next_part(&r);
+      for (i = 0; i < n_taps * n; i += run) out = decode_run(&r, run, p.n, out);
+      convolve(&p, 0, x + g * n, w, padded && !patched && conv->in_zero ? (int32_t *)rest : 0,
+               patched ? (int8_t *)rest : 0);
     }
   }
 }
 
 void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, void *scratch) {
   const edgecomp_window *v = &conv->window;
-  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width;
-  uint32_t x_tap = (uint32_t)v->dilation_width * v->in_channels;
-  uint32_t x_row = (uint32_t)v->dilation_height * v->in_width * v->in_channels;
+  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width, c, i, f;
   int16_t *w = (int16_t *)scratch;
+  void *rest = w + FILTERS * n_taps;
   reader r = open_stream(&conv->weights);
-  uint32_t lo, hi, c, n, k, oy, ox;
-  whole_columns(v, &lo, &hi);
-  for (c = 0; c < v->in_channels; c += n) {
-    n = v->in_channels - c < 4u ? 1u : 4u;
-    next_pair(&r);
-    for (k = 0; k < n_taps * n; k++) w[k] = (int16_t)code(&r);
-    for (oy = 0; oy < v->out_height; oy++) {
-      int32_t top = (int32_t)(oy * v->stride_height) - v->pad_top;
-      int is_inside = top >= 0 && top + (int32_t)((v->kernel_height - 1u) * v->dilation_height) < (int32_t)v->in_height;
-      for (ox = 0; ox < v->out_width; ox++) {
-        int32_t left = (int32_t)(ox * v->stride_width) - v->pad_left;
-        int32_t sums[4];
-        for (k = 0; k < n; k++) sums[k] = conv->scaling.bias[c + k];
-        if (n == 4u && is_inside && ox >= lo && ox < hi)
-          sums_of_four(v->kernel_height, v->kernel_width, x_row, x_tap,
-                       x + ((uint32_t)top * v->in_width + (uint32_t)left) * v->in_channels + c, w, sums);
-        else
-          sums_at_edge(conv, x + c, n, top, left, w, sums);
-        store_channels(conv, oy * v->out_width + ox, c, n, sums, y);
-      }
-    }
+  filters p;
+  p.conv = conv;
+  p.residual = 0;
+  p.y = y;
+  for (c = 0; c < v->in_channels; c += FILTERS) {
+    load_filters(&p, c, v->in_channels - c < FILTERS ? v->in_channels - c : FILTERS);
+    next_part(&r);
+    for (i = 0; i < n_taps; i++)
+      for (f = 0; f < FILTERS; f++) w[FILTERS * i + f] = f < p.n ? (int16_t)code(&r) : 0;
+    convolve(&p, 1, x + c, w, reaches_out(v) && conv->in_zero ? (int32_t *)rest : 0, 0);
   }
 }
 
@@ -562,31 +675,28 @@ void edgecomp_fully_connected(const edgecomp_linear *linear, const int8_t *x, in
   reader r = open_stream(&linear->weights);
   int16_t *w = (int16_t *)scratch;
   uint32_t o, i, f;
-  for (o = 0; o < linear->n_out; o += 2u) {
-    uint32_t n_filters = linear->n_out - o < 2u ? 1u : 2u;
-    int32_t sums[2];
-    for (f = 0; f < 2u; f++) sums[f] = f < n_filters ? s->bias[o + f] : 0;
-    next_pair(&r);
+  taps t;
+  memset(&t, 0, sizeof t);
+  t.height = t.width = 1u;
+  for (o = 0; o < linear->n_out; o += FILTERS) {
+    uint32_t n_filters = linear->n_out - o < FILTERS ? linear->n_out - o : FILTERS;
+    int32_t sums[FILTERS];
+    for (f = 0; f < FILTERS; f++) sums[f] = f < n_filters ? s->bias[o + f] : 0;
+    next_part(&r);
     for (i = 0; i < linear->n_in; i += EDGECOMP_LINEAR_RUN) {
-      taps t;
-      memset(&t, 0, sizeof t);
-      t.height = t.width = 1u;
       t.n = linear->n_in - i < EDGECOMP_LINEAR_RUN ? linear->n_in - i : EDGECOMP_LINEAR_RUN;
-      if (n_filters == 1u) memset(w, 0, (size_t)4 * t.n);
+      if (n_filters < FILTERS) memset(w, 0, FILTERS * t.n * sizeof(int16_t));
       (void)decode_run(&r, t.n, n_filters, w);
-      sums_2x1(&t, x + i, w, sums);
+      add_products(&t, x + i, w, sums);
     }
-    for (f = 0; f < n_filters; f++)
-      y[o + f] = s->wide ? rescaled_wide(sums[f], s->mantissa[o + f], s->shift[o + f], s->zero, s->low, s->high)
-                         : clamped(rescaled(sums[f], s->mantissa[o + f], s->shift[o + f]) + s->zero, s->low, s->high);
+    for (f = 0; f < n_filters; f++) y[o + f] = finished(s, o + f, sums[f]);
   }
 }
 
 /* ---- element by element ----------------------------------------------------------------------------------------- */
 
 void edgecomp_add(const edgecomp_sum *sum, uint32_t n, const int8_t *a, const int8_t *b, int8_t *y) {
-  uint32_t i;
-  for (i = 0; i < n; i++) y[i] = (int8_t)added(sum, a[i], b[i]);
+  add_codes(sum, n, a, b, y);
 }
 
 static int8_t multiplied(const edgecomp_product *p, int32_t a, int32_t b) {

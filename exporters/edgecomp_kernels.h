@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-/* How codes are stored: a stream of fields, the lowest bits first, that starts on a byte for every pair of filters. */
+/* How codes are stored: a stream of fields, the lowest bits first, that starts on a byte for every four filters. */
 enum edgecomp_form {
   EDGECOMP_DENSE,  /* a code of `bits` bits in two's complement */
   EDGECOMP_TABLE,  /* a place of `bits` bits in `levels` */
@@ -22,9 +22,9 @@ enum edgecomp_form {
   EDGECOMP_SPARSE_TABLE /* a bit: is there a code? then its place, as in TABLE */
 };
 
-/* The weights of a layer: filters two by two, in each pair the taps in the order in which the kernels read them: by
- * fours of a run, as taps 0, 2, 1, 3, first those of the one filter, then of the other; then the rest of the run one by
- * one, in turns. A run is what lies side by side in the image: a kernel's row, or its pixel. */
+/* The weights of a layer: filters by fours, and of them the taps in the order in which the kernels read them. Of every
+ * four taps of a run come 0 and 2 of each filter, then 1 and 3 of each; then the rest of the run, each tap of all filters
+ * in turn. A run is what lies side by side in the image: a kernel's row, or its pixel. */
 typedef struct {
   const uint8_t *stream;
   const int8_t *levels;
@@ -38,7 +38,7 @@ typedef struct {
   const int32_t *bias;
   const int32_t *mantissa;
   const uint8_t *shift;
-  uint8_t wide; /* a shift is below 33: 64-bit arithmetic */
+  uint8_t wide; /* a shift is not within 33-54: 64-bit arithmetic */
   int8_t zero;
   int8_t low;
   int8_t high;
@@ -96,11 +96,11 @@ typedef struct {
 #define EDGECOMP_LINEAR_RUN 128u
 
 /* Convolution, dense or in groups. y may be the memory of `residual`, which has the shape of y, where a sum is fused.
- * scratch, on a multiple of 4: 4 bytes a tap of a filter (kernel height x width x channels of a group), then, where
- * windows reach out of the image, 8 bytes a tap of the kernel or a byte a tap of the filter, the larger. Depthwise: 8
- * bytes a tap of the kernel. Linear: 4 bytes a tap, of at most EDGECOMP_LINEAR_RUN. */
+ * scratch, on a multiple of 4: 8 bytes a tap of a filter (kernel height x width x channels of a group), then, where
+ * windows reach out of the image, 16 bytes a tap of the kernel and of its width, or a byte a tap of the filter.
+ * Depthwise: the same, with one channel. Linear: 8 bytes a tap, of at most EDGECOMP_LINEAR_RUN. */
 void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch);
-/* One filter a channel, or several: weights as fours of channels, every tap. */
+/* One filter a channel; weights: every tap of four channels, then of the next four. */
 void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, void *scratch);
 void edgecomp_fully_connected(const edgecomp_linear *linear, const int8_t *x, int8_t *y, void *scratch);
 

@@ -18,6 +18,7 @@ from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.graph import Array, Graph
 from edgecomp.report import Fact
 
+from .compiled_c import CompiledC
 from .litert import LiteRt, LiteRtReference, TfliteRuntime
 from .onnx_runtime import OnnxRuntime, optimized
 from .runtime import Border, Model, Runner, checked_threads, fitting, place_of, sample_image
@@ -26,6 +27,7 @@ from .tflm import TfliteMicro
 __all__ = [
     "RUNNERS",
     "Border",
+    "CompiledC",
     "LiteRt",
     "LiteRtReference",
     "Model",
@@ -86,6 +88,7 @@ RUNNERS: Mapping[str, type[Runner]] = MappingProxyType(
         "litert-reference": LiteRtReference,
         "tflite-runtime": TfliteRuntime,
         "tflite-micro": TfliteMicro,
+        "c": CompiledC,
         "reference": Reference,
     }
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
@@ -26,14 +26,19 @@ class AtRest(StrEnum):
 def form_of(format_name: str, at_rest: AtRest) -> str:
     """Name a format and how it stores weights in one word: "onnx", "onnx-int8", "tflite", "tflite-int8", ...
 
-    Native ONNX and TFLite Micro are packed already: asked for packed files, they are that.
+    Native ONNX, TFLite Micro and C are packed already: asked for packed files, they are that.
     """
     plain = at_rest is AtRest.NATIVE or (format_name != "tflite" and at_rest is AtRest.PACKED)
     return format_name if plain else f"{format_name}-{at_rest}"
 
 
 FILES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"onnx": ("model.onnx",), "tflite": ("model.tflite",), "tflm": ("model.tflm.tflite", "model.cc", "model.h")}
+    {
+        "onnx": ("model.onnx",),
+        "tflite": ("model.tflite",),
+        "tflm": ("model.tflm.tflite", "model.cc", "model.h"),
+        "c": ("network.c", "network.h", "edgecomp_kernels.c", "edgecomp_kernels.h"),
+    }
 )
 """What a file of each format is called in a folder, and then what is written beside it."""
 
@@ -48,7 +53,7 @@ class StoredWeight:
         stored_bits: width the format spends on a code that is stored by itself; of its index where there is a table.
         stored_bytes: bytes of the codes as they are stored, tables included; no scales, biases, graph structure.
         encoding: "dense": every code by itself; "words": numbers of words, see `coding`; "table", "bitmap": see
-            `coding.MicroForm`.
+            `coding.MicroForm`; in C "dense", "table", "sparse", "sparse_table", see `exporters.c_weights`.
     """
 
     layer: str
@@ -63,16 +68,26 @@ class Exported:
     """A file before it is on disk.
 
     Attributes:
-        format: "onnx", "tflite" or "tflm".
+        format: "onnx", "tflite", "tflm" or "c".
         data: the whole file.
         weights: one entry a layer, in running order.
         at_rest: how it stores them.
+        companions: what is written beside it and cannot be told from it, by name: of C header and kernels.
+        flash_bytes: what a device stores of it where that is not the file: of C the constants, without code. None: the
+            file.
     """
 
     format: str
     data: bytes
     weights: tuple[StoredWeight, ...]
     at_rest: AtRest = AtRest.NATIVE
+    companions: Mapping[str, bytes] = field(default_factory=dict)
+    flash_bytes: int | None = None
+
+    @property
+    def device_bytes(self) -> int:
+        """Give what a device stores: what a budget of bytes is about."""
+        return len(self.data) if self.flash_bytes is None else self.flash_bytes
 
     @property
     def name(self) -> str:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgecomp import manifest
+import numpy as np
+
+from edgecomp import manifest, reference
 from edgecomp.artifact import FILES
+from edgecomp.compress import border_codes, compress
 from edgecomp.errors import BundleError, UsageError
 from edgecomp.files import MANIFEST
 from edgecomp.folder import BuiltFolder, open_folder
 from edgecomp.report import BenchReport, Comparison, table
 
 if TYPE_CHECKING:
+    from edgecomp.benchmarks.firmware import FirmwareReport
     from edgecomp.check import Stage
 
 COMPRESSED, INT8, FLOAT = "compressed", "plain int8", "float32"
@@ -134,6 +139,10 @@ def _bench_folder(
 
     folder = open_folder(path)
     artifacts: list[Mapping[str, Any]] = [a for a in folder.record["artifacts"] if only in (None, a["path"])]
+    in_c = [a for a in artifacts if a["format"] == "c"]
+    artifacts = [a for a in artifacts if a not in in_c]
+    if in_c and not artifacts:
+        raise UsageError(f"{path}: a network in C is measured on a core: add --target NAME, e.g. cortex-m4")
     if runtime is not None:
         artifacts = [a for a in artifacts if a["format"] in runner_class(runtime).formats]
     if not artifacts:
@@ -204,3 +213,41 @@ def _run(
             progress=progress,
         )
         return comparison
+
+
+def bench_target(path: Path, target: str, *, n_images: int = 2, seed: int, stage: Stage) -> FirmwareReport:
+    """Run the network in C of a built folder on an emulated core, and compare its outputs with the reference's.
+
+    Args:
+        path: a folder that was built with format c.
+        target: the name of a core, see `edgecomp targets`.
+        n_images: of random codes, at least one.
+        seed: of these.
+        stage: shows how far the work is.
+
+    Raises:
+        BundleError: a file is missing, damaged, or not the one its manifest speaks of.
+        TargetError: the core is unknown or cannot be emulated, a tool is missing, or an output is wrong.
+        UsageError: the folder has no network in C.
+    """
+    from edgecomp.benchmarks.firmware import core_of, measure_firmware
+    from edgecomp.targets import load
+
+    known = load(target)
+    core_of(known.cpu, target)
+    folder = open_folder(path)
+    entry = next((a for a in folder.record["artifacts"] if a["format"] == "c"), None)
+    if entry is None:
+        raise UsageError(f"{path}: has no network in C, which is what {target} runs; build it with --format c")
+    names = FILES["c"]
+    files = {names[0]: folder.artifact(entry), **{name: folder.read(name) for name in names[1:]}}
+    quantized = compress(folder.graph, folder.plan)
+    first, last = border_codes(quantized)
+    shape = quantized.tensors[first].shape[1:]
+    codes = np.random.default_rng(seed).integers(-128, 128, size=(n_images, *shape), dtype=np.int8)
+    inner = replace(quantized, nodes=tuple(n for n in quantized.nodes if first not in n.outputs), inputs=(first,))
+    expected = reference.run(inner, {first: codes})[last]
+    with stage(f"running in {target}", n_images) as advance, tempfile.TemporaryDirectory() as place:
+        images, results = (x.transpose(0, 2, 3, 1) if x.ndim == 4 else x for x in (codes, expected))
+        report: FirmwareReport = measure_firmware(files, target, known.cpu, images, results, Path(place), advance)
+        return report

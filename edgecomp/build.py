@@ -97,7 +97,7 @@ def build(
         input_shape: (C, H, W); None for what the preprocessed images have.
         n_calibration: images of the training split to calibrate and score with.
         budget: what may be spent.
-        formats: "onnx", "tflite", "tflm".
+        formats: "onnx", "tflite", "tflm", "c".
         io: what the files take and give.
         reconstruction: adjust weights to their widths on the calibration images.
         seed: of every random choice.
@@ -125,6 +125,10 @@ def build(
         from edgecomp.benchmarks.tflm import load_package
 
         load_package()  # rather missed now than after the long work
+    if "c" in formats:
+        from edgecomp.benchmarks.compiled_c import host_compiler
+
+        host_compiler()
     formats = [form_of(name, at_rest) for name in formats]
     if model is None and weights is not None:
         raise UsageError("--weights without MODEL: name the model they belong to")

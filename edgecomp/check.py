@@ -14,6 +14,7 @@ import numpy as np
 
 from edgecomp import reference
 from edgecomp.artifact import Exported
+from edgecomp.compress import border_codes
 from edgecomp.data import LabelledImages
 from edgecomp.errors import GraphError, ParityError
 from edgecomp.graph import Array, Graph, Op
@@ -125,11 +126,14 @@ def measure_parity(
     from edgecomp.benchmarks.runners import runner_class
 
     inputs = images.inputs(preprocessing, 0, min(PARITY_IMAGES, len(images)))
-    expected = reference_outputs(graph, inputs, graph.outputs)[graph.outputs[0]]
-    got = runner_class(runtime)(data, threads=os.cpu_count() or 1).run(inputs)
+    runner = runner_class(runtime)(data, threads=os.cpu_count() or 1)
+    got = runner.run(inputs)
+    # A network in C ends with codes, whatever is made of them behind it.
+    compared = border_codes(graph)[1] if runner.output.dtype == np.int8 else graph.outputs[0]
+    expected = reference_outputs(graph, inputs, (compared,))[compared].reshape(got.shape)
     scores = expected.reshape(len(inputs), -1)
     chosen = np.take_along_axis(scores, got.reshape(len(inputs), -1).argmax(axis=1)[:, None], axis=1)[:, 0]
-    step = output_step(graph)
+    step = 1.0 if got.dtype == np.int8 else output_step(graph)
     behind = scores.max(axis=1).astype(np.float64) - chosen
     return parity(expected, got, step=step), 100 * float((behind <= (CLOSE_STEPS + 0.5) * step).mean())
 
@@ -159,8 +163,10 @@ def measure(
             "nothing was written"
         )
     runner = runner_class(runtime)(exported.data)
-    # Of the runtimes only this one has to be told how much memory it may use.
-    arena = {f"arena_{part}_bytes" for part in ("total", "head", "tail")} if exported.format == "tflm" else set()
+    # Only what runs on microcontrollers has to be told how much memory it may use.
+    arena = {"tflm": {f"arena_{part}_bytes" for part in ("total", "head", "tail")}, "c": {"arena_bytes"}}.get(
+        exported.format, set()
+    )
     return {
         "accuracy": {"value": round(value, 4), "n": n, "runtime": f"{runtime} {runner.version}"},
         "parity": {
@@ -178,7 +184,8 @@ def parity_by_layer(
 ) -> Mapping[str, Parity]:
     """Compare every integer tensor inside the network with the reference's, by tensor, in running order.
 
-    The file is exported again with all of them as outputs: the same nodes and weights, but a runtime may fuse less.
+    The file is exported again with all of them as outputs: the same nodes and weights, but a runtime may fuse less. In
+    C, which has one output, as often as there are tensors, each time up to one of them.
 
     Raises:
         GraphError: the runtime gives a tensor that the graph does not know.
@@ -191,7 +198,17 @@ def parity_by_layer(
     watched = replace(graph, outputs=names)
     inputs = images.inputs(preprocessing, 0, min(PARITY_IMAGES, len(images)))
     expected = reference_outputs(graph, inputs, names)
-    got = runner_class(runtime)(export(watched, form).data, threads=os.cpu_count() or 1).run_all(inputs)
+    if form.startswith("c"):
+        got = {}
+        for name in names:
+            if name == border_codes(graph)[0]:
+                got[name] = expected[name]  # the input itself
+                continue
+            last = next(i for i, node in enumerate(graph.nodes) if name in node.outputs)
+            part = replace(graph, nodes=graph.nodes[: last + 1], outputs=(name,))
+            got[name] = runner_class(runtime)(export(part, form).data).run(inputs)
+    else:
+        got = runner_class(runtime)(export(watched, form).data, threads=os.cpu_count() or 1).run_all(inputs)
     if missing := [name for name in names if name not in got]:
         raise GraphError(f"{runtime}: gives no tensor {missing[0]!r}; expected {', '.join(names)}")
     return {name: parity(expected[name], got[name].reshape(expected[name].shape)) for name in names}

@@ -210,7 +210,7 @@ def _add_build(verbs: Any) -> None:
     limits.add_argument("--avg-bits", type=read_number, metavar="X", help="mean bits a weight on disk (default 4)")
     limits.add_argument("--max-size", type=read_bytes, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
     limits.add_argument("--max-drop", type=read_number, metavar="P", help="points, on held-out training images")
-    about = "onnx, tflite, tflm (TFLite Micro), with commas between; default onnx,tflite"
+    about = "onnx, tflite, tflm (TFLite Micro), c (firmware), with commas between; default onnx,tflite"
     p.add_argument("--format", type=read_formats, default=("onnx", "tflite"), metavar="F", help=about)
     _add_at_rest(p, ("native", "packed"))
     p.add_argument("--io", choices=("float", "int8"), default="float", help="what the files take and give")
@@ -231,7 +231,7 @@ def _add_export(verbs: Any) -> None:
     p = verbs.add_parser("export", help="write a file again from a plan and its graph; needs no torch and no data")
     p.add_argument("plan", type=Path, metavar="PLAN")
     p.add_argument("--graph", type=Path, required=True, metavar="FILE", help="graph.edgecomp, beside the plan")
-    p.add_argument("--format", type=read_formats, required=True, metavar="F", help="onnx, tflite, tflm, with commas")
+    p.add_argument("--format", type=read_formats, required=True, metavar="F", help="onnx, tflite, tflm, c, with commas")
     _add_at_rest(p, ("native", "int8", "packed"))
     p.add_argument("--force", action="store_true", help="replace files in DIR")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
@@ -270,6 +270,7 @@ def _add_bench(verbs: Any) -> None:
     p = verbs.add_parser("bench", help="latency and memory on this machine, beside the float and plain int8 model")
     p.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a built folder, or an .onnx or .tflite file")
     p.add_argument("--runtime", metavar="R", help="onnxruntime, litert, litert-reference, tflite-runtime, tflite-micro")
+    p.add_argument("--target", metavar="NAME", help="run the folder's network in C on an emulated core: cortex-m4, ...")
     p.add_argument("--threads", type=int, default=1, metavar="N")
     p.add_argument("--min-secs", type=float, default=2.0, metavar="S", help="measuring time for each model at least")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the runs")
@@ -450,15 +451,17 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from edgecomp.benching import bench_artifact
+    from edgecomp.benching import bench_artifact, bench_target
 
+    if args.target:
+        report = bench_target(args.artifact, args.target, seed=args.seed, stage=_stage)
+        print(json.dumps(report.to_json(), indent=1) if args.json else report.table())
+        return 0
     comparisons = bench_artifact(
         args.artifact, runtime=args.runtime, threads=args.threads, min_s=args.min_secs, seed=args.seed, stage=_stage
     )
-    if args.json:
-        print(json.dumps([json.loads(c.comparison.to_json()) for c in comparisons], indent=1))
-    else:
-        print("\n\n".join(c.table() for c in comparisons))
+    values = [json.loads(c.comparison.to_json()) for c in comparisons] if args.json else []
+    print(json.dumps(values, indent=1) if args.json else "\n\n".join(c.table() for c in comparisons))
     return 0
 
 

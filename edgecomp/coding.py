@@ -234,8 +234,8 @@ def _ranked(flat: Array, group: int) -> tuple[Array, Array, Array]:
 # ---- what a planner counts with --------------------------------------------------------------------------------------
 
 
-PACKED_FORMS = frozenset({"onnx", "tflite-packed", "tflm"})
-"""Those that reach every width, and store frequent codes in fewer bits, TFLite Micro zeros; see `artifact.form_of`."""
+PACKED_FORMS = frozenset({"onnx", "tflite-packed", "tflm", "c"})
+"""Those that reach every width, and store frequent codes in fewer bits, TFLite Micro and C zeros; see `form_of`."""
 UNPACKING_BYTES = 200
 """What unpacking a weight takes in a TFLite file beside its bytes, about: an operator, a tensor, its name."""
 DECODING_BYTES = 240
@@ -278,6 +278,31 @@ def micro_form(n: int, n_levels: int, n_zeros: int) -> tuple[MicroForm, int]:
     return (form, least) if least + DECODING_BYTES < n else (MicroForm.DENSE, n)
 
 
+def plain_c_bits(counts: Array) -> int:
+    """Count the bits of a weight's codes in C source: each in as many bits as all need, or zeros in a bit, or levels.
+
+    What `exporters.c_weights.code_stream` chooses from, but for the rest of a byte after every four filters.
+
+    Args:
+        counts: (256,), how many codes there are of -128, -127, ... 127.
+    """
+    n, n_zeros = float(counts.sum()), float(counts[128])
+    used = np.flatnonzero(np.delete(counts, 128)) + (np.flatnonzero(np.delete(counts, 128)) >= 128) - 128
+    highest = max((int(v) if v >= 0 else -1 - int(v) for v in used), default=0)
+    width, n_levels = 1 + highest.bit_length(), len(used)
+    table, others = max(1, n_levels.bit_length()), max(1, (n_levels - 1).bit_length())
+    return int(
+        np.ceil(
+            min(
+                n * width,
+                n * table + 8 * (n_levels + 1),
+                n + (n - n_zeros) * width,
+                n + (n - n_zeros) * others + 8 * n_levels,
+            )
+        )
+    )
+
+
 def field_bits(form: str, node: Node, bits: int) -> int:
     """Give the bits a form of file spends on a code of a layer where every code takes the same.
 
@@ -291,7 +316,7 @@ def field_bits(form: str, node: Node, bits: int) -> int:
     """
     if form in PACKED_FORMS:
         return bits
-    if form in ("onnx-int8", "tflite-int8", "tflm-int8"):
+    if form.endswith("-int8"):
         return 8
     dense = node.op is Op.LINEAR or node.attrs["groups"] == 1
     return 4 if bits <= 4 and dense else 8
@@ -309,6 +334,8 @@ def stored_bits(form: str, node: Node, bits: int, counts: Array) -> int:
         counts: (256,), how many codes there are of -128, -127, ... 127; may be fractions.
     """
     n = round(float(counts.sum()))
+    if form == "c" and n:
+        return plain_c_bits(counts)
     if form == "tflm" and n:
         return 8 * micro_form(n, int((counts > 0).sum()), round(float(counts[128])))[1]
     plain = n * field_bits(form, node, bits)

@@ -342,3 +342,19 @@ def insert_borders(graph: Graph, io: Io) -> Graph:
             nodes.append(Node(name=real, op=Op.DEQUANTIZE, inputs=(name,), outputs=(real,)))
             outputs.append(real)
     return replace(graph, nodes=tuple(nodes), tensors=tensors, outputs=tuple(outputs))
+
+
+def border_codes(graph: Graph) -> tuple[str, str]:
+    """Name the first and the last tensor of codes of a quantized graph with one input and one output.
+
+    They are input and output themselves where these are integers; else what lies behind the quantize and before the
+    dequantize at the borders, and before a softmax on real numbers.
+    """
+    first, last = graph.inputs[0], graph.outputs[0]
+    producer = graph.producer()
+    for node in graph.nodes:
+        if node.op is Op.QUANTIZE and node.inputs[0] == first:
+            first = node.outputs[0]
+    while graph.tensors[last].quant is None:
+        last = producer[last].inputs[0]
+    return first, last

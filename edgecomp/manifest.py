@@ -84,6 +84,7 @@ def artifact_entry(exported: Exported, graph: Graph, measured: Mapping[str, obje
         "path": exported.name,
         "weights_at_rest": exported.at_rest.value,
         "bytes": len(exported.data),
+        **({} if exported.flash_bytes is None else {"flash_bytes": exported.flash_bytes}),
         "sha256": exported.sha256(),
         "weight_bytes": weight_bytes,
         "conv_weight_bytes": sum(w.stored_bytes for w in exported.weights if w.layer in convolutions),

@@ -21,6 +21,10 @@ _FILES = {
     "model.tflm.tflite": "the compressed network for TFLite Micro; each weight is decoded before its layer runs",
     "model.cc": "the same file as an array for a firmware, with model.h",
     "model.h": "the array's declaration",
+    "network.c": "the compressed network in C99 for a firmware: constants, one call a layer",
+    "network.h": "what a caller has to know: NAME_run(), sizes of input, output and arena, scales",
+    "edgecomp_kernels.c": "the kernels that every network in C shares",
+    "edgecomp_kernels.h": "their declarations",
     "graph.edgecomp": "the float network, BatchNorm folded, adjusted to the plan; the two give every file again",
     "plan.json": "what was decided: channels kept, bits of each layer, activation ranges, preprocessing",
     "manifest.json": "what was measured, byte counts, digests and tool versions, for programs",
@@ -45,6 +49,20 @@ activations and decoded weights, {arena_tail_bytes} for records, most of which a
 AddDecode(). For less RAM and more flash: `edgecomp export ... --format tflm --weights-at-rest int8`.
 """
 
+_FIRMWARE = """
+## The network in C
+
+Add network.c and edgecomp_kernels.c to the firmware's sources, with no more than <stdint.h> and <string.h> behind them.
+The caller gives {arena_bytes} bytes of RAM for the time of a call; weights and scales take {flash_bytes} bytes of flash
+(this is what counts as the file's bytes above), and stay packed there. Images are height x width x channels.
+
+    #include "network.h"          // says the sizes, and what the codes mean
+    static int32_t arena[..._ARENA_BYTES / 4];
+    ..._run(input_codes, output_codes, arena);
+
+The first lines of network.c show which kernel runs each layer.
+"""
+
 
 def results_table(record: Mapping[str, Any]) -> str:
     """Give the table of bytes and accuracies, float model first.
@@ -61,8 +79,8 @@ def results_table(record: Mapping[str, Any]) -> str:
         rows.append(
             (
                 a["path"],
-                a["bytes"],
-                f"{base['weight_bytes'] / a['bytes']:.1f}x",
+                size := a.get("flash_bytes", a["bytes"]),
+                f"{base['weight_bytes'] / size:.1f}x",
                 f"{a['mean_bits']:.2f}",
                 f"{a['accuracy']['value']:.2f} %",
                 f"{round(a['accuracy']['value'] - base['accuracy'], 2) + 0.0:+.2f}",
@@ -146,9 +164,11 @@ def overview(record: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
         first_form += f" --weights-at-rest {first_artifact['weights_at_rest']}"
     names = [a["path"] + ", packed" * (a.get("weights_at_rest") == "packed") for a in record["artifacts"]]
     names += [name for a in record["artifacts"] for name in FILES[a["format"]][1:]]
-    files = [(name, what) for name, what in _FILES.items() if name in names or not name.startswith("model.")]
+    names += ["graph.edgecomp", "plan.json", "manifest.json"]
+    files = [(name, what) for name, what in _FILES.items() if name in names]
     packed = _PACKED if any(name.endswith(", packed") for name in names) else ""
     packed += "".join(_MICRO.format_map(a) for a in record["artifacts"] if "arena_total_bytes" in a)
+    packed += "".join(_FIRMWARE.format_map(a) for a in record["artifacts"] if a["format"] == "c")
     first = record["artifacts"][0]["path"]
     unmet = "" if budget["met"] else " (not met)"
     return f"""# {record["model"]}, compressed by edgecomp

@@ -369,4 +369,5 @@ def largest_file(candidate: Candidate, formats: Sequence[str]) -> int:
     from edgecomp.exporters import export
 
     quantized = compress(candidate.graph, candidate.plan)
-    return max(len(export(quantized, name).data) for name in formats)
+    sizes: list[int] = [export(quantized, name).device_bytes for name in formats]
+    return max(sizes)

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from edgecomp.artifact import Exported
     from edgecomp.graph import Graph
 
-FORMATS = ("onnx", "tflite", "tflm")
-"""What `export` can write; "tflm" is a TFLite file for TFLite Micro."""
+FORMATS = ("onnx", "tflite", "tflm", "c")
+"""What `export` can write; "tflm" is a TFLite file for TFLite Micro, "c" source for firmware."""
 
 
 def export(graph: Graph, form: str) -> Exported:
@@ -43,15 +43,20 @@ def export(graph: Graph, form: str) -> Exported:
             from .to_tflite import to_tflm
 
             return to_tflm(graph, at_rest=at_rest)
+        case "c" | "c-int8":
+            from .to_c import to_c
+
+            return to_c(graph, at_rest=at_rest)
         case _:
             raise ExportError(f"format {form!r} is unknown; expected one of {', '.join(FORMATS)}")
 
 
 def files_of(exported: Exported) -> Mapping[str, bytes]:
-    """Give the files to write by name: the exported one, and for TFLite Micro the same as an array in C++."""
+    """Give the files to write by name: the exported one and its companions; for TFLite Micro the same in C++."""
     from edgecomp.artifact import FILES
 
     from .c_array import c_array
 
-    array = c_array(exported.data) if exported.format == "tflm" else ()
-    return dict(zip(FILES[exported.format], (exported.data, *array), strict=True))
+    name, *others = FILES[exported.format]
+    array = c_array(exported.data) if exported.format == "tflm" else (exported.companions[n] for n in others)
+    return {name: exported.data, **dict(zip(others, array, strict=True))}

@@ -57,6 +57,7 @@ class Step:
         may_overwrite: tensors whose memory the output may have if nobody needs them afterwards.
         scratch_bytes: for the time of the call.
         constants: in order.
+        layer: the node whose weights these are, or none.
         weights: of a layer.
         macs: multiplications.
     """
@@ -69,6 +70,7 @@ class Step:
     may_overwrite: tuple[str, ...] = ()
     scratch_bytes: int = 0
     constants: tuple[Constant, ...] = ()
+    layer: str = ""
     weights: CodeStream | None = None
     macs: int = 0
 
@@ -84,6 +86,7 @@ class Lowering:
         orders: see `layout.feature_orders`.
         fused: sums that are part of a convolution's step, by the name of the convolution's output.
         left_out: what the caller has to do on real numbers, e.g. "softmax".
+        packed: whether weights take as few bytes as they can; else a byte each.
     """
 
     graph: Graph
@@ -92,6 +95,7 @@ class Lowering:
     orders: dict[str, Array] = field(default_factory=dict)
     fused: dict[str, Node] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    packed: bool = True
 
     def memory_of(self, name: str) -> str:
         """Give the tensor whose memory holds what `name` says."""
@@ -111,8 +115,12 @@ class Lowering:
         return f"step{len(self.steps)}"
 
 
-def lower(graph: Graph) -> Lowering:
+def lower(graph: Graph, *, packed: bool = True) -> Lowering:
     """Turn a quantized graph into steps.
+
+    Args:
+        graph: as `verify_quantized` defines it.
+        packed: store weights in as few bytes as they can be; else in a byte each.
 
     Raises:
         ExportError: the kernels cannot do a node, or the graph has several inputs or outputs.
@@ -121,7 +129,7 @@ def lower(graph: Graph) -> Lowering:
         raise ExportError(
             f"c: the network has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, expected one of each"
         )
-    work = Lowering(graph, orders=feature_orders(graph), fused=_fused_sums(graph))
+    work = Lowering(graph, orders=feature_orders(graph), fused=_fused_sums(graph), packed=packed)
     for node in graph.nodes:
         if node.op is not Op.QUANTIZE and graph.tensors[node.inputs[0]].quant is None:
             work.left_out.append(node.op.value)
@@ -228,62 +236,48 @@ def _sum(node: Node, a: QuantParams, b: QuantParams, y: QuantParams) -> str:
 
 def _conv2d(work: Lowering, node: Node) -> None:
     graph, label = work.graph, work.label()
-    tensor, x = graph.weight(node), graph.tensors[node.inputs[0]]
+    tensor = graph.weight(node)
     assert tensor.data is not None
     o, n, kh, kw = tensor.shape
     groups = int(node.attrs["groups"])  # type: ignore[arg-type]
     depthwise = _is_depthwise(graph, node)
     rows = tensor.data.transpose(TO_NHWC).reshape(o, -1)
-    contiguous = groups == 1 and ints(node.attrs, "dilation")[1] == 1
-    run = n * kw if contiguous else n
-    parts = list(channel_fours(rows) if depthwise else filter_fours(rows, groups, run))
-    stream = code_stream(parts)
+    contiguous = groups == 1 and ints(node.attrs, "dilation")[1] == 1 and not depthwise
+    parts = channel_fours(rows) if depthwise else filter_fours(rows, groups, n * kw if contiguous else n)
+    stream = code_stream(list(parts), packed=work.packed)
     constants, weights = _weights(label, stream)
     more, scaling = _scaling(work, label, node, rows)
     constants += more
-    added = work.fused.get(node.outputs[0])
-    sum_name = "0"
-    if added is not None:
-        (other,) = (name for name in added.inputs if name != node.outputs[0])
-        quants = [_quant(graph.tensors[name]) for name in (node.outputs[0], other, added.outputs[0])]
-        sum_name = f"&{label}_sum"
-        constants.append(Constant(name=sum_name[1:], type="edgecomp_sum", values=_sum(added, *quants)))
-    window = _window(work, node, (kh, kw))
-    text = f"{{{window}, {weights}, {scaling}, {sum_name}, {groups}, {int(_quant(x).zero_point)}}}"
-    constants.append(Constant(name=label, type="edgecomp_conv", values=text))
-    out = graph.tensors[node.outputs[0]].shape
-    given = {"constants": tuple(constants), "weights": stream, "macs": tensor.data.size * out[2] * out[3]}
-    if depthwise:
-        arguments = f"&{label}, {{a}}, {{y}}, {{scratch}}"
-        work.steps.append(
-            Step(
-                name=node.name,
-                kernel="edgecomp_depthwise",
-                arguments=arguments,
-                pointers={"a": work.memory_of(node.inputs[0]), "y": node.outputs[0]},
-                output=node.outputs[0],
-                scratch_bytes=8 * kh * kw + (16 * kw * (kh + 1) if any(ints(node.attrs, "pads")) else 0),
-                **given,  # type: ignore[arg-type]
-            )
-        )
-        return
-    taps = n * kh * kw
-    scratch = 8 * taps + ((taps if n % 4 and contiguous else 16 * kw * (kh + 1)) if any(ints(node.attrs, "pads")) else 0)
-    pointers = {"a": work.memory_of(node.inputs[0])}
-    output, name, residual = node.outputs[0], node.name, "0"
-    if added is not None:
-        output, name, residual = added.outputs[0], f"{node.name} + {added.name}", "{b}"
+    pointers, output, name = {"a": work.memory_of(node.inputs[0])}, node.outputs[0], node.name
+    summed, residual = "0", "0"
+    if (added := work.fused.get(output)) is not None:
+        (other,) = (i for i in added.inputs if i != output)
+        quants = [_quant(graph.tensors[i]) for i in (output, other, added.outputs[0])]
+        constants.append(Constant(name=f"{label}_sum", type="edgecomp_sum", values=_sum(added, *quants)))
+        summed, residual = f"&{label}_sum", "{b}"
         pointers["b"] = work.memory_of(other)
+        output, name = added.outputs[0], f"{node.name} + {added.name}"
+    zero = int(_quant(graph.tensors[node.inputs[0]]).zero_point)
+    text = f"{{{_window(work, node, (kh, kw))}, {weights}, {scaling}, {summed}, {groups}, {zero}}}"
+    constants.append(Constant(name=label, type="edgecomp_conv", values=text))
+    taps = kh * kw * (1 if depthwise else n)
+    scratch = 8 * taps
+    if any(ints(node.attrs, "pads")):
+        scratch += taps if n % 4 and contiguous else 16 * kw * (kh + 1)
+    _, _, *space = graph.tensors[output].shape
     work.steps.append(
         Step(
             name=name,
-            kernel="edgecomp_conv2d",
-            arguments=f"&{label}, {{a}}, {residual}, {{y}}, {{scratch}}",
+            kernel="edgecomp_depthwise" if depthwise else "edgecomp_conv2d",
+            arguments=f"&{label}, {{a}}, {'' if depthwise else f'{residual}, '}{{y}}, {{scratch}}",
             pointers={**pointers, "y": output},
             output=output,
             may_overwrite=(pointers["b"],) if "b" in pointers and pointers["b"] != pointers["a"] else (),
             scratch_bytes=scratch,
-            **given,  # type: ignore[arg-type]
+            constants=tuple(constants),
+            layer=node.name,
+            weights=stream,
+            macs=tensor.data.size * math.prod(space),
         )
     )
 
@@ -295,7 +289,7 @@ def _linear(work: Lowering, node: Node) -> None:
     rows = rows if order is None else rows[:, order]
     if len(rows) > _MOST:
         raise ExportError(f"c: {node.name!r}: {len(rows)} outputs, the kernels take up to {_MOST}")
-    stream = code_stream(list(filter_fours(rows, 1, LINEAR_RUN)))
+    stream = code_stream(list(filter_fours(rows, 1, LINEAR_RUN)), packed=work.packed)
     constants, weights = _weights(label, stream)
     more, scaling = _scaling(work, label, node, rows)
     text = f"{{{weights}, {scaling}, {rows.shape[1]}, {rows.shape[0]}}}"
@@ -307,6 +301,7 @@ def _linear(work: Lowering, node: Node) -> None:
         pointers={"a": work.memory_of(node.inputs[0]), "y": node.outputs[0]},
         scratch_bytes=8 * min(rows.shape[1], LINEAR_RUN),
         constants=tuple(constants),
+        layer=node.name,
         weights=stream,
         macs=rows.size,
     )

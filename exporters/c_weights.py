@@ -74,13 +74,16 @@ def channel_fours(weight: Array) -> Iterator[Array]:
         yield weight[start : start + 4].T.ravel()
 
 
-def code_stream(parts: list[Array]) -> CodeStream:
+def code_stream(parts: list[Array], *, packed: bool = True) -> CodeStream:
     """Store codes in the form that takes the fewest bytes; of equal ones the one that is decoded fastest.
 
     Args:
         parts: int8 arrays, each of which starts on a byte.
+        packed: false for a byte a code.
     """
     codes = np.concatenate(parts)
+    if not packed:
+        return _stream(parts, Form.DENSE, 8, codes)
     levels = np.unique(codes)
     others = levels[levels != 0]
     low, high = int(codes.min(initial=0)), int(codes.max(initial=0))

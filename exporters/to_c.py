@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from edgecomp.arena import Arena, Buffer, arrange
-from edgecomp.artifact import Exported, StoredWeight
+from edgecomp.artifact import FILES, AtRest, Exported, StoredWeight
+from edgecomp.compress import border_codes
 from edgecomp.errors import ExportError
-from edgecomp.graph import Array, Graph, Op, QuantParams
+from edgecomp.graph import Graph, QuantParams
 
+from .c_facts import CodeBorder, NetworkFacts
 from .c_steps import Constant, Lowering, Step, lower
 from .layout import stored_shape
 
-KERNELS = ("edgecomp_kernels.c", "edgecomp_kernels.h")
-"""What every network needs beside it: the same files for all, written by hand."""
+_, HEADER, *KERNELS = FILES["c"]
+"""The header's name, and those of what every network needs beside it: the same files for all, written by hand."""
 _WIDTH = 116
 _NAME = re.compile(r"[^a-z0-9]+")
 
@@ -47,23 +49,24 @@ class Program:
     left_out: Sequence[str]
 
 
-def to_c(graph: Graph) -> Exported:
+def to_c(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
     """Write a graph in C.
 
     Args:
         graph: quantized, as `verify_quantized` defines it.
+        at_rest: how weights are stored; INT8: a byte each, for comparison.
 
     Returns:
-        the source; `c_files` gives all files. Equal graphs give equal bytes.
+        the source, and beside it header and kernels. Equal graphs give equal bytes.
 
     Raises:
         ExportError: the graph is float, or the kernels cannot do a node.
     """
-    program = program_of(graph)
+    program = program_of(graph, at_rest=at_rest)
     weights = tuple(
         StoredWeight(
-            layer=step.name.partition(" + ")[0],
-            bits=_bits(graph, step),
+            layer=step.layer,
+            bits=_bits(graph, step.layer),
             stored_bits=step.weights.bits,
             stored_bytes=step.weights.n_bytes,
             encoding=step.weights.form.name.lower(),
@@ -71,22 +74,28 @@ def to_c(graph: Graph) -> Exported:
         for step in program.steps
         if step.weights is not None
     )
-    return Exported(format="c", data=source_text(program).encode(), weights=weights)
+    return Exported(
+        format="c",
+        data=source_text(program).encode(),
+        weights=weights,
+        at_rest=at_rest,
+        companions={HEADER: header_text(program).encode(), **kernel_files()},
+        flash_bytes=facts_of(program).constant_bytes,
+    )
 
 
-def c_files(graph: Graph) -> dict[str, bytes]:
-    """Give the header of a network, and the kernels: what belongs beside `to_c`."""
-    here = Path(__file__).parent
-    kernels = {name: (here / name).read_bytes() for name in KERNELS}
-    return {"model.h": header_text(program_of(graph)).encode(), **kernels}
+def kernel_files() -> dict[str, bytes]:
+    """Give the kernels, by file name."""
+    return {name: Path(__file__).with_name(name).read_bytes() for name in KERNELS}
 
 
-def _bits(graph: Graph, step: Step) -> int:
-    (bits,) = (graph.weight(n).quant.bits for n in graph.layers() if n.name == step.name.partition(" + ")[0])  # type: ignore[union-attr]
-    return bits
+def _bits(graph: Graph, layer: str) -> int:
+    (quant,) = (graph.weight(node).quant for node in graph.layers() if node.name == layer)
+    assert quant is not None
+    return quant.bits
 
 
-def program_of(graph: Graph) -> Program:
+def program_of(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Program:
     """Lower a graph and plan its memory.
 
     Raises:
@@ -94,7 +103,7 @@ def program_of(graph: Graph) -> Program:
     """
     if all(tensor.quant is None for tensor in graph.tensors.values()):
         raise ExportError("c: the network is float; compress it first, the kernels compute in integers")
-    work = lower(graph)
+    work = lower(graph, packed=at_rest is not AtRest.INT8)
     own = _shared_memory(work)
     source, result = work.memory_of(graph.inputs[0]), own(graph.outputs[0])
     buffers = {b.name: b for b in _buffers(work, own) if b.name not in (source, result)}
@@ -126,7 +135,7 @@ def _lives(work: Lowering) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _shared_memory(work: Lowering) -> "_Shared":
+def _shared_memory(work: Lowering) -> _Shared:
     lives = _lives(work)
     source, result = work.memory_of(work.graph.inputs[0]), work.memory_of(work.graph.outputs[0])
     shared = _Shared(work)
@@ -177,52 +186,47 @@ def _buffers(work: Lowering, own: _Shared) -> list[Buffer]:
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def flash_bytes(program: Program) -> int:
-    """Count the bytes of all arrays of constants; code and the few bytes a layer of structures are not among them."""
-    return sum(constant.n_bytes for step in program.steps for constant in step.constants)
-
-
-def borders(program: Program) -> tuple[tuple[int, ...], QuantParams, tuple[int, ...], QuantParams]:
-    """Give shape, scale and zero point of the codes that go in and come out, images H x W x C.
-
-    Raises:
-        ExportError: the network ends in real numbers that are not those of its last codes.
-    """
+def facts_of(program: Program) -> NetworkFacts:
+    """Say what a caller and a linker have to know of a network."""
     graph = program.graph
-    first, last = graph.inputs[0], graph.outputs[0]
-    producer = graph.producer()
-    for node in graph.nodes:
-        if node.op is Op.QUANTIZE and node.inputs[0] == first:
-            first = node.outputs[0]
-    while graph.tensors[last].quant is None:
-        last = producer[last].inputs[0]
-    quants = [graph.tensors[name].quant for name in (first, last)]
-    assert quants[0] is not None
-    assert quants[1] is not None
-    shapes = [stored_shape(graph.tensors[name].shape)[1:] for name in (first, last)]
-    return shapes[0], quants[0], shapes[1], quants[1]
+    first, last = border_codes(graph)
+    return NetworkFacts(
+        name=program.name,
+        input=_border(graph, first),
+        output=_border(graph, last),
+        arena_bytes=program.arena.n_bytes,
+        constant_bytes=sum(constant.n_bytes for step in program.steps for constant in step.constants),
+        macs=sum(step.macs for step in program.steps),
+        steps=tuple(_comment(step.name) for step in program.steps),
+    )
+
+
+def _border(graph: Graph, name: str) -> CodeBorder:
+    tensor = graph.tensors[name]
+    quant: QuantParams | None = tensor.quant
+    assert quant is not None
+    return CodeBorder(
+        shape=stored_shape(tensor.shape)[1:], scale=np.float32(quant.scale), zero_point=int(quant.zero_point)
+    )
 
 
 def header_text(program: Program) -> str:
     """Write the header: what a caller has to know."""
-    n, guard = program.name, f"{program.name.upper()}_H_"
+    facts = facts_of(program)
+    n, x, y = facts.name, facts.input, facts.output
     upper = n.upper()
-    in_shape, in_quant, out_shape, out_quant = borders(program)
-    macs = sum(step.macs for step in program.steps)
-    left = (
-        f"\n * Not done here, on the real numbers behind the output: {', '.join(program.left_out)}."
-        if program.left_out
-        else ""
-    )
+    left = ""
+    if program.left_out:
+        left = f"\n * Not done here, on the real numbers behind the output: {', '.join(program.left_out)}."
     return f"""\
 /* {_comment(program.graph.name)}, written by edgecomp; edit nothing here.
  *
- * in:  {_extent(in_shape)} codes, real = {_c_float(in_quant.scale)} * (code - {int(in_quant.zero_point)})
- * out: {_extent(out_shape)} codes, real = {_c_float(out_quant.scale)} * (code - {int(out_quant.zero_point)}){left}
- * constants: {flash_bytes(program):,} bytes of weights and their scales; {macs:,} multiplications a run
+ * in:  {_extent(x.shape)} codes, real = {_c_float(x.scale)} * (code - {_operand(x.zero_point)})
+ * out: {_extent(y.shape)} codes, real = {_c_float(y.scale)} * (code - {_operand(y.zero_point)}){left}
+ * constants: {facts.constant_bytes:,} bytes of weights and their scales; {facts.macs:,} multiplications a run
  */
-#ifndef {guard}
-#define {guard}
+#ifndef {upper}_H_
+#define {upper}_H_
 
 #include <stdint.h>
 
@@ -230,9 +234,9 @@ def header_text(program: Program) -> str:
 extern "C" {{
 #endif
 
-#define {upper}_INPUT_BYTES {math.prod(in_shape)}
-#define {upper}_OUTPUT_BYTES {math.prod(out_shape)}
-#define {upper}_ARENA_BYTES {program.arena.n_bytes}
+#define {upper}_INPUT_BYTES {x.n_bytes}
+#define {upper}_OUTPUT_BYTES {y.n_bytes}
+#define {upper}_ARENA_BYTES {facts.arena_bytes}
 
 /* Run the network. arena: {upper}_ARENA_BYTES on a multiple of 4, of which nothing is needed before or afterwards;
  * in and out belong to the caller and do not overlap. Gives 0, or 1 where the arena is not on a multiple of 4. */
@@ -252,24 +256,25 @@ void {n}_dequantize(const int8_t *out, float *real);
 
 def source_text(program: Program) -> str:
     """Write the constants and the calls."""
-    n = program.name
-    in_shape, in_quant, out_shape, out_quant = borders(program)
+    facts = facts_of(program)
+    n, x, y = facts.name, facts.input, facts.output
     arrays = "\n".join(_constant(constant) for step in program.steps for constant in step.constants)
     calls = "\n".join(_call(program, i) for i in range(len(program.steps)))
-    uses = any("memory" in line for line in calls.splitlines())
+    start = "  int8_t *memory = (int8_t *)arena;" if "memory" in calls else "  (void)arena;"
     return f"""\
+{facts.to_line()}
 /* {_comment(program.graph.name)}, written by edgecomp; edit nothing here.
  *
 {_table(program)}
  */
-#include "model.h"
+#include "{HEADER}"
 
-#include "edgecomp_kernels.h"
+#include "{KERNELS[1]}"
 
 {arrays}
 
 int {n}_run(const int8_t *in, int8_t *out, void *arena) {{
-{"  int8_t *memory = (int8_t *)arena;" if uses else "  (void)arena;"}
+{start}
   if ((uintptr_t)arena & 3u) return 1;
 {calls}
   return 0;
@@ -277,14 +282,18 @@ int {n}_run(const int8_t *in, int8_t *out, void *arena) {{
 
 void {n}_quantize(const float *real, int8_t *in) {{
   uint32_t i;
-  for (i = 0; i < {math.prod(in_shape)}u; i++) in[i] = edgecomp_code(real[i], {_c_float(in_quant.scale)}, {int(in_quant.zero_point)});
+  for (i = 0; i < {x.n_bytes}u; i++) in[i] = edgecomp_code(real[i], {_c_float(x.scale)}, {x.zero_point});
 }}
 
 void {n}_dequantize(const int8_t *out, float *real) {{
   uint32_t i;
-  for (i = 0; i < {math.prod(out_shape)}u; i++) real[i] = (float)(out[i] - ({int(out_quant.zero_point)})) * {_c_float(out_quant.scale)};
+  for (i = 0; i < {y.n_bytes}u; i++) real[i] = (float)(out[i] - {_operand(y.zero_point)}) * {_c_float(y.scale)};
 }}
 """
+
+
+def _operand(value: int) -> str:
+    return f"({value})" if value < 0 else str(value)
 
 
 def _call(program: Program, i: int) -> str:
@@ -330,9 +339,9 @@ def _literal(value: int) -> str:
     return str(value) if value > -(1 << 31) else "-2147483647 - 1"
 
 
-def _c_float(scale: Array) -> str:
+def _c_float(scale: np.float32) -> str:
     """Write a float32 so that it is read back as it was."""
-    return f"{np.format_float_scientific(np.float32(scale), unique=True, trim='0')}f"
+    return f"{np.format_float_scientific(scale, unique=True, trim='0')}f"
 
 
 def _extent(shape: Sequence[int]) -> str:

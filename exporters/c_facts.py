@@ -1,0 +1,113 @@
+"""What a network in C says of itself, in the first line of its source: for tools that compile and measure it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from edgecomp.errors import BundleError
+
+_BEGIN, _END = "/* edgecomp-network ", " */"
+_COUNTS = ("arena_bytes", "constant_bytes", "macs")
+_BORDERS = ("input", "output")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeBorder:
+    """The codes that go into a network or come out of it; real = scale * (code - zero_point).
+
+    Attributes:
+        shape: H, W, C, or F.
+        scale: above zero.
+        zero_point: -128 to 127.
+    """
+
+    shape: tuple[int, ...]
+    scale: np.float32
+    zero_point: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Count the codes."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkFacts:
+    """What a caller and a linker have to know.
+
+    Attributes:
+        name: what its functions begin with.
+        input: of images.
+        output: of results.
+        arena_bytes: memory that the caller gives.
+        constant_bytes: weights and scales, in flash.
+        macs: multiplications a run.
+        steps: the calls of kernels, by the names of their layers.
+    """
+
+    name: str
+    input: CodeBorder
+    output: CodeBorder
+    arena_bytes: int
+    constant_bytes: int
+    macs: int
+    steps: tuple[str, ...]
+
+    def to_line(self) -> str:
+        """Give the comment that `read_facts` reads."""
+        values = asdict(self)
+        for key in _BORDERS:
+            values[key]["scale"] = float(values[key]["scale"])
+        # Nothing in a name may end the comment.
+        text = json.dumps(values, separators=(",", ":")).replace("/", "\\u002f")
+        return f"{_BEGIN}{text}{_END}"
+
+
+def read_facts(source: bytes, where: str) -> NetworkFacts:
+    """Read the first line of a source.
+
+    Raises:
+        BundleError: it is not what `to_c` writes; `where` names it.
+    """
+    line = source.split(b"\n", 1)[0].decode("utf-8", errors="replace")
+    try:
+        if not (line.startswith(_BEGIN) and line.endswith(_END)):
+            raise ValueError("it does not begin with a comment edgecomp-network")
+        found = json.loads(line[len(_BEGIN) : -len(_END)])
+        return _facts(found)
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise BundleError(f"{where}: is no network in C by edgecomp, or damaged: {e}") from e
+
+
+def _facts(found: Mapping[str, Any]) -> NetworkFacts:
+    expected = {"name", *_BORDERS, *_COUNTS, "steps"}
+    if set(found) != expected:
+        raise ValueError(f"its first line says {sorted(found)!r:.80}, expected {sorted(expected)}")
+    name = found["name"]
+    if not (isinstance(name, str) and name.isascii() and name.isidentifier()):
+        raise ValueError(f"name is {name!r:.60}")
+    for key in _COUNTS:
+        if not isinstance(found[key], int) or not 0 <= found[key] < 1 << 32:
+            raise ValueError(f"{key} is {found[key]!r:.60}")
+    return NetworkFacts(
+        name=name,
+        input=_read_border(found["input"]),
+        output=_read_border(found["output"]),
+        **{key: found[key] for key in _COUNTS},
+        steps=tuple(str(step) for step in found["steps"]),
+    )
+
+
+def _read_border(found: Mapping[str, Any]) -> CodeBorder:
+    shape, scale, zero_point = found["shape"], found["scale"], found["zero_point"]
+    if not all(isinstance(n, int) and 0 < n < 1 << 31 for n in shape) or math.prod(shape) >= 1 << 31:
+        raise ValueError(f"a shape is {shape!r:.60}")
+    if not (isinstance(scale, float) and 0 < scale < 1e30 and isinstance(zero_point, int) and -128 <= zero_point < 128):
+        raise ValueError(f"a scale is {scale!r:.30}, a zero point {zero_point!r:.30}")
+    return CodeBorder(shape=tuple(shape), scale=np.float32(scale), zero_point=zero_point)

@@ -33,7 +33,6 @@ _TIMEOUT_S = 300
 _MOST_INSTRUCTIONS = 4_000_000_000
 _WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wpedantic", "-Werror")
 _OPTIONS = ("-std=c99", "-O2", "-mthumb", "-ffunction-sections", "-fdata-sections")
-_LINKING = ("-nostartfiles", "-Wl,--gc-sections")
 _LINK_SCRIPT = f"""\
 MEMORY {{
   FLASH (rx): ORIGIN = {_FLASH:#x}, LENGTH = 16M
@@ -83,7 +82,7 @@ CORES: Mapping[str, Core] = {
     ),
     "Cortex-M33": Core(
         gcc=("-mcpu=cortex-m33", "-mfloat-abi=hard", "-mfpu=fpv5-sp-d16"),
-        zig="cortex_m33",
+        zig="cortex_m33+dsp",
         unicorn="UC_CPU_ARM_CORTEX_M33",
     ),
 }
@@ -207,7 +206,7 @@ def cross_compiler(core: Core) -> tuple[list[str], str]:
         TargetError: there is none.
     """
     if found := shutil.which("arm-none-eabi-gcc"):
-        return [found, *core.gcc, "--specs=nano.specs"], f"arm-none-eabi-gcc {_said([found, '-dumpversion'])}"
+        return [found, *core.gcc, "--specs=nano.specs", "-nostartfiles"], f"arm-none-eabi-gcc {_said([found, '-dumpversion'])}"
     if importlib.util.find_spec("ziglang") is not None:
         zig = [sys.executable, "-m", "ziglang"]
         command = [*zig, "cc", "-target", "thumb-freestanding-eabi", f"-mcpu={core.zig}", "-nostdlib"]
@@ -248,7 +247,7 @@ def link(files: Mapping[str, bytes], core: Core, folder: Path) -> Firmware:
     sources = [str(folder / name) for name in sorted(files) if name.endswith(".c")]
     image = folder / "image.elf"
     entry = (f"-Wl,-e,{facts.name}_run", "-T", str(folder / "image.ld"))
-    whole = [*command, *_OPTIONS, *_LINKING, *_WARNINGS, *extra, *entry, "-o", str(image), *sources]
+    whole = [*command, *_OPTIONS, "-Wl,--gc-sections", *_WARNINGS, *extra, *entry, "-o", str(image), *sources]
     try:
         done = subprocess.run(whole, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as e:

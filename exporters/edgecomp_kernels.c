@@ -82,74 +82,82 @@ static void next_part(reader *r) {
   r->n_held = 0;
 }
 
-static uint32_t field(reader *r, uint32_t bits) {
-  uint32_t value;
-  if (r->n_held < bits) {
-    r->held |= (uint32_t)*r->next++ << r->n_held;
-    r->n_held += 8u;
-  }
-  value = r->held & ((1u << bits) - 1u);
-  r->held >>= bits;
-  r->n_held -= bits;
-  return value;
-}
-
-static int32_t code(reader *r) {
+/* Decode n codes, one after the other. */
+static void decode(reader *r, uint32_t n, int16_t *out) {
   const edgecomp_weights *w = r->weights;
-  uint32_t value;
-  if (w->form >= EDGECOMP_SPARSE && !field(r, 1u)) return 0;
-  value = field(r, w->bits);
-  if (w->form & 1u) return w->levels[value];
-  return (int32_t)(value << (32u - w->bits)) >> (32u - w->bits);
-}
-
-/* Decode a run of n taps of up to four filters. Of every four taps come 0 and 2 of each filter, then 1 and 3; the rest in
- * turns. Filters that are missing leave their places as they are. */
-static int16_t *decode_run(reader *r, uint32_t n, uint32_t n_filters, int16_t *out) {
-  const edgecomp_weights *w = r->weights;
+  const int8_t *levels = w->form & 1u ? w->levels : 0;
   const uint8_t *p = r->next;
-  uint32_t fours = n & ~3u, i, f;
-  int16_t *end = out + FILTERS * fours;
-  if (w->form == EDGECOMP_DENSE && w->bits == 4u && n_filters == FILTERS && r->n_held == 0u) {
-#if DSP
+  uint32_t held = r->held, n_held = r->n_held, bits = w->bits, mask = (1u << bits) - 1u;
+  int sparse = w->form >= EDGECOMP_SPARSE;
+  int16_t *end = out + n;
+  if (w->form == EDGECOMP_DENSE && bits == 8u) {
+    while (out != end) *out++ = (int8_t)*p++;
+  } else if (w->form == EDGECOMP_DENSE && bits == 4u && n_held == 0u && (n & 3u) == 0u) {
     for (; out != end; out += 4, p += 2) {
+#if DSP
       uint16_t four;
       int32_t c0, c1, c2, c3;
       memcpy(&four, p, 2);
-      __asm__("sbfx  %0, %4, #0, #4\n\t"
-              "sbfx  %1, %4, #4, #4\n\t"
-              "sbfx  %2, %4, #8, #4\n\t"
-              "sbfx  %3, %4, #12, #4\n\t"
-              "pkhbt %0, %0, %1, lsl #16\n\t"
-              "pkhbt %2, %2, %3, lsl #16\n\t"
-              : "=&r"(c0), "=&r"(c1), "=&r"(c2), "=&r"(c3)
-              : "r"(four));
+      __asm__(
+          "sbfx  %0, %4, #0, #4\n\t"
+          "sbfx  %1, %4, #4, #4\n\t"
+          "sbfx  %2, %4, #8, #4\n\t"
+          "sbfx  %3, %4, #12, #4\n\t"
+          "pkhbt %0, %0, %1, lsl #16\n\t"
+          "pkhbt %2, %2, %3, lsl #16\n\t"
+          : "=&r"(c0), "=&r"(c1), "=&r"(c2), "=&r"(c3)
+          : "r"(four));
       memcpy(out, &c0, 4);
       memcpy(out + 2, &c2, 4);
-    }
-#endif
-    for (; out != end; out += 4, p += 2) {
+#else
       uint32_t low = p[0], high = p[1];
       out[0] = (int16_t)((int32_t)(low << 28) >> 28);
       out[1] = (int16_t)((int32_t)(low << 24) >> 28);
       out[2] = (int16_t)((int32_t)(high << 28) >> 28);
       out[3] = (int16_t)((int32_t)(high << 24) >> 28);
+#endif
     }
-    r->next = p;
-  } else if (w->form == EDGECOMP_DENSE && w->bits == 8u && n_filters == FILTERS) {
-    for (; out != end; out += 4, p += 4) {
-      out[0] = (int8_t)p[0];
-      out[1] = (int8_t)p[1];
-      out[2] = (int8_t)p[2];
-      out[3] = (int8_t)p[3];
-    }
-    r->next = p;
   } else {
-    for (i = 0; i < fours; i += 2u, out += 2u * FILTERS)
-      for (f = 0; f < 2u * n_filters; f++) out[f] = (int16_t)code(r);
+    for (; out != end; out++) {
+      uint32_t value;
+      if (sparse) {
+        if (n_held == 0u) {
+          held = *p++;
+          n_held = 8u;
+        }
+        value = held & 1u;
+        held >>= 1;
+        n_held--;
+        if (!value) {
+          *out = 0;
+          continue;
+        }
+      }
+      if (n_held < bits) {
+        held |= (uint32_t)*p++ << n_held;
+        n_held += 8u;
+      }
+      value = held & mask;
+      held >>= bits;
+      n_held -= bits;
+      *out = (int16_t)(levels ? levels[value] : (int32_t)(value << (32u - bits)) >> (32u - bits));
+    }
   }
-  for (i = fours; i < n; i++, out += FILTERS)
-    for (f = 0; f < n_filters; f++) out[f] = (int16_t)code(r);
+  r->next = p;
+  r->held = held;
+  r->n_held = n_held;
+}
+
+/* Decode a run of n taps of up to four filters. Of every four taps come 0 and 2 of each filter, then 1 and 3; the rest in
+ * turns. Filters that are missing leave their places as they are. */
+static int16_t *decode_run(reader *r, uint32_t n, uint32_t n_filters, int16_t *out) {
+  uint32_t fours = n & ~3u, i;
+  if (n_filters == FILTERS) {
+    decode(r, FILTERS * n, out);
+    return out + FILTERS * n;
+  }
+  for (i = 0; i < fours; i += 2u, out += 2u * FILTERS) decode(r, 2u * n_filters, out);
+  for (; i < n; i++, out += FILTERS) decode(r, n_filters, out);
   return out;
 }
 
@@ -245,19 +253,20 @@ static int32_t gap(uint32_t step, uint32_t done) { return (int32_t)step - (int32
 /* Add the products of four channels at one position to sums. */
 INLINE void add_channels(const taps *t, const int8_t *a, const int16_t *w, int32_t *sums) {
   int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
-  uint32_t row, run, step = t->x_run, w_gap = t->w_gap;
+  uint32_t row = t->height, run, step = t->x_run, w_gap = t->w_gap;
   int32_t row_gap = gap(t->x_row, t->width * step);
-  for (row = t->height; row; row--, a += row_gap, w += w_gap) {
 #if DSP
-    if (t->width == 3u) {
+  if (t->width == 3u) {
+    row_gap += (int32_t)step;
+    for (; row; row--, a += row_gap, w += w_gap) {
       TAP_OF_CHANNELS("[%[a]]");
       TAP_OF_CHANNELS("[%[a], %[step]]");
       a += 2u * step;
       TAP_OF_CHANNELS("[%[a]]");
-      a += step;
-      continue;
     }
+  }
 #endif
+  for (; row; row--, a += row_gap, w += w_gap) {
     for (run = t->width; run; run--, a += step) {
 #if DSP
       TAP_OF_CHANNELS("[%[a]]");
@@ -285,28 +294,40 @@ static void add_few_channels(const taps *t, uint32_t n, const int8_t *a, const i
       for (f = 0; f < n; f++) sums[f] += a[f] * w[f];
 }
 
+/* What is known of the taps of many positions, so that nothing has to be asked at each. */
+enum taps_kind {
+  CHANNELS, /* depthwise */
+  SIXTEENS, /* one run a row, of a multiple of 16 codes */
+  FOURS,    /* one run a row, of a multiple of 4 codes */
+  ANY
+};
+
+static enum taps_kind kind_of(const taps *t) {
+  if (t->depthwise) return CHANNELS;
+  if (t->width != 1u || (t->n & 3u)) return ANY;
+  return t->n & 15u ? FOURS : SIXTEENS;
+}
+
 /* Add the products of four filters at one position to sums. */
-INLINE void add_products(const taps *t, const int8_t *a, const int16_t *w, int32_t *sums) {
+INLINE void add_products(enum taps_kind kind, const taps *t, const int8_t *a, const int16_t *w, int32_t *sums) {
   int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
   uint32_t row, run, n_16 = t->n & ~15u, n_4 = t->n & 12u, n_1 = t->n & 3u, w_gap = t->w_gap;
   int32_t run_gap = gap(t->x_run, t->n), row_gap = gap(t->x_row, t->width * t->x_run);
 #if DSP
-  if (n_1 == 0u && t->width == 1u) {
-    /* The same as below, where nothing else needs registers. */
+  if (kind == SIXTEENS || kind == FOURS) {
     row_gap += run_gap;
-    if (n_4 == 0u)
-      for (row = t->height; row; row--, a += row_gap, w += w_gap) RUN(SIXTEEN_TAPS, a + n_16);
-    else
-      for (row = t->height; row; row--, a += row_gap, w += w_gap) {
-        if (n_16) RUN(SIXTEEN_TAPS, a + n_16);
-        RUN(FOUR_TAPS, a + n_4);
-      }
+    for (row = t->height; row; row--, a += row_gap, w += w_gap) {
+      if (kind == SIXTEENS || n_16) RUN(SIXTEEN_TAPS, a + n_16);
+      if (kind == FOURS) RUN(FOUR_TAPS, a + n_4);
+    }
     sums[0] = s0;
     sums[1] = s1;
     sums[2] = s2;
     sums[3] = s3;
     return;
   }
+#else
+  (void)kind;
 #endif
   for (row = t->height; row; row--, a += row_gap, w += w_gap) {
     for (run = t->width; run; run--, a += run_gap) {
@@ -376,7 +397,7 @@ typedef struct {
 } part;
 
 /* The common case, without what it does not need: four filters or channels, no sum, and all codes in range. */
-static void compute_four(const filters *p, const taps *t, const part *h) {
+INLINE void compute_four(enum taps_kind kind, const filters *p, const taps *t, const part *h) {
   const int16_t *w = h->w;
   const int32_t *start = h->start;
   uint32_t y_step = p->conv->window.out_channels, x_step = h->x_column, row;
@@ -391,10 +412,10 @@ static void compute_four(const filters *p, const taps *t, const part *h) {
       sums[1] = start[1];
       sums[2] = start[2];
       sums[3] = start[3];
-      if (here.depthwise)
+      if (kind == CHANNELS)
         add_channels(&here, a, w, sums);
       else
-        add_products(&here, a, w, sums);
+        add_products(kind, &here, a, w, sums);
       y[0] = (int8_t)saturated(upper_half(sums[0], p->mantissa[0], p->offset[0]) >> p->shift[0]);
       y[1] = (int8_t)saturated(upper_half(sums[1], p->mantissa[1], p->offset[1]) >> p->shift[1]);
       y[2] = (int8_t)saturated(upper_half(sums[2], p->mantissa[2], p->offset[2]) >> p->shift[2]);
@@ -405,10 +426,18 @@ static void compute_four(const filters *p, const taps *t, const part *h) {
 
 static void compute(const filters *p, const taps *t, const part *h) {
   const edgecomp_scaling *s = &p->conv->scaling;
+  enum taps_kind kind = kind_of(t);
   uint32_t n = p->n, row, column, f;
   int32_t low = s->low, high = s->high, sums[FILTERS];
   if (!s->wide && !p->residual && n == FILTERS && low == -128 && high == 127) {
-    compute_four(p, t, h);
+    if (kind == CHANNELS)
+      compute_four(CHANNELS, p, t, h);
+    else if (kind == SIXTEENS)
+      compute_four(SIXTEENS, p, t, h);
+    else if (kind == FOURS)
+      compute_four(FOURS, p, t, h);
+    else
+      compute_four(ANY, p, t, h);
     return;
   }
   for (row = 0; row < h->n_rows; row++) {
@@ -418,8 +447,10 @@ static void compute(const filters *p, const taps *t, const part *h) {
       int8_t found[FILTERS];
       int8_t *y = p->residual ? found : p->y + place;
       for (f = 0; f < FILTERS; f++) sums[f] = h->start[f];
-      if (!t->depthwise)
-        add_products(t, a, h->w, sums);
+      if (kind == SIXTEENS)
+        add_products(SIXTEENS, t, a, h->w, sums);
+      else if (kind != CHANNELS)
+        add_products(ANY, t, a, h->w, sums);
       else if (n == FILTERS)
         add_channels(t, a, h->w, sums);
       else
@@ -443,11 +474,19 @@ static void inside(int32_t start, uint32_t extent, uint32_t n_taps, uint32_t dil
   *last = k;
 }
 
-/* Sums of the weights of each tap of the kernel, for every filter: what it gives outside the image, but for the zero
- * point. Not for parts of fours: see `patched`. */
+static void add_four(const int32_t *from, int32_t *to) {
+  to[0] += from[0];
+  to[1] += from[1];
+  to[2] += from[2];
+  to[3] += from[3];
+}
+
+/* What the zero point gives at each tap of the kernel, times the weights there, for every filter: what a tap outside the
+ * image lacks in sums from whose bias all of it was taken. Not for parts of fours: see `patched`. */
 static void sum_taps(const edgecomp_conv *conv, const int16_t *w, int32_t *tap_sums) {
   const edgecomp_window *v = &conv->window;
-  uint32_t n = (uint32_t)v->in_channels / conv->groups, n_taps = (uint32_t)v->kernel_height * v->kernel_width, k, f;
+  uint32_t n = (uint32_t)v->in_channels / conv->groups, n_taps = (uint32_t)v->kernel_height * v->kernel_width, k;
+  int32_t zero = conv->in_zero;
   for (; n_taps; n_taps--, tap_sums += FILTERS) {
     int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
     for (k = 0; k + 2u <= (n & ~3u); k += 2u, w += 2u * FILTERS) {
@@ -456,41 +495,34 @@ static void sum_taps(const edgecomp_conv *conv, const int16_t *w, int32_t *tap_s
       s2 += w[4] + w[5];
       s3 += w[6] + w[7];
     }
-    tap_sums[0] = s0;
-    tap_sums[1] = s1;
-    tap_sums[2] = s2;
-    tap_sums[3] = s3;
-    for (; k < n; k++, w += FILTERS)
-      for (f = 0; f < FILTERS; f++) tap_sums[f] += w[f];
+    for (; k < n; k++, w += FILTERS) {
+      s0 += w[0];
+      s1 += w[1];
+      s2 += w[2];
+      s3 += w[3];
+    }
+    tap_sums[0] = zero * s0;
+    tap_sums[1] = zero * s1;
+    tap_sums[2] = zero * s2;
+    tap_sums[3] = zero * s3;
   }
 }
 
-/* What the zero point adds to a window that reaches out of the image: by the rows outside to `start`, which holds the
- * biases, and by each column outside to `columns`, of as many sums as filters for a tap in a row. */
+/* Add the rows of taps outside the image to `start`, which holds the biases, and those inside, column by column, to
+ * `columns`, for where a column is outside. */
 static void add_outside(const edgecomp_conv *conv, const int32_t *tap_sums, const uint32_t rows[2], int32_t *start,
                         int32_t *columns) {
   uint32_t i, k, width = FILTERS * conv->window.kernel_width;
   memset(columns, 0, width * sizeof(int32_t));
   for (i = 0; i < conv->window.kernel_height; i++) {
     int is_inside = i >= rows[0] && i < rows[1];
-    for (k = 0; k < width; k++, tap_sums++) {
-      int32_t value = conv->in_zero * *tap_sums;
-      if (is_inside)
-        columns[k] += value;
-      else
-        start[k % FILTERS] += value;
-    }
+    for (k = 0; k < width; k += FILTERS, tap_sums += FILTERS) add_four(tap_sums, is_inside ? columns + k : start);
   }
 }
 
 static void add_columns(const int32_t *columns, uint32_t first, uint32_t last, int32_t *sums) {
   uint32_t k;
-  for (k = FILTERS * first; k < FILTERS * last; k += FILTERS) {
-    sums[0] += columns[k];
-    sums[1] += columns[k + 1u];
-    sums[2] += columns[k + 2u];
-    sums[3] += columns[k + 3u];
-  }
+  for (k = first; k < last; k++) add_four(columns + FILTERS * k, sums);
 }
 
 /* Copy a window of the image, with the zero point where it reaches outside. */
@@ -651,7 +683,7 @@ void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *r
 
 void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, void *scratch) {
   const edgecomp_window *v = &conv->window;
-  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width, c, i, f;
+  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width, c, i;
   int16_t *w = (int16_t *)scratch;
   void *rest = w + FILTERS * n_taps;
   reader r = open_stream(&conv->weights);
@@ -662,8 +694,12 @@ void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, v
   for (c = 0; c < v->in_channels; c += FILTERS) {
     load_filters(&p, c, v->in_channels - c < FILTERS ? v->in_channels - c : FILTERS);
     next_part(&r);
-    for (i = 0; i < n_taps; i++)
-      for (f = 0; f < FILTERS; f++) w[FILTERS * i + f] = f < p.n ? (int16_t)code(&r) : 0;
+    if (p.n == FILTERS) {
+      decode(&r, FILTERS * n_taps, w);
+    } else {
+      memset(w, 0, FILTERS * n_taps * sizeof(int16_t));
+      for (i = 0; i < n_taps; i++) decode(&r, p.n, w + FILTERS * i);
+    }
     convolve(&p, 1, x + c, w, reaches_out(v) && conv->in_zero ? (int32_t *)rest : 0, 0);
   }
 }
@@ -687,7 +723,7 @@ void edgecomp_fully_connected(const edgecomp_linear *linear, const int8_t *x, in
       t.n = linear->n_in - i < EDGECOMP_LINEAR_RUN ? linear->n_in - i : EDGECOMP_LINEAR_RUN;
       if (n_filters < FILTERS) memset(w, 0, FILTERS * t.n * sizeof(int16_t));
       (void)decode_run(&r, t.n, n_filters, w);
-      add_products(&t, x + i, w, sums);
+      add_products(ANY, &t, x + i, w, sums);
     }
     for (f = 0; f < n_filters; f++) y[o + f] = finished(s, o + f, sums[f]);
   }

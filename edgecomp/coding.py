@@ -290,12 +290,13 @@ def plain_c_bits(counts: Array) -> int:
     used = np.flatnonzero(np.delete(counts, 128)) + (np.flatnonzero(np.delete(counts, 128)) >= 128) - 128
     highest = max((int(v) if v >= 0 else -1 - int(v) for v in used), default=0)
     width, n_levels = 1 + highest.bit_length(), len(used)
-    table, others = max(1, n_levels.bit_length()), max(1, (n_levels - 1).bit_length())
+    n_with_zero = n_levels + (n_zeros > 0)
+    table, others = (max(1, (max(1, n_different) - 1).bit_length()) for n_different in (n_with_zero, n_levels))
     return int(
         np.ceil(
             min(
                 n * width,
-                n * table + 8 * (n_levels + 1),
+                n * table + 8 * n_with_zero,
                 n + (n - n_zeros) * width,
                 n + (n - n_zeros) * others + 8 * n_levels,
             )

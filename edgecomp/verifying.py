@@ -148,6 +148,8 @@ def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Ve
     for entry in folder.record["artifacts"]:
         if entry["format"] == "tflm":
             _check_array(folder, entry["path"], files[entry["path"]])
+        elif entry["format"] == "c":
+            _check_companions(folder, form_of("c", AtRest(entry.get("weights_at_rest", AtRest.NATIVE))))
     verified = []
     for entry in folder.record["artifacts"]:
         runtime = entry["accuracy"]["runtime"].split()[0]
@@ -183,6 +185,18 @@ def _check_array(folder: BuiltFolder, path: str, data: bytes) -> None:
             raise BundleError(
                 f"{folder.path / name}: is not {path} as an array, it was changed after the build; write it again "
                 f"with: edgecomp export {PLAN_FILE} --graph {GRAPH_FILE} --format tflm -o NEW"
+            )
+
+
+def _check_companions(folder: BuiltFolder, form: str) -> None:
+    """Check that header and kernels are still those of the network in C."""
+    from edgecomp.build import rewritten
+
+    for name, contents in rewritten(folder.plan, folder.graph, form).companions.items():
+        if folder.read(name) != contents:
+            raise BundleError(
+                f"{folder.path / name}: is not what belongs to network.c: it was changed, or written by another "
+                f"edgecomp; write it again with: edgecomp export {PLAN_FILE} --graph {GRAPH_FILE} --format c -o NEW"
             )
 
 

@@ -1,0 +1,86 @@
+"""Places in an arena: legal, never worse than TFLite Micro's greedy plan, the best there is where all can be tried."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgecomp.arena import ALIGNMENT, Arena, Buffer, arrange
+
+
+def buffers(most: int) -> st.SearchStrategy[list[Buffer]]:
+    one = st.tuples(st.integers(1, 40), st.integers(0, 7), st.integers(0, 4))
+    return st.lists(one, max_size=most).map(
+        lambda drawn: [Buffer(name=f"b{i}", n_bytes=n, first=f, last=f + k) for i, (n, f, k) in enumerate(drawn)]
+    )
+
+
+def rounded(n: int) -> int:
+    return (n + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def check_legal(arena: Arena, wanted: list[Buffer]) -> None:
+    assert set(arena.offsets) == {b.name for b in wanted}
+    for b in wanted:
+        assert arena.offsets[b.name] % ALIGNMENT == 0
+        assert 0 <= arena.offsets[b.name] <= arena.n_bytes - b.n_bytes
+    for step in range(20):
+        taken: set[int] = set()
+        for b in (b for b in wanted if b.first <= step <= b.last):
+            own = set(range(arena.offsets[b.name], arena.offsets[b.name] + b.n_bytes))
+            assert not taken & own
+            taken |= own
+
+
+def greedy_bytes(wanted: list[Buffer]) -> int:
+    """TFLite Micro's plan, byte by byte: the largest first, each at the lowest place that is free in all its steps."""
+    places: list[tuple[Buffer, int]] = []
+    for b in sorted(wanted, key=lambda b: (-b.n_bytes, b.first)):
+        others = [(at, at + rounded(o.n_bytes)) for o, at in places if o.first <= b.last and b.first <= o.last]
+        size = rounded(b.n_bytes)
+        at = next(a for a in itertools.count(0, ALIGNMENT) if all(a + size <= lo or a >= hi for lo, hi in others))
+        places.append((b, at))
+    return max((at + rounded(b.n_bytes) for b, at in places), default=0)
+
+
+@given(buffers(12))
+def test_places_are_legal_and_no_worse_than_greedy(wanted: list[Buffer]) -> None:
+    arena = arrange(wanted)
+    check_legal(arena, wanted)
+    assert arena.least_bytes <= arena.n_bytes <= greedy_bytes(wanted)
+    assert arena.optimal or arena.n_bytes > arena.least_bytes
+    assert arrange(reversed(wanted)) == arena
+
+
+@settings(max_examples=60)
+@given(buffers(3))
+def test_small_ones_are_optimal(wanted: list[Buffer]) -> None:
+    """Every buffer at every place below the best found: nothing smaller is legal."""
+    arena = arrange(wanted)
+    assert arena.optimal
+    smaller = arena.n_bytes - ALIGNMENT
+    choices = [range(0, smaller - rounded(b.n_bytes) + 1, ALIGNMENT) for b in wanted]
+    for places in itertools.product(*choices):
+        apart = (
+            at + rounded(b.n_bytes) <= other_at or other_at + rounded(o.n_bytes) <= at or not b.meets(o)
+            for (b, at), (o, other_at) in itertools.combinations(zip(wanted, places, strict=True), 2)
+        )
+        assert not all(apart) or not wanted
+
+
+def test_a_plan_that_greedy_misses() -> None:
+    """By size the middle buffer comes to lie above both neighbours; beside them it fits in less."""
+    wanted = [
+        Buffer(name="a", n_bytes=48, first=0, last=1),
+        Buffer(name="b", n_bytes=40, first=1, last=2),
+        Buffer(name="c", n_bytes=44, first=2, last=3),
+        Buffer(name="d", n_bytes=8, first=0, last=3),
+    ]
+    arena = arrange(wanted)
+    assert arena.n_bytes == arena.least_bytes == 96
+
+
+def test_nothing_needs_nothing() -> None:
+    assert arrange([]) == Arena(offsets={}, n_bytes=0, least_bytes=0, optimal=True)

@@ -1,0 +1,228 @@
+"""Networks in C on emulated cores: outputs, counts and sizes beside what the ELF file and the reference say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from elftools.elf.elffile import ELFFile
+
+from edgecomp import reference
+from edgecomp.benchmarks import firmware
+from edgecomp.benchmarks.firmware import CORES, core_of, emulate, link, measure_firmware
+from edgecomp.benchmarks.runners import default_runtime
+from edgecomp.cli import main
+from edgecomp.compress import border_codes, compress
+from edgecomp.errors import TargetError
+from edgecomp.exporters import export, files_of
+from edgecomp.graph import Array, Graph
+from edgecomp.targets import load, names
+from tests.graphs import GRAPHS, images, plan_for
+from tests.tiny import Place
+
+M4 = CORES["Cortex-M4"]
+
+
+@cache
+def network(name: str) -> Graph:
+    graph = GRAPHS[name]()
+    return compress(graph, plan_for(graph, {n.name: (4, 8, 3)[i % 3] for i, n in enumerate(graph.layers())}))
+
+
+@cache
+def codes(name: str, n: int) -> tuple[Array, Array]:
+    graph = network(name)
+    first, last = border_codes(graph)
+    values = reference.run(graph, {graph.inputs[0]: images(graph, n)})
+    x, y = (v.transpose(0, 2, 3, 1) if v.ndim == 4 else v for v in (values[first], values[last]))
+    return x, y
+
+
+def files(name: str) -> Mapping[str, bytes]:
+    return files_of(export(network(name), "c"))
+
+
+@pytest.fixture
+def no_gcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler that a user without arm-none-eabi-gcc has."""
+    monkeypatch.setattr(firmware.shutil, "which", lambda name: None)
+
+
+@pytest.mark.usefixtures("no_gcc")
+@pytest.mark.parametrize("cpu", CORES)
+@pytest.mark.parametrize("name", ["residual", "separable", "gated"])
+def test_every_core_gives_the_references_bytes(name: str, cpu: str, tmp_path: Path) -> None:
+    x, y = codes(name, 2)
+    report = measure_firmware(files(name), "a core", cpu, x, y, tmp_path)
+    assert report.compiler.startswith("zig cc 0.")
+    assert (report.n_images, report.static_bytes) == (2, 0)
+    # Calls and returns apart, everything happens in the kernels.
+    assert 0.9 * report.instructions < sum(report.steps.values()) < report.instructions
+    assert 0 < report.stack_bytes < 4096
+    assert report.to_json()["source"] == "emulated"
+    assert not [key for key in report.to_json() if "latency" in key or key.endswith("_ms")]
+
+
+def test_counts_are_the_same_in_every_run_and_for_every_image(tmp_path: Path) -> None:
+    x, _ = codes("residual", 3)
+    built = link(files("residual"), M4, tmp_path)
+    counts = [emulate(built, M4, x[i : i + 1]) for i in (0, 1, 1)]
+    assert counts[1].instructions == counts[2].instructions
+    assert counts[1].step_instructions == counts[2].step_instructions
+    # Only rounding and clamping branch on data.
+    assert counts[0].instructions == pytest.approx(counts[1].instructions, rel=0.01)
+
+
+def test_products_come_two_an_instruction_where_there_is_a_dsp(tmp_path: Path) -> None:
+    x, y = codes("residual", 1)
+    counts = {}
+    for cpu in ("Cortex-M4", "Cortex-M0+"):
+        (tmp_path / cpu).mkdir()
+        counts[cpu] = measure_firmware(files("residual"), cpu, cpu, x, y, tmp_path / cpu).instructions
+    assert counts["Cortex-M4"] < 0.5 * counts["Cortex-M0+"]
+
+
+def test_sizes_are_those_of_the_image(tmp_path: Path) -> None:
+    exported = export(network("residual"), "c")
+    built = link(files_of(exported), M4, tmp_path)
+    assert built.weight_bytes == sum(w.stored_bytes for w in exported.weights)
+    assert exported.flash_bytes is not None
+    assert built.weight_bytes + built.constant_bytes >= exported.flash_bytes
+    with ELFFile.load_from_path(built.path) as elf:
+        loaded = sum(s["p_filesz"] for s in elf.iter_segments() if s["p_type"] == "PT_LOAD")
+    # Up to the alignment between sections.
+    assert built.flash_bytes <= loaded < built.flash_bytes + 32
+
+
+def test_a_wrong_output_is_an_error(tmp_path: Path) -> None:
+    x, y = codes("residual", 1)
+    wrong = y.copy()
+    wrong[0, 3] ^= 1
+    with pytest.raises(TargetError, match="image 0 does not give the reference's output"):
+        measure_firmware(files("residual"), "a core", "Cortex-M4", x, wrong, tmp_path)
+
+
+def test_what_writes_behind_its_arena_is_found(tmp_path: Path) -> None:
+    x, _ = codes("residual", 1)
+    built = link(files("residual"), M4, tmp_path)
+    small = replace(built, facts=replace(built.facts, arena_bytes=built.facts.arena_bytes - 4))
+    with pytest.raises(TargetError, match="behind its arena"):
+        emulate(small, M4, x)
+
+
+def test_sources_that_do_not_compile_are_one_line(tmp_path: Path) -> None:
+    broken = {**files("residual"), "edgecomp_kernels.h": b"#error broken\n"}
+    with pytest.raises(TargetError, match=r"ends with 1: .*broken") as error:
+        link(broken, M4, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(firmware.shutil, "which", lambda name: None)
+    monkeypatch.setattr(firmware.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(TargetError, match=r"no compiler for Cortex-M .*edgecomp\[firmware\]"):
+        link(files("residual"), M4, tmp_path)
+
+    def missing(name: str) -> None:
+        raise ImportError(name=name)
+
+    monkeypatch.setattr(firmware.importlib, "import_module", missing)
+    with pytest.raises(TargetError, match=r"unicorn is missing; .*edgecomp\[firmware\]"):
+        firmware.emulator_name()
+
+
+def test_targets_that_are_emulated_say_so() -> None:
+    emulated = [name for name in names() if load(name).runtimes == ("c",)]
+    assert emulated == ["cortex-m0plus", "cortex-m33", "cortex-m4", "cortex-m7"]
+    assert sorted(load(name).cpu or "" for name in emulated) == sorted(CORES)
+    with pytest.raises(TargetError, match="rpi4: Cortex-A72 is not emulated"):
+        core_of(load("rpi4").cpu, "rpi4")
+
+
+# ---- through the command line ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    with pytest.MonkeyPatch.context() as patch:
+        here = Place(tmp_path_factory.mktemp("firmware"), patch)
+        assert main([*here.command(), "--avg-bits", "4", "--format", "c,onnx"]) == 0
+        return here
+
+
+@pytest.fixture
+def there(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place.folder)
+
+
+@pytest.mark.usefixtures("there")
+def test_a_built_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert default_runtime("c") == "c"
+    first, _ = json.loads(Path("out/manifest.json").read_text())["artifacts"]
+    assert (first["path"], first["parity"]["equal_percent"], first["parity"]["max_steps"]) == ("network.c", 100.0, 0)
+    assert first["weight_bytes"] < first["flash_bytes"] < first["bytes"] == Path("out/network.c").stat().st_size
+    page = Path("out/README.md").read_text("utf-8")
+    assert f"The caller gives {first['arena_bytes']} bytes of RAM" in page
+    assert all(f"| {name} " in page for name in ("network.c", "network.h", "edgecomp_kernels.c", "model.onnx"))
+    assert main(["verify", "out", "--per-layer", "--json"]) == 0
+    file = json.loads(capsys.readouterr().out)["files"][0]
+    assert (file["path"], file["same_bytes"], file["faults"]) == ("network.c", True, [])
+    assert len(file["by_layer"]) >= 5
+    assert all(layer["max_steps"] == 0 for layer in file["by_layer"].values())
+
+
+@pytest.mark.usefixtures("there")
+def test_bench_on_a_core(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "out", "--target", "cortex-m4"]) == 0
+    text = capsys.readouterr().out
+    assert "cortex-m4, emulated by Unicorn" in text
+    assert "outputs equal the reference's on 2 images" in text
+    assert main(["bench", "out", "--target", "cortex-m4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert f"{found['instructions']:,}" in text
+    facts = json.loads(Path("out/network.c").read_text().splitlines()[0].split(" ", 2)[2].removesuffix(" */"))
+    assert list(found["steps"]) == facts["steps"]
+
+
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize(
+    ("argv", "code", "found"),
+    [
+        (["bench", "out", "--target", "cortex-m5"], 6, "did you mean"),
+        (["bench", "out", "--target", "rpi4"], 6, "is not emulated; those that are"),
+        (["bench", "nowhere", "--target", "cortex-m4"], 2, "is no folder"),
+        (["bench", "out/network.c"], 2, "add --target NAME"),
+        (["export", "out/plan.json", "--graph", "out/graph.edgecomp", "--format", "c", "-o", "out"], 2, "give --force"),
+    ],
+)
+def test_bad_use(argv: list[str], code: int, found: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == code
+    error = capsys.readouterr().err
+    assert found in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("there")
+def test_changed_companions_are_found(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels = Path("out/edgecomp_kernels.c")
+    before = kernels.read_bytes()
+    try:
+        kernels.write_bytes(before + b"\n")
+        assert main(["verify", "out"]) == 2
+        assert "edgecomp_kernels.c: is not what belongs to network.c" in capsys.readouterr().err
+    finally:
+        kernels.write_bytes(before)
+
+
+@pytest.mark.usefixtures("there")
+def test_exported_again_it_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["export", "out/plan.json", "--graph", "out/graph.edgecomp", "--format", "c", "-o", str(tmp_path / "again")]
+    assert main(argv) == 0
+    assert "network.c" in capsys.readouterr().out
+    again = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+    assert len(again) == 4
+    assert again == {name: Path("out", name).read_bytes() for name in again}

@@ -206,7 +206,8 @@ def cross_compiler(core: Core) -> tuple[list[str], str]:
         TargetError: there is none.
     """
     if found := shutil.which("arm-none-eabi-gcc"):
-        return [found, *core.gcc, "--specs=nano.specs", "-nostartfiles"], f"arm-none-eabi-gcc {_said([found, '-dumpversion'])}"
+        version = _said([found, "-dumpversion"])
+        return [found, *core.gcc, "--specs=nano.specs", "-nostartfiles"], f"arm-none-eabi-gcc {version}"
     if importlib.util.find_spec("ziglang") is not None:
         zig = [sys.executable, "-m", "ziglang"]
         command = [*zig, "cc", "-target", "thumb-freestanding-eabi", f"-mcpu={core.zig}", "-nostdlib"]

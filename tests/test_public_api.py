@@ -90,7 +90,8 @@ def test_only_errors_of_ours_are_raised_on_purpose() -> None:
     allowed = {"KeyboardInterrupt", "SystemExit", "ArgumentTypeError", "AssertionError", "StopIteration"}
     # Raised to themselves, and mapped at their own border.
     readers = ("exporters.describe", "exporters.modelfacts", "exporters.read_onnx", "exporters.read_tflite",
-               "exporters.flatbuffer", "exporters.unpack_tflite", "exporters.tflm_decode", "benchmarks.tflm")
+               "exporters.flatbuffer", "exporters.unpack_tflite", "exporters.tflm_decode", "exporters.c_facts",
+               "benchmarks.tflm")
     inner = {name: {"ValueError"} for name in readers}
     inner["benchmarks.environment"] = {"ValueError", "OSError", "LookupError"}
     for name, path in modules().items():

@@ -19,6 +19,7 @@ FIELDS: dict[int, tuple[int, ...]] = {
     bits: tuple(width for width in (4, 2, 1) if bits & width) for bits in WEIGHT_BITS if bits < 8
 }
 """Bits of a code -> widths of its fields, lowest bits first. 8 bits are stored as they are."""
+_CHUNK = 1 << 16
 
 
 def packed_bytes(n_codes: int, bits: int) -> int:
@@ -57,13 +58,14 @@ def pack(codes: Array, bits: int) -> tuple[Array, ...]:
     return tuple(fields)
 
 
-def unpack(fields: tuple[Array, ...], bits: int, n_codes: int) -> Array:
-    """Undo `pack`.
+def unpack(fields: tuple[Array, ...], bits: int, n_codes: int, out: Array | None = None) -> Array:
+    """Undo `pack`, in little memory beside the result.
 
     Args:
         fields: as `pack` gave them.
         bits: 2-7.
         n_codes: how many codes there are.
+        out: int8 (n_codes,), where to write; a new array when not given.
 
     Returns:
         int8 (n_codes,).
@@ -73,14 +75,22 @@ def unpack(fields: tuple[Array, ...], bits: int, n_codes: int) -> Array:
     """
     if bits not in FIELDS or len(fields) != len(FIELDS[bits]):
         raise GraphError(f"unpack: {len(fields)} fields for {bits} bits")
-    unsigned, low = np.zeros(n_codes, dtype=np.uint8), 0
+    codes: Array = np.empty(n_codes, dtype=np.int8) if out is None else out
+    unsigned, low = codes.view(np.uint8), 0
+    unsigned[:] = 0
     for field, width in zip(fields, FIELDS[bits], strict=True):
-        if field.dtype != np.uint8 or field.shape != (-(-n_codes * width // 8),):
+        n_bytes, mask = -(-n_codes * width // 8), np.uint8((1 << width) - 1)
+        if field.dtype != np.uint8 or field.shape != (n_bytes,):
             raise GraphError(f"unpack: field of {width} bits has shape {field.shape}, expected {n_codes} codes' worth")
-        unsigned |= _unpack_field(field, width, n_codes) << np.uint8(low)
+        for plane in range(8 // width):
+            for at in range(plane * n_bytes, min((plane + 1) * n_bytes, n_codes), _CHUNK):
+                end = min(at + _CHUNK, (plane + 1) * n_bytes, n_codes)
+                part = field[at - plane * n_bytes : end - plane * n_bytes] >> np.uint8(plane * width)
+                unsigned[at:end] |= (part & mask) << np.uint8(low)
         low += width
-    sign = np.uint8(1 << (bits - 1))
-    return np.where(unsigned & sign, unsigned | np.uint8(256 - (1 << bits)), unsigned).astype(np.uint8).view(np.int8)
+    unsigned <<= np.uint8(8 - bits)
+    codes >>= np.int8(8 - bits)  # copies the sign
+    return codes
 
 
 def unsigned_fields(bits: int) -> tuple[int, ...]:

@@ -249,11 +249,11 @@ def _add_at_rest(p: Any, choices: Sequence[str]) -> None:
 
 
 def _add_unpack(verbs: Any) -> None:
-    p = verbs.add_parser("unpack", help="widen a TFLite file's packed and int4 weights to int8; needs numpy alone")
-    p.add_argument("file", type=Path, nargs="?", metavar="IN.tflite")
-    p.add_argument("-o", "--output", type=Path, metavar="OUT.tflite")
-    p.add_argument("--force", action="store_true", help="replace OUT.tflite")
-    p.add_argument("--cpp-header", action="store_true", help="print where the C++ reader of the same layout lies")
+    p = verbs.add_parser("unpack", help="widen an ONNX or TFLite file's packed weights to int8; needs numpy alone")
+    p.add_argument("file", type=Path, nargs="?", metavar="IN")
+    p.add_argument("-o", "--output", type=Path, metavar="OUT")
+    p.add_argument("--force", action="store_true", help="replace OUT")
+    p.add_argument("--cpp-header", action="store_true", help="print where the C++ reader of packed TFLite files lies")
     p.set_defaults(run=_unpack)
 
 
@@ -435,7 +435,7 @@ def _unpack(args: argparse.Namespace) -> int:
         print(CPP_HEADER)
         return 0
     if args.cpp_header or args.file is None or args.output is None:
-        raise UsageError("expected IN.tflite and -o OUT.tflite, or --cpp-header alone; see edgecomp unpack --help")
+        raise UsageError("expected IN and -o OUT, or --cpp-header alone; see edgecomp unpack --help")
     sizes = unpack_file(args.file, args.output, force=args.force)
     print(table(list(sizes.items()), ("file", "bytes")))
     return 0

@@ -9,6 +9,7 @@ What the strings are and how they are numbered stands in `words`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -25,7 +26,6 @@ GROUPS = (1, 2, 4)
 _SMALLEST_GROUPED = 1 << 20
 _QUICK_ROUNDS = 2
 _CHUNK = 1 << 16
-_TOKENS = 1 << 14
 LONGEST_WORD = 255
 """Symbols of a word at most."""
 # Bits that a tensor holds -> where the next width of a number begins to pay.
@@ -148,23 +148,25 @@ def decode(encoded: Encoded) -> Array:
     words = encoded.words
     if words is None:
         return encoded.fields[0] if encoded.bits == 8 else unpack(encoded.fields, encoded.bits, encoded.n_codes)
-    return decode_words(words, trie_of(words.children, len(words.symbols), words.word_bits))
+    codes: Array = np.empty(encoded.n_codes, dtype=np.int8)
+    trie = trie_of(words.children, len(words.symbols), words.word_bits)
+    tokens = (words.tokens[start : start + _CHUNK] for start in range(0, words.tokens.size, _CHUNK))
+    decode_words(trie, words.symbols, tokens, codes)
+    return codes
 
 
-def checked_words(
-    *, word_bits: int, symbols: Array, children: Array, tokens: Array, n_symbols: int
-) -> tuple[Words, Trie]:
-    """Put words together from numbers that may be damaged.
+def checked_trie(*, word_bits: int, symbols: Array, children: Array, n_tokens: int, n_symbols: int) -> Trie:
+    """Work out the table of words from numbers that may be damaged.
 
     Args:
         word_bits: T.
         symbols: int8 (K, G).
         children: any integers, counts of children.
-        tokens: uint16.
-        n_symbols: how many they stand for.
+        n_tokens: how many numbers of words there are.
+        n_symbols: how many symbols they stand for.
 
     Returns:
-        the words and the trie of their table; only whether the numbers name words is left to `decode_words`.
+        the table; only whether the numbers name words is left to `decode_words`.
 
     Raises:
         GraphError: no tensor is stored so.
@@ -175,64 +177,53 @@ def checked_words(
     if not 1 <= n_different <= min(MOST_SYMBOLS, room // 2):
         raise GraphError(f"{n_different} symbols, which no table has")
     # A node that is no word has at least two children, or is one of a chain of a single symbol.
-    if not 2 * n_different <= n_counts <= 4 * room + 2 * LONGEST_WORD or not 1 <= tokens.size <= n_symbols:
-        raise GraphError(f"{n_counts} counts and {tokens.size} words, which {n_symbols} symbols cannot have")
+    if not 2 * n_different <= n_counts <= 4 * room + 2 * LONGEST_WORD or not 1 <= n_tokens <= n_symbols:
+        raise GraphError(f"{n_counts} counts and {n_tokens} words, which {n_symbols} symbols cannot have")
     below = children.astype(np.int64)
     # Breadth first: a node stands behind its parent, and the last node is the last child.
     first = 2 + 2 * n_different + np.cumsum(below) - below
-    if (
-        below.min() < 0
-        or below.max() > n_different
-        or (first <= np.arange(2, 2 + n_counts)).any()
-        or first[-1] + below[-1] != 2 + n_counts
-    ):
+    in_order = (first > np.arange(2, 2 + n_counts)).all() and first[-1] + below[-1] == 2 + n_counts
+    if below.min() < 0 or below.max() > n_different or not in_order:
         raise GraphError("the counts of children are no tree's")
     trie = trie_of(below, n_different, word_bits)
     if trie.depth.max() > LONGEST_WORD:
         raise GraphError(f"a word has {trie.depth.max()} symbols, at most {LONGEST_WORD} are possible")
     if not trie.fits:
         raise GraphError(f"the table has more words than numbers of {word_bits} bits")
-    words = Words(
-        word_bits=word_bits, symbols=symbols, children=below.astype(np.uint8), tokens=tokens, n_symbols=n_symbols
-    )
-    return words, trie
+    if n_symbols > n_tokens * int(trie.depth.max()):
+        raise GraphError(f"decode: the words do not give the {n_symbols} symbols expected")
+    return trie
 
 
-def decode_words(words: Words, trie: Trie, out: Array | None = None) -> Array:
-    """Write words one after the other, in little memory beside the result: int8 (n_symbols * G,).
+def decode_words(trie: Trie, symbols: Array, tokens: Iterable[Array], out: Array) -> None:
+    """Write words one after the other, in little memory beside the result.
 
     Args:
-        words: what was stored.
-        trie: of its table.
-        out: int8 (n_symbols * G,), where to write; a new array when not given.
+        trie: of the table.
+        symbols: int8 (K, G).
+        tokens: uint16, numbers of words, in parts of at least one.
+        out: int8 (n_symbols * G,), gets the codes.
 
     Raises:
         GraphError: a number names no word, or the words are too few or too many.
     """
-    n_codes = words.n_symbols * words.symbols.shape[1]
-    codes: Array = np.empty(n_codes, dtype=np.int8) if out is None else out
-    rows = codes.reshape(words.n_symbols, -1)
-    places, of_words = _texts(trie)
-    done, second, wrong = 0, False, not words.tokens.size
-    for first in range(0, words.tokens.size, _TOKENS):
-        tokens = words.tokens[first : first + _TOKENS].astype(np.int64)
-        follows = tokens >= trie.boundary
-        nodes = trie.node_of[np.concatenate([[second], follows[:-1]]).astype(np.int64), tokens]
+    rows = out.reshape(-1, symbols.shape[1])
+    texts = _texts(trie)
+    done, second = 0, False
+    for part in tokens:
+        numbers = part.astype(np.int64)
+        follows = numbers >= trie.boundary
+        nodes = trie.node_of[np.concatenate([[second], follows[:-1]]).astype(np.int64), numbers]
         second = bool(follows[-1])
         # No word begins where the text has ended.
-        starts_at_most = done + int(trie.depth[nodes[:-1]].sum())
-        if wrong or not nodes.all() or starts_at_most >= words.n_symbols:
-            wrong = True
-            break
-        done = _write_words(nodes, trie.depth, (places, of_words), words.symbols, rows, done)
-    if wrong or done < words.n_symbols:
-        raise GraphError(f"decode: the words do not give the {words.n_symbols} symbols expected")
-    return codes
+        if not nodes.all() or done + int(trie.depth[nodes[:-1]].sum()) >= len(rows):
+            raise GraphError(f"decode: the words do not give the {len(rows)} symbols expected")
+        done = _write_words(nodes, trie.depth, texts, symbols, rows, done)
+    if done < len(rows):
+        raise GraphError(f"decode: the words do not give the {len(rows)} symbols expected")
 
 
-def _write_words(
-    nodes: Array, depth: Array, texts: tuple[Array, Array], symbols: Array, rows: Array, done: int
-) -> int:
+def _write_words(nodes: Array, depth: Array, texts: tuple[Array, Array], symbols: Array, rows: Array, done: int) -> int:
     """Write the symbols of some words into rows, from row `done` on and no further than rows go; give the end."""
     places, of_words = texts
     ends = done + np.cumsum(depth[nodes])

@@ -19,7 +19,7 @@ from edgecomp.graph import Array, Graph
 from edgecomp.report import Fact
 
 from .litert import LiteRt, LiteRtReference, TfliteRuntime
-from .onnx_runtime import OnnxRuntime, optimized
+from .onnx_runtime import OnnxRuntime, OnnxRuntimeLean, optimized
 from .runtime import Border, Model, Runner, checked_threads, fitting, place_of, sample_image
 from .tflm import TfliteMicro
 
@@ -30,6 +30,7 @@ __all__ = [
     "LiteRtReference",
     "Model",
     "OnnxRuntime",
+    "OnnxRuntimeLean",
     "Reference",
     "Runner",
     "TfliteMicro",
@@ -82,6 +83,7 @@ class Reference:
 RUNNERS: Mapping[str, type[Runner]] = MappingProxyType(
     {
         "onnxruntime": OnnxRuntime,
+        "onnxruntime-lean": OnnxRuntimeLean,
         "litert": LiteRt,
         "litert-reference": LiteRtReference,
         "tflite-runtime": TfliteRuntime,

@@ -269,7 +269,8 @@ def _add_verify(verbs: Any) -> None:
 def _add_bench(verbs: Any) -> None:
     p = verbs.add_parser("bench", help="latency and memory on this machine, beside the float and plain int8 model")
     p.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a built folder, or an .onnx or .tflite file")
-    p.add_argument("--runtime", metavar="R", help="onnxruntime, litert, litert-reference, tflite-runtime, tflite-micro")
+    runtimes = "onnxruntime, onnxruntime-lean, litert, litert-reference, tflite-runtime, tflite-micro"
+    p.add_argument("--runtime", metavar="R", help=runtimes)
     p.add_argument("--threads", type=int, default=1, metavar="N")
     p.add_argument("--min-secs", type=float, default=2.0, metavar="S", help="measuring time for each model at least")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the runs")

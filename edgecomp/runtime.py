@@ -177,7 +177,5 @@ def _mapped(path: Path) -> memoryview:
     except (OSError, ValueError) as e:
         raise _unreadable(path, e) from e
     if not _is_onnx(data[:1].tobytes()):
-        raise BundleError(
-            f"{path}: is no ONNX file, which begins with a byte of 8; expected what build or export wrote"
-        )
+        raise BundleError(f"{path}: is no ONNX file: its first byte is not 8; expected what build or export wrote")
     return data

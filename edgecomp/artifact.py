@@ -67,12 +67,15 @@ class Exported:
         data: the whole file.
         weights: one entry a layer, in running order.
         at_rest: how it stores them.
+        stray_transposes: how many operators of a TFLite file bring images into another layout and back: those around a
+            flatten or reshape, not the transpose that is a channel shuffle. 0 for ONNX, which has one layout.
     """
 
     format: str
     data: bytes
     weights: tuple[StoredWeight, ...]
     at_rest: AtRest = AtRest.NATIVE
+    stray_transposes: int = 0
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from edgecomp.plan import Io
 from edgecomp.runtime import load, onnx_session, unpack
 from tests.graphs import Build, images, plan_for
 from tests.onnx_run import onnx_run
-from tests.packed_files import NETWORKS, quantized
+from tests.packed_files import NETWORKS, in_words, quantized
 from tests.test_coding import DRAWN, gaussian, network, ternary, with_codes
 from tests.test_to_onnx import NAMES, renamed
 
@@ -44,17 +45,6 @@ def packed(graph: Graph) -> bytes:
 
 def int8(graph: Graph) -> bytes:
     return to_onnx.to_onnx(graph, at_rest=AtRest.INT8).data
-
-
-def in_words(graph: Graph) -> bytes:
-    """Store weights in words wherever the coder finds that they are smaller, even if the file then is not."""
-    codes = {}
-    for node in graph.layers():
-        weight = graph.weight(node)
-        assert weight.data is not None
-        assert weight.quant is not None
-        codes[weight.name] = encode(weight.data, weight.quant.bits)
-    return to_onnx._written(graph, codes, folds=True).data
 
 
 @pytest.mark.parametrize("io", Io)
@@ -113,6 +103,26 @@ def test_names_like_those_that_the_exporter_makes_up(case: str) -> None:
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_equal_layers_share_what_is_computed_of_them() -> None:
+    """Two layers with the same scales: the exporter stores their biases' scales once, and so does the reader."""
+    b = Build(4, (30,))
+    first, second = b.linear("fc1", "input", 20), b.linear("fc2", "input", 20)
+    b.tensors["fc2.weight"] = replace(b.tensors["fc1.weight"], name="fc2.weight")
+    graph = b.graph(b.node(Op.ADD, "sum", (first, second), {}))
+    graph = compress(graph, plan_for(graph, 3))
+    assert unpack(packed(graph)) == int8(graph)
+
+
+def test_a_result_that_is_called_like_a_temporary_keeps_its_name() -> None:
+    graph = quantized("plain", 3)
+    n_nodes = len(onnx.load_from_string(packed(graph)).graph.node)
+    for number in (n_nodes - 2, n_nodes - 1):
+        other = renamed(graph, {graph.outputs[0]: f"%{number}"})
+        data = unpack(packed(other))
+        assert [value.name for value in onnx.load_from_string(data).graph.output] == [f"%{number}"]
+        assert onnxruntime.InferenceSession(data, options()).get_outputs()[0].name == f"%{number}"
 
 
 def test_files_of_other_tools_stay_as_they_are() -> None:
@@ -453,6 +463,17 @@ BENT: dict[str, tuple[str, Callable[[onnx.ModelProto], None], str]] = {
     ),
     "constant twice": ("dense", lambda p: p.graph.initializer.append(p.graph.initializer[0]), "two constants are"),
     "nothing gives it": ("dense", lambda p: p.graph.output[0].__setattr__("name", "no"), "nothing gives one of 'no'"),
+    "elements for another shape": (
+        "dense",
+        lambda p: p.graph.initializer[0].dims.append(2),
+        r"has 4 bytes, its shape \[2\] takes 8",
+    ),
+    "made of nothing": ("dense", lambda p: node(p, "Gemm").input.__setitem__(0, "no"), "is made of what nothing gives"),
+    "another way to unpack": (
+        "dense",
+        lambda p: setattr(node(p, "Reshape", -1), "op_type", "Expand"),
+        "is unpacked in a way that this edgecomp does not know",
+    ),
     "two graphs": ("dense", lambda p: p.ClearField("graph"), "it holds no network"),
     "zeros that are none": (
         "dense",

@@ -402,7 +402,7 @@ def _export(args: argparse.Namespace) -> int:
     from edgecomp.build import rewritten
     from edgecomp.errors import PlanError, UsageError
     from edgecomp.exporters import files_of
-    from edgecomp.files import write_files
+    from edgecomp.files import check_new_files, write_files
     from edgecomp.plan import CompressionPlan
     from edgecomp.report import table
 
@@ -414,9 +414,7 @@ def _export(args: argparse.Namespace) -> int:
     if at_rest is AtRest.PACKED and "tflite" not in args.format:
         raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
     graph = bundle.load(args.graph)
-    for path in (args.output / name for format_name in args.format for name in FILES[format_name]):
-        if path.exists() and not args.force:
-            raise UsageError(f"{path}: is there already; give --force to replace it, or another -o")
+    check_new_files(args.output, [name for each in args.format for name in FILES[each]], force=args.force)
     exported = [rewritten(plan, graph, form_of(name, at_rest)) for name in args.format]
     write_files(args.output, {name: data for file in exported for name, data in files_of(file).items()})
     rows = [

@@ -281,7 +281,7 @@ def _add_bench(verbs: Any) -> None:
 def _add_inspect(verbs: Any) -> None:
     p = verbs.add_parser("inspect", help="say what is in a file: layers, bits, bytes, operators")
     p.add_argument("file", type=Path, metavar="FILE")
-    p.add_argument("--execution", action="store_true", help="load it in onnxruntime: what is computed in float?")
+    p.add_argument("--execution", action="store_true", help="load it: what is left in float, or by XNNPACK?")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_inspect)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from edgecomp.channels import floors, next_slice, slices
 from edgecomp.compress import compress, cut
 from edgecomp.data import DataSet, LabelledImages, draw, load
+from edgecomp.errors import EdgecompError
 from edgecomp.exporters import export
 from edgecomp.graph import Array, Graph
 from edgecomp.plan import CompressionPlan, Io, LayerPlan
@@ -208,8 +210,8 @@ def _run(whole: Graph, data: DataSet, triples: Sequence[Sequence[int]], shares: 
     print("\n" + table(summary, header))
 
 
-def main() -> None:
-    """Measure and print."""
+def main() -> int:
+    """Measure and print; 2 with one line where what was asked for cannot be."""
     p = argparse.ArgumentParser(prog="python -m edgecomp.benchmarks.classes")
     p.add_argument("--weights", type=Path, required=True)
     p.add_argument("--data", required=True)
@@ -225,9 +227,14 @@ def main() -> None:
         drawn = sorted(rng.choice(10, 3, replace=False).tolist())
         if drawn not in triples:
             triples.append(drawn)
-    whole = capture(load_module(MODEL, args.weights), (3, 32, 32), name="vgg16_bn_cifar")
-    _run(whole, load(args.data), triples, slices(args.share), args.calib)
+    try:
+        whole = capture(load_module(MODEL, args.weights), (3, 32, 32), name="vgg16_bn_cifar")
+        _run(whole, load(args.data), triples, slices(args.share), args.calib)
+    except EdgecompError as e:
+        print(f"{p.prog}: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -106,14 +106,20 @@ class LiteRt:
             raise BundleError(f"{self._place}: {self._name} fails to run it: {one_line(error)}") from error
 
     def describe(self) -> dict[str, Fact]:
-        """Say how the interpreter executes this model: which operators the XNNPACK delegate took, and which it left."""
-        left = _undelegated(self._interpreter._get_ops_details())  # no public way to ask
-        nodes = sum(op["op_name"] != "DELEGATE" for op in self._interpreter._get_ops_details())
+        """Say how the interpreter executes this model: which operators the XNNPACK delegate took, and which it left.
+
+        What it took runs in so many partitions: between two of them tensors go through the built-in kernels.
+        """
+        ops = self._interpreter._get_ops_details()  # no public way to ask
+        left = _undelegated(ops)
+        partitions = sum(op["op_name"] == "DELEGATE" for op in ops)
+        nodes = len(ops) - partitions
         return {
             "kernels": "reference" if self._resolver == "BUILTIN_REF" else "default",
             "xnnpack": len(left) < nodes,
             "nodes": nodes,
             "nodes_in_xnnpack": nodes - len(left),
+            "xnnpack_partitions": partitions,
             "nodes_left_to_builtin_kernels": tuple(f"{n} {name}" for name, n in sorted(Counter(left).items())),
             "threads": self._threads,
             "unpacked_at_load": self._unpacked,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ import numpy as np
 from edgecomp.errors import BundleError
 from edgecomp.graph import Array, QuantParams
 from edgecomp.report import Fact
+from edgecomp.runtime import onnx_session, unpack
 
 from .runtime import (
     Border,
@@ -56,6 +57,13 @@ def _session(model: Path | bytes, options: Any, place: str) -> Any:
         raise BundleError(f"{place}: onnxruntime cannot load it: {one_line(error)}") from error
 
 
+def _lean_session(model: Path | bytes, options: Any, place: str) -> Any:
+    if not isinstance(model, Path):
+        return _session(unpack(model), options, place)
+    with quiet():
+        return onnx_session(model, options=options)
+
+
 _ONNX_DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
 
 
@@ -63,13 +71,14 @@ class OnnxRuntime:
     """Microsoft's onnxruntime on the CPU: all optimizations, `threads` within an operator, one operator at a time."""
 
     formats: ClassVar[tuple[str, ...]] = ("onnx",)
+    _load: ClassVar[Callable[[Path | bytes, Any, str], Any]] = staticmethod(_session)
 
     def __init__(self, model: Model, *, threads: int = 1) -> None:
         self._place = place_of(model)
         self._threads = checked_threads(threads)
         file = checked_file(model, "onnxruntime")
         self.version = str(import_runtime("onnxruntime", "onnxruntime").__version__)
-        self._session = _session(file, _session_options(threads), self._place)
+        self._session = self._load(file, _session_options(threads), self._place)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1:
             raise BundleError(f"{self._place}: the model has {len(inputs)} inputs, expected one")
@@ -135,6 +144,16 @@ class OnnxRuntime:
             "inter_op_threads": 1,
             "spins_between_runs": False,
         }
+
+
+class OnnxRuntimeLean(OnnxRuntime):
+    """The same, loaded by `edgecomp.runtime.onnx_session`: unpacked before onnxruntime sees it."""
+
+    _load: ClassVar[Callable[[Path | bytes, Any, str], Any]] = staticmethod(_lean_session)
+
+    def describe(self) -> dict[str, Fact]:
+        """Say how the runtime executes this model."""
+        return {**super().describe(), "loaded_by": "edgecomp.runtime.onnx_session"}
 
 
 def _onnx_quant(facts: Mapping[str, str], scale_key: str, zero_point_key: str, place: str) -> QuantParams | None:

@@ -20,7 +20,7 @@ from edgecomp.report import Fact
 
 from .compiled_c import CompiledC
 from .litert import LiteRt, LiteRtReference, TfliteRuntime
-from .onnx_runtime import OnnxRuntime, optimized
+from .onnx_runtime import OnnxRuntime, OnnxRuntimeLean, optimized
 from .runtime import Border, Model, Runner, checked_threads, fitting, place_of, sample_image
 from .tflm import TfliteMicro
 
@@ -32,6 +32,7 @@ __all__ = [
     "LiteRtReference",
     "Model",
     "OnnxRuntime",
+    "OnnxRuntimeLean",
     "Reference",
     "Runner",
     "TfliteMicro",
@@ -84,6 +85,7 @@ class Reference:
 RUNNERS: Mapping[str, type[Runner]] = MappingProxyType(
     {
         "onnxruntime": OnnxRuntime,
+        "onnxruntime-lean": OnnxRuntimeLean,
         "litert": LiteRt,
         "litert-reference": LiteRtReference,
         "tflite-runtime": TfliteRuntime,

@@ -75,6 +75,8 @@ class Exported:
         companions: what is written beside it and cannot be told from it, by name: of C header and kernels.
         flash_bytes: what a device stores of it where that is not the file: of C the constants, without code. None: the
             file.
+        stray_transposes: how many operators of a TFLite file bring images into another layout and back: those around a
+            flatten or reshape, not the transpose that is a channel shuffle. 0 for ONNX, which has one layout.
     """
 
     format: str
@@ -83,6 +85,7 @@ class Exported:
     at_rest: AtRest = AtRest.NATIVE
     companions: Mapping[str, bytes] = field(default_factory=dict)
     flash_bytes: int | None = None
+    stray_transposes: int = 0
 
     @property
     def device_bytes(self) -> int:

@@ -29,16 +29,23 @@ import zlib
 
 import numpy as np
 
-from edgecomp.coding import GROUPS, Encoded, Words, decode, decode_words
+from edgecomp.coding import GROUPS, Encoded, checked_trie, decode, decode_words
 from edgecomp.errors import BundleError, GraphError
 from edgecomp.graph import Array
-from edgecomp.packing import FIELDS, pack_unsigned, packed_bytes, unpack, unpack_unsigned, unsigned_bytes
-from edgecomp.words import MOST_SYMBOLS, WORD_BITS, trie_of
+from edgecomp.packing import (
+    FIELDS,
+    pack_unsigned,
+    packed_bytes,
+    split_unsigned,
+    unpack,
+    unpack_unsigned,
+    unsigned_bytes,
+)
+from edgecomp.words import WORD_BITS
 
 _HEAD = struct.Struct("<BBBBII")
 _WORDS_HEAD = struct.Struct("<IIHBB")
 _DENSE, _WORDS = 1, 2
-_LONGEST_WORD = 255
 
 
 def to_bytes(encoded: Encoded) -> bytes:
@@ -134,34 +141,26 @@ def _words_codes(data: bytes, bits: int, word_bits: int, group: int, n: int, whe
     if len(data) < at or not 2 <= bits <= 8 or word_bits not in WORD_BITS or group not in GROUPS or n % group:
         raise BundleError(f"{where}: words of {word_bits} bits for groups of {group} codes of {bits} bits are none")
     n_counts, n_tokens, n_symbols, width, zero = _WORDS_HEAD.unpack_from(data, _HEAD.size)
-    room = 1 << word_bits
-    if not 1 <= n_symbols <= min(MOST_SYMBOLS, room // 2) or not 1 <= width <= 8 or zero:
-        raise BundleError(f"{where}: {n_symbols} symbols and counts of {width} bits, which no table has")
-    # A node that is no word has at least two children, or is one of a chain of a single symbol.
-    if not 2 * n_symbols <= n_counts <= 4 * room + 2 * _LONGEST_WORD or not 1 <= n_tokens <= n:
-        raise BundleError(f"{where}: {n_counts} counts and {n_tokens} words, which {n} codes cannot have")
+    if not 1 <= width <= 8 or zero or not n_counts or not n_tokens or not n_symbols:
+        raise BundleError(f"{where}: {n_symbols} symbols and {n_counts} counts of {width} bits, which no table has")
     expected = at + n_symbols * group + unsigned_bytes(n_counts, width) + unsigned_bytes(n_tokens, word_bits)
     if len(data) != expected:
         raise BundleError(f"{where}: {len(data)} packed bytes, expected {expected}")
     symbols = np.frombuffer(data, dtype=np.int8, count=n_symbols * group, offset=at).reshape(n_symbols, group)
     at += symbols.size
-    children = unpack_unsigned(data, width, n_counts, at)
+    counts = split_unsigned(data, width, n_counts, at)
     at += unsigned_bytes(n_counts, width)
-    tokens = unpack_unsigned(data, word_bits, n_tokens, at)
-    below = children.astype(np.int64)
-    # Breadth first: a node stands behind its parent, and the last node is the last child.
-    first = 2 + 2 * n_symbols + np.cumsum(below) - below
-    if below.max() > n_symbols or (first <= np.arange(2, 2 + n_counts)).any() or first[-1] + below[-1] != 2 + n_counts:
-        raise BundleError(f"{where}: the counts of children are no tree's")
-    trie = trie_of(below, n_symbols, word_bits)
-    if trie.depth.max() > _LONGEST_WORD:
-        raise BundleError(f"{where}: a word has {trie.depth.max()} symbols, at most {_LONGEST_WORD} are possible")
-    if not trie.fits:
-        raise BundleError(f"{where}: the table has more words than numbers of {word_bits} bits")
-    words = Words(
-        word_bits=word_bits, symbols=symbols, children=children.astype(np.uint8), tokens=tokens, n_symbols=n // group
-    )
+    tokens = unpack_unsigned(split_unsigned(data, word_bits, n_tokens, at), word_bits, n_tokens)
     try:
-        return decode_words(words, trie)
+        trie = checked_trie(
+            word_bits=word_bits,
+            symbols=symbols,
+            children=np.concatenate(list(unpack_unsigned(counts, width, n_counts))),
+            n_tokens=n_tokens,
+            n_symbols=n // group,
+        )
+        codes: Array = np.empty(n, dtype=np.int8)
+        decode_words(trie, symbols, tokens, codes)
     except GraphError as e:
         raise BundleError(f"{where}: {e}") from e
+    return codes

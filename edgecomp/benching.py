@@ -13,7 +13,7 @@ import numpy as np
 from edgecomp import manifest, reference
 from edgecomp.artifact import FILES
 from edgecomp.compress import border_codes, compress
-from edgecomp.errors import BundleError, UsageError
+from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.files import MANIFEST
 from edgecomp.folder import BuiltFolder, open_folder
 from edgecomp.report import BenchReport, Comparison, table
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 COMPRESSED, INT8, FLOAT = "compressed", "plain int8", "float32"
 CUT = ", cut"
 """Behind the names of the other models where they lack channels or classes of the network that was compressed."""
+_TRIAL_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -118,6 +119,8 @@ def bench_artifact(
         raise BundleError(f"{path}: expected a file that ends in .onnx or .tflite")
     if format_name == "tflite" and _is_for_micro(path):
         format_name = "tflm"
+    if format_name == "tflm" or runtime == "tflite-micro":
+        _try_in_micro(path)
     entries = [(path.name, path, format_name)]
     comparison = _run(entries, path.name, runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
     return [Benched(title=str(path), comparison=comparison, accuracy_percent={})]
@@ -129,6 +132,23 @@ def _is_for_micro(path: Path) -> bool:
     from edgecomp.exporters.unpack_tflite import has_custom
 
     return bool(has_custom(path.read_bytes(), OPERATOR))
+
+
+def _try_in_micro(path: Path) -> None:
+    """Run a file of unknown origin once in a process of its own: TFLite Micro trusts it, and a damaged one may kill it.
+
+    Raises:
+        BundleError: it does not end well.
+        TargetError: TFLite Micro is not installed.
+    """
+    from edgecomp.benchmarks.memory import footprint
+    from edgecomp.benchmarks.tflm import load_package
+
+    load_package()
+    try:
+        footprint(path, "tflite-micro", timeout_s=_TRIAL_S, processes=1)
+    except TargetError as e:
+        raise BundleError(f"{path}: does not run in TFLite Micro, tried in a process of its own: {e}") from e
 
 
 def _bench_folder(

@@ -249,11 +249,11 @@ def _add_at_rest(p: Any, choices: Sequence[str]) -> None:
 
 
 def _add_unpack(verbs: Any) -> None:
-    p = verbs.add_parser("unpack", help="widen a TFLite file's packed and int4 weights to int8; needs numpy alone")
-    p.add_argument("file", type=Path, nargs="?", metavar="IN.tflite")
-    p.add_argument("-o", "--output", type=Path, metavar="OUT.tflite")
-    p.add_argument("--force", action="store_true", help="replace OUT.tflite")
-    p.add_argument("--cpp-header", action="store_true", help="print where the C++ reader of the same layout lies")
+    p = verbs.add_parser("unpack", help="widen an ONNX or TFLite file's packed weights to int8; needs numpy alone")
+    p.add_argument("file", type=Path, nargs="?", metavar="IN")
+    p.add_argument("-o", "--output", type=Path, metavar="OUT")
+    p.add_argument("--force", action="store_true", help="replace OUT")
+    p.add_argument("--cpp-header", action="store_true", help="print where the C++ reader of packed TFLite files lies")
     p.set_defaults(run=_unpack)
 
 
@@ -269,7 +269,8 @@ def _add_verify(verbs: Any) -> None:
 def _add_bench(verbs: Any) -> None:
     p = verbs.add_parser("bench", help="latency and memory on this machine, beside the float and plain int8 model")
     p.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a built folder, or an .onnx or .tflite file")
-    p.add_argument("--runtime", metavar="R", help="onnxruntime, litert, litert-reference, tflite-runtime, tflite-micro")
+    runtimes = "onnxruntime, onnxruntime-lean, litert, litert-reference, tflite-runtime, tflite-micro"
+    p.add_argument("--runtime", metavar="R", help=runtimes)
     p.add_argument("--target", metavar="NAME", help="run the folder's network in C on an emulated core: cortex-m4, ...")
     p.add_argument("--threads", type=int, default=1, metavar="N")
     p.add_argument("--min-secs", type=float, default=2.0, metavar="S", help="measuring time for each model at least")
@@ -281,7 +282,7 @@ def _add_bench(verbs: Any) -> None:
 def _add_inspect(verbs: Any) -> None:
     p = verbs.add_parser("inspect", help="say what is in a file: layers, bits, bytes, operators")
     p.add_argument("file", type=Path, metavar="FILE")
-    p.add_argument("--execution", action="store_true", help="load it in onnxruntime: what is computed in float?")
+    p.add_argument("--execution", action="store_true", help="load it: what is left in float, or by XNNPACK?")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_inspect)
 
@@ -402,7 +403,7 @@ def _export(args: argparse.Namespace) -> int:
     from edgecomp.build import rewritten
     from edgecomp.errors import PlanError, UsageError
     from edgecomp.exporters import files_of
-    from edgecomp.files import write_files
+    from edgecomp.files import check_new_files, write_files
     from edgecomp.plan import CompressionPlan
     from edgecomp.report import table
 
@@ -414,9 +415,7 @@ def _export(args: argparse.Namespace) -> int:
     if at_rest is AtRest.PACKED and "tflite" not in args.format:
         raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
     graph = bundle.load(args.graph)
-    for path in (args.output / name for format_name in args.format for name in FILES[format_name]):
-        if path.exists() and not args.force:
-            raise UsageError(f"{path}: is there already; give --force to replace it, or another -o")
+    check_new_files(args.output, [name for each in args.format for name in FILES[each]], force=args.force)
     exported = [rewritten(plan, graph, form_of(name, at_rest)) for name in args.format]
     write_files(args.output, {name: data for file in exported for name, data in files_of(file).items()})
     rows = [
@@ -436,7 +435,7 @@ def _unpack(args: argparse.Namespace) -> int:
         print(CPP_HEADER)
         return 0
     if args.cpp_header or args.file is None or args.output is None:
-        raise UsageError("expected IN.tflite and -o OUT.tflite, or --cpp-header alone; see edgecomp unpack --help")
+        raise UsageError("expected IN and -o OUT, or --cpp-header alone; see edgecomp unpack --help")
     sizes = unpack_file(args.file, args.output, force=args.force)
     print(table(list(sizes.items()), ("file", "bytes")))
     return 0
@@ -475,26 +474,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _targets(args: argparse.Namespace) -> int:
-    from dataclasses import fields
+    from edgecomp.boards import board_facts, board_table, boards_table
 
-    from edgecomp.report import table
-    from edgecomp.targets import load, names
-
-    known = [load(name) for name in ([args.name] if args.name else names())]
-    facts = [{field.name: getattr(target, field.name) for field in fields(target)} for target in known]
     if args.json:
-        print(json.dumps([{**fact, "sources": dict(fact["sources"])} for fact in facts], indent=1))
-    elif args.name:
-        sources = facts[0].pop("sources")
-        rows = [(name, _shown(value), sources.get(name, "")) for name, value in facts[0].items()]
-        print(table(rows, ("fact", "value", "source")))
+        print(json.dumps(board_facts(args.name), indent=1))
     else:
-        rows = [(t.name, t.cores or "-", t.description) for t in known]
-        print(table(rows, ("target", "cores", "description")))
+        print(board_table(args.name) if args.name else boards_table())
     return 0
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "-"
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

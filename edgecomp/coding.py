@@ -9,6 +9,7 @@ What the strings are and how they are numbered stands in `words`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -24,7 +25,9 @@ GROUPS = (1, 2, 4)
 """Codes a symbol; more than one in large tensors only."""
 _SMALLEST_GROUPED = 1 << 20
 _QUICK_ROUNDS = 2
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16
+LONGEST_WORD = 255
+"""Symbols of a word at most."""
 # Bits that a tensor holds -> where the next width of a number begins to pay.
 _CONTENT_LIMITS = (5e4, 2e5, 2e6)
 _GROUP_WORTH = 1.02
@@ -145,37 +148,95 @@ def decode(encoded: Encoded) -> Array:
     words = encoded.words
     if words is None:
         return encoded.fields[0] if encoded.bits == 8 else unpack(encoded.fields, encoded.bits, encoded.n_codes)
-    return decode_words(words, trie_of(words.children, len(words.symbols), words.word_bits))
+    codes: Array = np.empty(encoded.n_codes, dtype=np.int8)
+    trie = trie_of(words.children, len(words.symbols), words.word_bits)
+    tokens = (words.tokens[start : start + _CHUNK] for start in range(0, words.tokens.size, _CHUNK))
+    decode_words(trie, words.symbols, tokens, codes)
+    return codes
 
 
-def decode_words(words: Words, trie: Trie) -> Array:
-    """Write words one after the other: int8 (n_symbols * G,).
+def checked_trie(*, word_bits: int, symbols: Array, children: Array, n_tokens: int, n_symbols: int) -> Trie:
+    """Work out the table of words from numbers that may be damaged.
 
     Args:
-        words: what was stored.
-        trie: of its table.
+        word_bits: T.
+        symbols: int8 (K, G).
+        children: any integers, counts of children.
+        n_tokens: how many numbers of words there are.
+        n_symbols: how many symbols they stand for.
+
+    Returns:
+        the table; only whether the numbers name words is left to `decode_words`.
+
+    Raises:
+        GraphError: no tensor is stored so.
+    """
+    room, n_different, n_counts = 1 << word_bits, len(symbols), children.size
+    if word_bits not in WORD_BITS or symbols.ndim != 2 or symbols.shape[1] not in GROUPS:
+        raise GraphError(f"words of {word_bits} bits for symbols of shape {symbols.shape} are none")
+    if not 1 <= n_different <= min(MOST_SYMBOLS, room // 2):
+        raise GraphError(f"{n_different} symbols, which no table has")
+    # A node that is no word has at least two children, or is one of a chain of a single symbol.
+    if not 2 * n_different <= n_counts <= 4 * room + 2 * LONGEST_WORD or not 1 <= n_tokens <= n_symbols:
+        raise GraphError(f"{n_counts} counts and {n_tokens} words, which {n_symbols} symbols cannot have")
+    below = children.astype(np.int64)
+    # Breadth first: a node stands behind its parent, and the last node is the last child.
+    first = 2 + 2 * n_different + np.cumsum(below) - below
+    in_order = (first > np.arange(2, 2 + n_counts)).all() and first[-1] + below[-1] == 2 + n_counts
+    if below.min() < 0 or below.max() > n_different or not in_order:
+        raise GraphError("the counts of children are no tree's")
+    trie = trie_of(below, n_different, word_bits)
+    if trie.depth.max() > LONGEST_WORD:
+        raise GraphError(f"a word has {trie.depth.max()} symbols, at most {LONGEST_WORD} are possible")
+    if not trie.fits:
+        raise GraphError(f"the table has more words than numbers of {word_bits} bits")
+    if n_symbols > n_tokens * int(trie.depth.max()):
+        raise GraphError(f"decode: the words do not give the {n_symbols} symbols expected")
+    return trie
+
+
+def decode_words(trie: Trie, symbols: Array, tokens: Iterable[Array], out: Array) -> None:
+    """Write words one after the other, in little memory beside the result.
+
+    Args:
+        trie: of the table.
+        symbols: int8 (K, G).
+        tokens: uint16, numbers of words, in parts of at least one.
+        out: int8 (n_symbols * G,), gets the codes.
 
     Raises:
         GraphError: a number names no word, or the words are too few or too many.
     """
-    tokens = words.tokens.astype(np.int64)
-    second = np.concatenate([[False], tokens[:-1] >= trie.boundary]).astype(np.int64)
-    nodes = trie.node_of[second, tokens]
-    ends = np.cumsum(trie.depth[nodes])
-    if not nodes.all() or not tokens.size or not ends[-1] - trie.depth[nodes[-1]] < words.n_symbols <= ends[-1]:
-        raise GraphError(f"decode: the words do not give the {words.n_symbols} symbols expected")
-    places, of_words = _texts(trie)
-    out = np.empty((words.n_symbols, words.symbols.shape[1]), dtype=np.int8)
-    low = done = 0
+    rows = out.reshape(-1, symbols.shape[1])
+    texts = _texts(trie)
+    done, second = 0, False
+    for part in tokens:
+        numbers = part.astype(np.int64)
+        follows = numbers >= trie.boundary
+        nodes = trie.node_of[np.concatenate([[second], follows[:-1]]).astype(np.int64), numbers]
+        second = bool(follows[-1])
+        # No word begins where the text has ended.
+        if not nodes.all() or done + int(trie.depth[nodes[:-1]].sum()) >= len(rows):
+            raise GraphError(f"decode: the words do not give the {len(rows)} symbols expected")
+        done = _write_words(nodes, trie.depth, texts, symbols, rows, done)
+    if done < len(rows):
+        raise GraphError(f"decode: the words do not give the {len(rows)} symbols expected")
+
+
+def _write_words(nodes: Array, depth: Array, texts: tuple[Array, Array], symbols: Array, rows: Array, done: int) -> int:
+    """Write the symbols of some words into rows, from row `done` on and no further than rows go; give the end."""
+    places, of_words = texts
+    ends = done + np.cumsum(depth[nodes])
+    low = 0
     while low < nodes.size:
         high = max(low + 1, int(np.searchsorted(ends, done + _CHUNK, side="right")))
-        lengths = trie.depth[nodes[low:high]]
+        lengths = depth[nodes[low:high]]
         start_of = places[nodes[low:high]] - (ends[low:high] - lengths - done)
         at = np.repeat(start_of, lengths) + np.arange(int(lengths.sum()))
-        part = words.symbols[of_words[at]][: words.n_symbols - done]
-        out[done : done + len(part)] = part
+        part = symbols[of_words[at[: len(rows) - done]]]
+        rows[done : done + len(part)] = part
         low, done = high, int(ends[high - 1])
-    return out.reshape(-1)
+    return done
 
 
 def _texts(trie: Trie) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from edgecomp.errors import UsageError
@@ -60,6 +60,19 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         if made:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def check_new_files(folder: Path, names: Iterable[str], *, force: bool) -> None:
+    """Refuse files that are there already, without `force`, and a folder that is none; cheap.
+
+    Raises:
+        UsageError: what stands in the way.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: is there and is no folder; choose another -o")
+    for path in (folder / name for name in names):
+        if path.exists() and not force:
+            raise UsageError(f"{path}: is there already; give --force to replace it, or another -o")
 
 
 def check_output_folder(folder: Path, *, force: bool) -> None:

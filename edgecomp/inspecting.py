@@ -4,33 +4,51 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgecomp.benchmarks.litert import LiteRt
 from edgecomp.benchmarks.onnx_runtime import optimized
 from edgecomp.errors import BundleError, TargetError
 from edgecomp.exporters.describe import describe
 
 
 def inspect(path: Path, *, execution: bool = False) -> dict[str, object]:
-    """Say what a file holds, and on request what onnxruntime computes of it in float.
+    """Say what a file holds, and on request what the runtime that is installed makes of it.
 
     Args:
         path: the file.
-        execution: load an ONNX file in onnxruntime too. That costs what running it costs, whatever the file asks for.
+        execution: load an ONNX file in onnxruntime, a TFLite file in LiteRT too. That costs what running it costs,
+            whatever the file asks for.
 
     Returns:
-        what `describe` gives; on request also "execution", in words, and, where onnxruntime is installed and loads the
-        file, "float_operators": op type -> the outputs of its nodes that compute floats from floats.
+        what `describe` gives; on request also "execution", in words, and, where the runtime is installed and loads the
+        file: for ONNX "float_operators", op type -> the outputs of its nodes that compute floats from floats; for
+        TFLite "left_operators", op type -> how many of them XNNPACK leaves to LiteRT's built-in kernels.
 
     Raises:
         BundleError: the file is missing, empty, damaged, or nothing that edgecomp knows.
         ExportError: the package that reads the format is missing.
     """
     found: dict[str, object] = describe(path)
-    if not execution or found["kind"] != "onnx":
+    if not execution or found["kind"] not in ("onnx", "tflite"):
         return found
     try:
-        executed = optimized(path)
+        return {**found, **(_in_onnxruntime(path) if found["kind"] == "onnx" else _in_litert(path))}
     except (BundleError, TargetError) as e:
         return {**found, "execution": f"unknown: {e}"}
+
+
+def _in_onnxruntime(path: Path) -> dict[str, object]:
+    executed = optimized(path)
     n = sum(len(outputs) for outputs in executed.in_float.values())
     left = f"operators in float: {n}" if n else "all in integers between input and output"
-    return {**found, "execution": f"{executed.runtime}: {left}", "float_operators": executed.in_float}
+    return {"execution": f"{executed.runtime}: {left}", "float_operators": executed.in_float}
+
+
+def _in_litert(path: Path) -> dict[str, object]:
+    """Give XNNPACK's own partition of the file, as LiteRT loads it: a packed one unpacked."""
+    runner = LiteRt(path)
+    facts = runner.describe()
+    taken, nodes, parts = (facts[key] for key in ("nodes_in_xnnpack", "nodes", "xnnpack_partitions"))
+    left = (entry.split(" ", 1) for entry in facts["nodes_left_to_builtin_kernels"])
+    parted = f"{parts} partition{'s' * (parts != 1)}"
+    text = f"litert {runner.version}: XNNPACK takes {taken} of {nodes} operators, in {parted}"
+    return {"execution": text, "left_operators": {name: int(n) for n, name in left}}

@@ -89,6 +89,7 @@ def artifact_entry(exported: Exported, graph: Graph, measured: Mapping[str, obje
         "weight_bytes": weight_bytes,
         "conv_weight_bytes": sum(w.stored_bytes for w in exported.weights if w.layer in convolutions),
         "mean_bits": round(8 * weight_bytes / n_weights, 4),
+        **({} if exported.format == "onnx" else {"stray_transposes": exported.stray_transposes}),
         **measured,
     }
 

@@ -9,6 +9,8 @@ and k = 8/w planes, code number p*m + i stands in byte i at bit p*w. The first f
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from edgecomp.errors import GraphError
@@ -19,6 +21,8 @@ FIELDS: dict[int, tuple[int, ...]] = {
     bits: tuple(width for width in (4, 2, 1) if bits & width) for bits in WEIGHT_BITS if bits < 8
 }
 """Bits of a code -> widths of its fields, lowest bits first. 8 bits are stored as they are."""
+_CHUNK = 1 << 16
+_PART = 1 << 14
 
 
 def packed_bytes(n_codes: int, bits: int) -> int:
@@ -57,13 +61,14 @@ def pack(codes: Array, bits: int) -> tuple[Array, ...]:
     return tuple(fields)
 
 
-def unpack(fields: tuple[Array, ...], bits: int, n_codes: int) -> Array:
-    """Undo `pack`.
+def unpack(fields: tuple[Array, ...], bits: int, n_codes: int, out: Array | None = None) -> Array:
+    """Undo `pack`, in little memory beside the result.
 
     Args:
         fields: as `pack` gave them.
         bits: 2-7.
         n_codes: how many codes there are.
+        out: int8 (n_codes,), where to write; a new array when not given.
 
     Returns:
         int8 (n_codes,).
@@ -73,14 +78,22 @@ def unpack(fields: tuple[Array, ...], bits: int, n_codes: int) -> Array:
     """
     if bits not in FIELDS or len(fields) != len(FIELDS[bits]):
         raise GraphError(f"unpack: {len(fields)} fields for {bits} bits")
-    unsigned, low = np.zeros(n_codes, dtype=np.uint8), 0
+    codes: Array = np.empty(n_codes, dtype=np.int8) if out is None else out
+    unsigned, low = codes.view(np.uint8), 0
+    unsigned[:] = 0
     for field, width in zip(fields, FIELDS[bits], strict=True):
-        if field.dtype != np.uint8 or field.shape != (-(-n_codes * width // 8),):
+        n_bytes, mask = -(-n_codes * width // 8), np.uint8((1 << width) - 1)
+        if field.dtype != np.uint8 or field.shape != (n_bytes,):
             raise GraphError(f"unpack: field of {width} bits has shape {field.shape}, expected {n_codes} codes' worth")
-        unsigned |= _unpack_field(field, width, n_codes) << np.uint8(low)
+        for plane in range(8 // width):
+            for at in range(plane * n_bytes, min((plane + 1) * n_bytes, n_codes), _CHUNK):
+                end = min(at + _CHUNK, (plane + 1) * n_bytes, n_codes)
+                part = field[at - plane * n_bytes : end - plane * n_bytes] >> np.uint8(plane * width)
+                unsigned[at:end] |= (part & mask) << np.uint8(low)
         low += width
-    sign = np.uint8(1 << (bits - 1))
-    return np.where(unsigned & sign, unsigned | np.uint8(256 - (1 << bits)), unsigned).astype(np.uint8).view(np.int8)
+    unsigned <<= np.uint8(8 - bits)
+    codes >>= np.int8(8 - bits)  # copies the sign
+    return codes
 
 
 def unsigned_fields(bits: int) -> tuple[int, ...]:
@@ -102,8 +115,8 @@ def unsigned_bytes(n_values: int, bits: int) -> int:
     return sum(-(-n_values * width // 8) for width in unsigned_fields(bits))
 
 
-def unpack_unsigned(data: bytes, bits: int, n_values: int, offset: int = 0) -> Array:
-    """Undo `pack_unsigned` for fields that lie one after the other in data: uint16 (n_values,).
+def split_unsigned(data: bytes, bits: int, n_values: int, offset: int = 0) -> tuple[Array, ...]:
+    """Find the fields of `pack_unsigned` where they lie one after the other in data: views, uint8.
 
     Args:
         data: at least offset + unsigned_bytes(n_values, bits) bytes.
@@ -111,20 +124,32 @@ def unpack_unsigned(data: bytes, bits: int, n_values: int, offset: int = 0) -> A
         n_values: how many numbers there are.
         offset: where the first field starts.
     """
-    values, low = np.zeros(n_values, dtype=np.uint16), 0
+    fields = []
     for width in unsigned_fields(bits):
         n_bytes = -(-n_values * width // 8)
-        field = np.frombuffer(data, dtype=np.uint8, count=n_bytes, offset=offset)
-        values |= _unpack_field(field, width, n_values).astype(np.uint16) << np.uint16(low)
-        low, offset = low + width, offset + n_bytes
-    return values
+        fields.append(np.frombuffer(data, dtype=np.uint8, count=n_bytes, offset=offset))
+        offset += n_bytes
+    return tuple(fields)
 
 
-def _unpack_field(field: Array, width: int, n_values: int) -> Array:
-    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
-    planes = (field[None, :] >> shifts) & np.uint8((1 << width) - 1)
-    flat: Array = planes.reshape(-1)[:n_values]
-    return flat
+def unpack_unsigned(fields: Sequence[Array], bits: int, n_values: int) -> Iterator[Array]:
+    """Undo `pack_unsigned`, in little memory: uint16, one part after the other, at least one.
+
+    Raises:
+        GraphError: number or length of the fields does not fit.
+    """
+    widths = unsigned_fields(bits)
+    if [field.size for field in fields] != [-(-n_values * width // 8) for width in widths]:
+        raise GraphError(f"unpack: fields of {[field.size for field in fields]} bytes for {n_values} of {bits} bits")
+    for start in range(0, max(n_values, 1), _PART):
+        at = np.arange(start, min(start + _PART, n_values))
+        values, low = np.zeros(at.size, dtype=np.uint16), 0
+        for field, width in zip(fields, widths, strict=True):
+            plane, place = np.divmod(at, max(field.size, 1))
+            part = (field[place] >> (plane * width).astype(np.uint8)) & np.uint8((1 << width) - 1)
+            values |= part.astype(np.uint16) << np.uint16(low)
+            low += width
+        yield values
 
 
 def _pack_field(values: Array, width: int) -> Array:

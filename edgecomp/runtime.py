@@ -1,45 +1,57 @@
-"""What a program on the device needs to run a packed TFLite file: numpy and these few lines.
+"""What a program on the device needs to run a packed file: numpy and these few lines.
 
-::
+TFLite::
 
     from ai_edge_litert.interpreter import Interpreter
     from edgecomp.runtime import load
 
     interpreter = Interpreter(model_content=load("model.tflite"))
+
+ONNX runs anywhere as it is; this way onnxruntime needs less memory while it loads the file::
+
+    from edgecomp.runtime import onnx_session
+
+    session = onnx_session("model.onnx")
 """
 
 from __future__ import annotations
 
+import importlib
+import mmap
+import stat
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from edgecomp import exporters
-from edgecomp.errors import BundleError, UsageError
+from edgecomp.errors import BundleError, TargetError, UsageError
+from edgecomp.exporters.unpack_onnx import plain_onnx, plain_parts
 from edgecomp.exporters.unpack_tflite import MOST_BYTES, unpack_tflite
 from edgecomp.files import write_file
 
-__all__ = ["CPP_HEADER", "load", "unpack", "unpack_file"]
+__all__ = ["CPP_HEADER", "load", "onnx_session", "unpack", "unpack_file"]
 
 CPP_HEADER = Path(exporters.__file__).with_name("edgecomp_unpack.hpp")
-"""The C++ reader of the same files: one header, no dependency."""
+"""The C++ reader of packed TFLite files: one header, no dependency."""
 
 
 def load(path: Path | str, *, most_bytes: int = MOST_BYTES) -> bytes:
-    """Read a TFLite file and widen its packed and int4 weights to int8, for any TFLite interpreter.
+    """Read a TFLite or ONNX file and widen its packed and int4 weights to int8, for any runtime.
 
     Args:
-        path: a TFLite file, packed or not.
+        path: a file, packed or not.
         most_bytes: that the unpacked file may have.
 
     Raises:
-        BundleError: it cannot be read, is no TFLite file, damaged, or larger than allowed when unpacked.
+        BundleError: it cannot be read, is of another kind, damaged, or larger than allowed when unpacked.
     """
     path = Path(path)
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as e:
-        raise BundleError(f"{str(path)!r:.200}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
-    unpacked: bytes = unpack_tflite(data, str(path), most_bytes=most_bytes)
-    return unpacked
+        raise _unreadable(path, e) from e
+    return _unpacked(data, str(path), most_bytes)
 
 
 def unpack(data: bytes, *, most_bytes: int = MOST_BYTES) -> bytes:
@@ -51,15 +63,34 @@ def unpack(data: bytes, *, most_bytes: int = MOST_BYTES) -> bytes:
     """
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise UsageError(f"unpack takes the bytes of a file, not {type(data).__name__}; load(path) reads one")
-    unpacked: bytes = unpack_tflite(bytes(data), "model", most_bytes=most_bytes)
+    return _unpacked(bytes(data), "model", most_bytes)
+
+
+def _unpacked(data: bytes, where: str, most_bytes: int) -> bytes:
+    if data[4:8] != b"TFL3" and not _is_onnx(data[:1]):
+        raise BundleError(
+            f"{where}: is no TFLite file: bytes 4 to 8 are not TFL3; and no ONNX file: the first is not 8; expected "
+            "what build or export wrote"
+        )
+    unpacker = plain_onnx if data[4:8] != b"TFL3" else unpack_tflite
+    unpacked: bytes = unpacker(data, where, most_bytes=most_bytes)
     return unpacked
+
+
+def _is_onnx(start: bytes) -> bool:
+    # Every writer of protobuf puts field 1, ir_version, first.
+    return start == b"\x08"
+
+
+def _unreadable(path: Path, error: Exception) -> BundleError:
+    return BundleError(f"{str(path)!r:.200}: cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
 def unpack_file(source: Path, target: Path, *, force: bool = False) -> dict[str, int]:
     """Write what `load` gives to a file, whole or not at all.
 
     Args:
-        source: a TFLite file.
+        source: a TFLite or ONNX file.
         target: where to write.
         force: replace what is there.
 
@@ -77,3 +108,74 @@ def unpack_file(source: Path, target: Path, *, force: bool = False) -> dict[str,
     target.parent.mkdir(parents=True, exist_ok=True)
     write_file(target, data)
     return {str(source): n_before, str(target): len(data)}
+
+
+def onnx_session(
+    path: Path | str,
+    *,
+    options: Any = None,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    folder: Path | str | None = None,
+    most_bytes: int = MOST_BYTES,
+) -> Any:
+    """Make an `onnxruntime.InferenceSession` of an ONNX file, in as little memory as onnxruntime allows.
+
+    The weights are decoded one by one into a temporary file, which onnxruntime maps into memory, layer by layer, while
+    it arranges them for its kernels. What the session computes, and how fast, is the same as without this.
+
+    Args:
+        path: a file of ours, packed or not. Any other one is given to onnxruntime as it is.
+        options: `onnxruntime.SessionOptions`.
+        providers: as for InferenceSession.
+        folder: where the temporary file goes, a byte for each weight; the system's own place when not given. Where that
+            lies in memory (Linux: `df /tmp` says tmpfs), a folder on disk needs less. The file is gone when this
+            returns; what onnxruntime still has mapped stays on disk, without a name, as long as the session.
+        most_bytes: that the unpacked model may have.
+
+    Raises:
+        BundleError: the file cannot be read, is damaged, larger than allowed when unpacked, or onnxruntime refuses it.
+        TargetError: onnxruntime is not installed.
+        UsageError: the folder does not take the temporary file.
+    """
+    path = Path(path)
+    try:
+        ort = importlib.import_module("onnxruntime")
+    except ImportError as e:
+        raise TargetError(f"onnxruntime cannot be imported ({e}); install it with: pip install onnxruntime") from e
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="edgecomp-", dir=folder, ignore_cleanup_errors=True)
+    except OSError as e:
+        raise _no_room(folder, e) from e
+    with temporary as place:
+        with _mapped(path) as data:
+            try:
+                plain = plain_parts(data, str(path), Path(place), most_bytes=most_bytes)
+            except OSError as e:
+                raise _no_room(folder, e) from e
+        try:
+            return ort.InferenceSession(str(plain or path), options, providers=list(providers))
+        except Exception as e:  # onnxruntime's exceptions have no common base below Exception
+            reason = " ".join(str(e).split())[:200]
+            raise BundleError(f"{path}: onnxruntime cannot load it: {reason}") from e
+
+
+def _no_room(folder: Path | str | None, error: OSError) -> UsageError:
+    return UsageError(
+        f"{folder or tempfile.gettempdir()}: does not take the weights while they are loaded ({error.strerror}); give "
+        "onnx_session another folder="
+    )
+
+
+def _mapped(path: Path) -> memoryview:
+    """Map a file into memory, so that the system can take back what was read."""
+    try:
+        with path.open("rb") as stream:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise BundleError(f"{path}: is no plain file; expected one on disk")
+            # Freed with the last view of it.
+            data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as e:
+        raise _unreadable(path, e) from e
+    if not _is_onnx(data[:1].tobytes()):
+        raise BundleError(f"{path}: is no ONNX file: its first byte is not 8; expected what build or export wrote")
+    return data

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from edgecomp import bundle
+from edgecomp.artifact import FILES
 from edgecomp.errors import BundleError, EdgecompError
 from edgecomp.files import MANIFEST_SCHEMA
 from edgecomp.manifest import read_manifest
@@ -25,7 +26,7 @@ from .read_onnx import read_onnx
 from .read_tflite import read_tflite
 
 _MAX_BYTES = 1 << 32
-_MAX_CELL = 120
+_MAX_CELL, _MAX_FACT = 120, 600
 
 
 def describe(path: Path) -> dict[str, object]:
@@ -54,7 +55,7 @@ def describe(path: Path) -> dict[str, object]:
 
 def describe_tables(description: Mapping[str, object]) -> str:
     """Write what `describe` gave as Markdown: a table of facts, then one a list."""
-    facts = [(key, _cell(value)) for key, value in description.items() if not _is_block(value)]
+    facts = [(key, _cell(value, _MAX_FACT)) for key, value in description.items() if not _is_block(value)]
     parts = [table(facts, ("fact", "value"))]
     for key, value in description.items():
         if not value or not _is_block(value):
@@ -74,7 +75,7 @@ def _is_block(value: object) -> bool:
     return isinstance(value, dict) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
 
 
-def _cell(value: object) -> str:
+def _cell(value: object, most: int = _MAX_CELL) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -84,15 +85,17 @@ def _cell(value: object) -> str:
         value = between.join("?" if v is None else str(v) for v in value) or "-"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     # Names in foreign files may hold anything, control codes of terminals and half surrogates included.
-    text = "".join(c if c.isprintable() else "?" for c in text[: _MAX_CELL + 1])
-    return text if len(text) <= _MAX_CELL else f"{text[: _MAX_CELL - 1]}…"
+    text = "".join(c if c.isprintable() else "?" for c in text[: most + 1])
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _read(path: Path) -> bytes:
     try:
         info = path.stat()
         if stat.S_ISDIR(info.st_mode):
-            raise BundleError(f"{path}: is a folder; expected a file, such as {path / 'model.onnx'}")
+            names = [names[0] for names in FILES.values()]
+            one = next((name for name in names if (path / name).is_file()), names[0])
+            raise BundleError(f"{path}: is a folder; expected a file, such as {path / one}")
         if not stat.S_ISREG(info.st_mode):
             raise BundleError(f"{path}: is no plain file; expected one on disk")
         if info.st_size > _MAX_BYTES:

@@ -36,7 +36,7 @@ def write_gather(writer: _Writer, node: Node) -> None:
         rows = writer.scratch(f"{node.name}.rows", (n_pixels, groups, n // groups), like)
         turned = writer.scratch(f"{node.name}.turned", (n_pixels, n // groups, groups), like)
         writer.reshape(x, rows, (groups, n // groups))
-        writer.transpose(rows, (0, 2, 1), turned, like)
+        writer.transpose(rows, (0, 2, 1), turned, like, stray=0)
         writer.reshape(turned, writer.activation(node.outputs[0]), stored_shape(shape)[1:])
     else:
         order = writer.constant(np.array(indices, dtype=np.int32))

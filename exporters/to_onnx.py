@@ -338,8 +338,8 @@ def _hard_swish(model: Model, graph: Graph, node: Node) -> None:
 
 def _weigh(model: Model, graph: Graph, node: Node, gate: str, written: QuantParams, read: QuantParams) -> None:
     """Multiply the node's input by a gate that is rounded to codes; these may be written and read by two scales."""
-    zero_point = model.constant(np.asarray(np.uint8(0)))
-    codes = model.temporary("QuantizeLinear", [gate, model.constant(written.scale), zero_point])
+    scale, zero_point = model.constant(written.scale), model.constant(np.asarray(np.uint8(0)))
+    codes = model.temporary("QuantizeLinear", [gate, scale, zero_point])
     share = model.temporary("DequantizeLinear", [codes, model.constant(read.scale), zero_point])
     _write(model, graph, node, "Mul", [_read(model, graph, node.inputs[0]), share])
 

@@ -85,7 +85,8 @@ def _written(graph: Graph, format_name: str, at_rest: AtRest) -> Exported:
         outputs=[writer.number[name] for name in graph.outputs],
         signature=not writer.micro,
     )
-    return Exported(format=format_name, data=data, weights=tuple(writer.weights), at_rest=at_rest)
+    weights, n_stray = tuple(writer.weights), writer.n_stray
+    return Exported(format=format_name, data=data, weights=weights, at_rest=at_rest, stray_transposes=n_stray)
 
 
 class _Writer:
@@ -99,6 +100,7 @@ class _Writer:
         number: tensor number by graph name.
         orders: see `layout.feature_orders`.
         weights: one entry a layer so far.
+        n_stray: transposes so far that are no part of a channel shuffle.
     """
 
     def __init__(self, graph: Graph, form: str) -> None:
@@ -109,6 +111,7 @@ class _Writer:
         self.number: dict[str, int] = {}
         self.orders = feature_orders(graph)
         self.weights: list[StoredWeight] = []
+        self.n_stray = 0
 
     def activation(self, name: str) -> int:
         """Add an activation tensor of the graph."""
@@ -184,8 +187,9 @@ class _Writer:
         inputs = [number, self.constant(np.array([-1, *shape], dtype=np.int32))]
         self.file.operator("RESHAPE", 1, inputs, [output], "ReshapeOptions")
 
-    def transpose(self, number: int, order: Sequence[int], output: int, like: Tensor) -> None:
-        """Add a transpose."""
+    def transpose(self, number: int, order: Sequence[int], output: int, like: Tensor, *, stray: int = 1) -> None:
+        """Add a transpose; `stray` is 0 for one that is a channel shuffle."""
+        self.n_stray += stray
         permutation = self.constant(np.asarray(order, dtype=np.int32))
         self.file.operator("TRANSPOSE", 1 if like.quant is None else 2, [number, permutation], [output])
 

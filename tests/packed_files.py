@@ -1,11 +1,13 @@
-"""Packed TFLite files for tests: dense and in words, in several widths, beside the same in int8 and native."""
+"""Packed files for tests: dense and in words, in several widths, beside the same in int8 and native."""
 
 from __future__ import annotations
 
 from functools import cache
 
 from edgecomp.artifact import AtRest, Exported
+from edgecomp.coding import encode
 from edgecomp.compress import compress
+from edgecomp.exporters.to_onnx import _written
 from edgecomp.exporters.to_tflite import to_tflite
 from edgecomp.graph import Graph, Op
 from edgecomp.plan import Io
@@ -33,3 +35,19 @@ def quantized(name: str, bits: int, io: Io = Io.FLOAT) -> Graph:
 @cache
 def exported(name: str, bits: int, at_rest: AtRest) -> Exported:
     return to_tflite(quantized(name, bits), at_rest=at_rest)
+
+
+def in_words(graph: Graph) -> bytes:
+    """Store weights in an ONNX file in words wherever the coder finds that smaller, even if the file then is not."""
+    codes = {}
+    for node in graph.layers():
+        weight = graph.weight(node)
+        assert weight.data is not None
+        assert weight.quant is not None
+        codes[weight.name] = encode(weight.data, weight.quant.bits)
+    data: bytes = _written(graph, codes, folds=True).data
+    return data
+
+
+def words_onnx() -> bytes:
+    return in_words(quantized("wide", 2))

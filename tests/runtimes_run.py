@@ -38,6 +38,12 @@ def run_onnx(ort: Any, file: Path, inputs: list[np.ndarray], results: Path) -> b
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     (output,) = session.run(None, {i.name: x for i, x in zip(session.get_inputs(), inputs, strict=True)})
     np.save(results / f"{file.name}.default.npy", output)
+    # What needs less memory to load computes the same.
+    from edgecomp.runtime import onnx_session
+
+    lean = onnx_session(file, folder=results)
+    (same,) = lean.run(None, {i.name: x for i, x in zip(lean.get_inputs(), inputs, strict=True)})
+    assert np.array_equal(output, same), f"{file.name}: another result by onnx_session"
     return False
 
 

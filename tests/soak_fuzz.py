@@ -20,6 +20,7 @@ from edgecomp import bundle
 from edgecomp.artifact import AtRest
 from edgecomp.benchmarks.compression import results
 from edgecomp.errors import BundleError, EdgecompError, PlanError, UsageError
+from edgecomp.exporters.unpack_onnx import plain_parts
 from edgecomp.folder import open_folder
 from edgecomp.manifest import read_manifest
 from edgecomp.plan import CompressionPlan
@@ -28,7 +29,7 @@ from edgecomp.report import BenchReport, Comparison, Ratio, Source
 from edgecomp.runtime import unpack
 from edgecomp.verify import verify_float
 from tests.built import write_folder
-from tests.packed_files import exported
+from tests.packed_files import exported, words_onnx
 
 MAX_EXTRA_BYTES = 300 << 20
 MAX_SECONDS = 10.0
@@ -120,8 +121,17 @@ def targets(place: Path) -> list[Target]:
     ]
     for name in ("model.onnx", "model.tflite"):
         data = (folder / name).read_bytes()
-        readers = (_described(place),) if name == "model.onnx" else (_described(place), _unpacked)
+        readers = (_described(place), _unpacked)
+        if name == "model.onnx":
+            readers = (*readers, _set_aside(place))
         found.append(Target(name=name, data=data, readers=readers))
+    found.append(
+        Target(
+            name="model.onnx, words",
+            data=words_onnx(),
+            readers=(_described(place), _unpacked, _set_aside(place)),
+        )
+    )
     for name, bits in (("dense", 5), ("words", 2)):
         data = exported("wide", bits, AtRest.PACKED).data
         found.append(Target(name=f"packed.tflite, {name}", data=data, readers=(_described(place), _unpacked)))
@@ -245,6 +255,13 @@ def _graph(data: bytes) -> None:
 
 def _unpacked(data: bytes) -> None:
     _expect(lambda: unpack(data), BundleError)
+
+
+def _set_aside(place: Path) -> Callable[[bytes], None]:
+    """Write what onnxruntime is handed by `onnx_session`."""
+    folder = place / "aside"
+    folder.mkdir(exist_ok=True)
+    return lambda data: _expect(lambda: plain_parts(memoryview(data), "model", folder), BundleError)
 
 
 def _use_manifest(text: str) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
 import numpy as np
 import onnxruntime
 import pytest
 
 from edgecomp import reference
-from edgecomp.benchmarks.classes import Point, int8_file, judge, mean_sizes
+from edgecomp.benchmarks.classes import Point, int8_file, judge, main, mean_sizes
 from edgecomp.graph import Op
 from tests.graphs import Build, images
 
@@ -43,3 +47,12 @@ def test_files_of_the_benchmark_are_the_network() -> None:
     weight = graph.tensors["conv.weight"].data
     assert weight is not None
     np.testing.assert_allclose(mean_sizes(graph)["conv"], [np.mean(np.abs(w)) for w in weight], rtol=1e-6)
+
+
+def test_what_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with patch.object(sys, "argv", ["classes", "--weights", str(tmp_path / "no.pt"), "--data", "sample"]):
+        assert main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m edgecomp.benchmarks.classes: ")
+    assert "no.pt" in error
+    assert error.count("\n") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from edgecomp import quantmath, reference
 from edgecomp.benchmarks.onnx_runtime import optimized
-from edgecomp.coding import Words, decode, dense, encode, estimated_bits
+from edgecomp.coding import Words, checked_trie, decode, dense, encode, estimated_bits
 from edgecomp.compress import compress
 from edgecomp.errors import GraphError
 from edgecomp.exporters.describe import describe
@@ -162,6 +163,38 @@ def test_refused(codes: np.ndarray, bits: int) -> None:
         encode(codes, bits)
     with pytest.raises(GraphError, match=r"outside -2\.\.1"):
         encode(np.array([2], dtype=np.int8), 2)
+
+
+SYMBOLS = np.array([[0], [1], [-1]], dtype=np.int8)
+# what differs from a flat table of three symbols -> what is said
+BENT = {
+    "word bits": ({"word_bits": 7}, "words of 7 bits for symbols of shape"),
+    "group": ({"symbols": np.zeros((3, 3), dtype=np.int8)}, "are none"),
+    "no symbols": ({"symbols": SYMBOLS[:0]}, "0 symbols, which no table has"),
+    "more symbols than half the numbers": ({"symbols": np.zeros((33, 1), dtype=np.int8)}, "33 symbols"),
+    "few counts": ({"children": np.zeros(5, dtype=np.uint8)}, "5 counts and 8 words"),
+    "many counts": ({"children": np.zeros(1 << 12, dtype=np.uint8)}, "4096 counts and 8 words"),
+    "no words": ({"n_tokens": 0}, "and 0 words, which 12 symbols cannot have"),
+    "more words than symbols": ({"n_tokens": 13}, "and 13 words, which 12 symbols cannot have"),
+    "a negative count": ({"children": np.array([-1, 1, 0, 0, 0, 0])}, "no tree's"),
+    "more children than symbols": ({"children": np.array([4, 0, 0, 0, 0, 0, 0, 0, 0, 0])}, "no tree's"),
+    "a tree with another end": ({"children": np.array([1, 0, 0, 0, 0, 0])}, "no tree's"),
+    "symbols beyond all words": ({"n_symbols": 8 * 1 + 1}, "the words do not give the 9 symbols expected"),
+}
+
+
+@pytest.mark.parametrize("case", BENT)
+def test_tables_that_are_none(case: str) -> None:
+    """A flat table, in which every word is a symbol: refused before anything of the size that it claims is made."""
+    table: dict[str, Any] = {
+        "word_bits": 6, "symbols": SYMBOLS, "children": np.zeros(6, dtype=np.uint8), "n_tokens": 8, "n_symbols": 8,
+    }  # fmt: skip
+    assert checked_trie(**table).depth.tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    change, message = BENT[case]
+    if "n_tokens" in change:
+        change = {**change, "n_symbols": 12}
+    with pytest.raises(GraphError, match=message):
+        checked_trie(**{**table, **change})
 
 
 # ---- in ONNX ---------------------------------------------------------------------------------------------------------

@@ -395,12 +395,22 @@ def test_tables_say_what_the_description_says(say, files):
     assert "weights:\n\n|" in text
 
 
+def test_a_runtimes_reason_is_shown_whole():
+    reason = f"unknown: onnxruntime cannot load it: {'reason ' * 50}end"
+    assert f"| {reason} |" in describe_tables({"kind": "onnx", "execution": reason})
+    assert "…" in describe_tables({"kind": "onnx", "producer": "x" * 5000})
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_places_that_are_no_files(tmp_path):
     with pytest.raises(BundleError, match=r"is a folder; expected a file, such as .*model\.onnx$"):
         describe(tmp_path)
+    (tmp_path / "only for Micro").mkdir()
+    (tmp_path / "only for Micro" / "model.tflm.tflite").touch()
+    with pytest.raises(BundleError, match=r"is a folder; expected a file, such as .*/model\.tflm\.tflite$"):
+        describe(tmp_path / "only for Micro")
     with pytest.raises(BundleError, match=r"nothing: cannot be read: No such file"):
         describe(tmp_path / "nothing")
     os.mkfifo(tmp_path / "pipe")

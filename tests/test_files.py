@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from edgecomp.errors import UsageError
-from edgecomp.files import MANIFEST, check_output_folder, new_folder, write_file
+from edgecomp.files import MANIFEST, check_new_files, check_output_folder, new_folder, write_file
 
 ROOT = Path(__file__).parents[1]
 OURS = json.dumps({"schema": "edgecomp-manifest/1"})
@@ -375,3 +375,15 @@ def test_writers_of_many_processes_end_with_a_whole_folder(tmp_path: Path) -> No
     with new_folder(out, force=True) as work:
         (work / "x").write_text("x")
     assert listing(tmp_path) == ["out", "out/x"]
+
+
+def test_files_that_stand_in_the_way(tmp_path: Path) -> None:
+    for force in (False, True):
+        check_new_files(tmp_path / "new", ["a", "b"], force=force)
+        for place in (Path("/dev/full"), Path(__file__)):
+            with pytest.raises(UsageError, match=f"{place}: is there and is no folder; choose another -o"):
+                check_new_files(place, ["a"], force=force)
+    (tmp_path / "b").touch()
+    check_new_files(tmp_path, ["a", "b"], force=True)
+    with pytest.raises(UsageError, match="b: is there already; give --force to replace it, or another -o"):
+        check_new_files(tmp_path, ["a", "b"], force=False)

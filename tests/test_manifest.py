@@ -65,6 +65,8 @@ def test_artifacts_count_what_is_stored(record: dict[str, Any]) -> None:
         assert entry["path"] == f"model.{entry['format']}"
         assert entry["accuracy"] == MEASURED["accuracy"]
     assert [entry["format"] for entry in (onnx, tflite)] == ["onnx", "tflite"]
+    assert "stray_transposes" not in onnx
+    assert tflite["stray_transposes"] == 0
     graph = plain()
     file = export(compress(graph, plan_for(graph, BITS, drop=DROP)), "onnx")
     assert (onnx["bytes"], onnx["sha256"]) == (len(file.data), file.sha256())

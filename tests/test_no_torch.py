@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from edgecomp.artifact import AtRest
+from edgecomp.exporters.to_onnx import to_onnx
 from tests.built import write_folder
-from tests.packed_files import exported
+from tests.packed_files import exported, quantized
 
 ROOT = Path(__file__).parents[1]
 
@@ -141,6 +142,28 @@ def test_unpacking_needs_numpy_alone(tmp_path: Path) -> None:
     assert len(packed) < len(full) <= target.stat().st_size
     code = "from edgecomp.runtime import load; print(load(sys.argv[1]) == open(sys.argv[2], 'rb').read())"
     assert python(code, source, target, blocked=ALL_BUT_NUMPY).stdout == "True\n"
+
+
+def test_onnx_needs_onnxruntime_alone(tmp_path: Path) -> None:
+    """The `onnx` package and protobuf are not there: a file is unpacked, and a session made of it."""
+    graph = quantized("wide", 3)
+    source, target = tmp_path / "model.onnx", tmp_path / "full.onnx"
+    source.write_bytes(to_onnx(graph).data)
+    ran = edgecomp("unpack", source, "-o", target, blocked=ALL_BUT_NUMPY)
+    assert ran.returncode == 0, ran.stderr
+    assert target.read_bytes() == to_onnx(graph, at_rest=AtRest.INT8).data
+    code = """
+    import numpy as np
+    from edgecomp.runtime import onnx_session
+    session = onnx_session(sys.argv[1])
+    (y,) = session.run(None, {"input": np.zeros((1, 8, 6, 6), np.float32)})
+    print(y.shape, sorted({"onnx", "google", "torch"} & sys.modules.keys()))
+    """
+    ran = python(code, source, blocked=tuple(set(ALL_BUT_NUMPY) - {"onnxruntime"}))
+    assert ran.stdout == "(1, 2) []\n", ran.stderr
+    ran = python("from edgecomp.runtime import onnx_session; onnx_session(sys.argv[1])", source, blocked=ALL_BUT_NUMPY)
+    assert ran.stderr.splitlines()[-1].startswith("edgecomp.errors.TargetError: onnxruntime cannot be imported (")
+    assert ran.stderr.splitlines()[-1].endswith("install it with: pip install onnxruntime")
 
 
 def test_importing_edgecomp_imports_next_to_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,11 @@ def test_a_missing_runtime_names_the_extra(monkeypatch):
     with pytest.raises(TargetError, match=r"ai-edge-litert is not installed: pip install 'edgecomp\[bench\]'"):
         LiteRt(TFLITE_CONV)
     monkeypatch.setitem(sys.modules, "tflite_runtime", None)
+    monkeypatch.setitem(sys.modules, "tflite_micro", None)
+    needed = re.search(r'"(tflite-micro[^;]*);', (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+    assert needed is not None
+    with pytest.raises(TargetError, match=re.escape(f"tflite-micro is not installed: pip install '{needed[1]}'")):
+        RUNNERS["tflite-micro"](TFLITE_CONV)
     with pytest.raises(TargetError, match="tflite-runtime is not installed: pip install tflite-runtime"):
         RUNNERS["tflite-runtime"](TFLITE_CONV)
 
@@ -297,7 +303,9 @@ def test_a_broken_runtime_says_why(tmp_path, monkeypatch):
 
 
 def test_the_table_of_runtimes():
-    assert list(RUNNERS) == ["onnxruntime", "litert", "litert-reference", "tflite-runtime", "tflite-micro", "reference"]
+    assert list(RUNNERS) == [
+        "onnxruntime", "onnxruntime-lean", "litert", "litert-reference", "tflite-runtime", "tflite-micro", "reference",
+    ]  # fmt: skip
     assert {name: default_runtime(name) for name in ("onnx", "tflite", "tflm", "graph")} == {
         "onnx": "onnxruntime",
         "tflite": "litert",
@@ -305,7 +313,7 @@ def test_the_table_of_runtimes():
         "graph": "reference",
     }
     assert runner_class("litert") is LiteRt
-    with pytest.raises(TargetError, match="'tensorrt' is unknown; expected one of onnxruntime, litert"):
+    with pytest.raises(TargetError, match="'tensorrt' is unknown; expected one of onnxruntime, onnxruntime-lean"):
         runner_class("tensorrt")
     with pytest.raises(TargetError, match="no runtime reads the format 'pb'; expected one of graph, onnx, tflite"):
         default_runtime("pb")

@@ -38,7 +38,8 @@ BOARDS = {
 
 
 def test_the_list_of_boards():
-    assert names() == ("host", "rpi-zero2w", "rpi3b", "rpi4", "rpi5")
+    cores = ("cortex-m0plus", "cortex-m33", "cortex-m4", "cortex-m7")
+    assert names() == (*cores, "host", "rpi-zero2w", "rpi3b", "rpi4", "rpi5")
 
 
 @pytest.mark.parametrize("name", BOARDS)
@@ -68,7 +69,7 @@ def test_boards_name_runtimes_that_exist():
 def test_an_unknown_board_gets_a_hint():
     with pytest.raises(TargetError, match=r"^target 'rpi-4' is unknown; did you mean rpi4"):
         load("rpi-4")
-    with pytest.raises(TargetError, match="'toaster' is unknown; there are host, rpi-zero2w"):
+    with pytest.raises(TargetError, match=r"'toaster' is unknown; there are cortex-m0plus, .*host, rpi-zero2w"):
         load("toaster")
     for name in ("../targets/rpi4", "", "rpi4.toml", "__init__"):
         with pytest.raises(TargetError, match="is unknown"):

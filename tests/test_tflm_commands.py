@@ -12,8 +12,11 @@ import pytest
 from edgecomp import intake, recovering
 from edgecomp.benchmarks.tflm import load_package
 from edgecomp.cli import main
+from edgecomp.compress import compress
+from edgecomp.exporters.to_tflite import to_tflm
 from edgecomp.plan import CompressionPlan
 from edgecomp.spending import Budget, BudgetKind, Candidate, Spent
+from tests.graphs import Build, plan_for
 from tests.micro import NEEDS_MICRO
 from tests.tiny import Place
 
@@ -132,6 +135,24 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["execution"]["arena_total_bytes"] == record()["artifacts"][1]["arena_total_bytes"]
 
 
+def test_bench_of_a_damaged_file_outlives_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that kills the interpreter, when it comes alone and no manifest knows its digest."""
+    b = Build(0, (64,))
+    graph = b.graph(b.linear("fc", "input", 64))
+    data = bytearray(to_tflm(compress(graph, plan_for(graph, 2))).data)
+    path = tmp_path / "alone.tflm.tflite"
+    path.write_bytes(data)
+    assert main(["bench", str(path), "--min-secs", "0.02"]) == 0
+    data[308] ^= 1 << 4  # found by trying; what it dies of is not ours to say
+    path.write_bytes(data)
+    capsys.readouterr()
+    assert main(["bench", str(path), "--min-secs", "0.02"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{path}: does not run in TFLite Micro, tried in a process of its own: " in error
+    assert "killed by signal 11" in error
+
+
 def test_without_the_package(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Said before the work, in one line; writing alone does not need it."""
 
@@ -147,7 +168,8 @@ def test_without_the_package(place: Place, monkeypatch: pytest.MonkeyPatch, caps
     )
     for command in commands:
         assert main(command) == 6
-        assert capsys.readouterr().err == "edgecomp: tflite-micro is not installed: pip install tflite-micro\n"
+        needed = "pip install 'tflite-micro>=0.dev20260930204519'"
+        assert capsys.readouterr().err == f"edgecomp: tflite-micro is not installed: {needed}\n"
     assert not Path("without").exists()
     again = ["export", "out/plan.json", "--graph", "out/graph.edgecomp", "--format", "tflm", "-o", "unmeasured"]
     assert main(again) == 0

@@ -169,7 +169,7 @@ def test_load_and_unpack(tmp_path: Path) -> None:
     assert load(path) == load(str(path)) == unpack(packed) == unpack_tflite(packed, "")
     with pytest.raises(BundleError, match="cannot be read: No such file"):
         load(tmp_path / "missing.tflite")
-    path.write_bytes(b"\x08\x07onnx, as it were")
+    path.write_bytes(b"\x00\x07neither")
     with pytest.raises(BundleError, match=r"/model.tflite: is no TFLite file: bytes 4 to 8 "):
         load(path)
     size = len(unpack(packed))

@@ -36,7 +36,7 @@ LEVELS = (
      "samples.train"),
     ("targets", "exporters.layout", "exporters.fused", "exporters.modelfacts", "exporters.flatbuffer",
      "exporters.unpack_tflite", "exporters.tflite_schema", "exporters.tflm_decode", "exporters.tflite_weights",
-     "exporters.onnx_model", "exporters.onnx_weights", "exporters.to_onnx", "exporters.tflite_gather",
+     "exporters.onnx_model", "exporters.onnx_weights", "exporters.to_onnx", "exporters.tflite_channels",
      "exporters.to_tflite", "exporters.c_array", "exporters",
      "exporters.read_onnx", "exporters.read_tflite", "exporters.describe", "runtime"),
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",

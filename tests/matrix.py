@@ -19,7 +19,9 @@ import contextlib
 import functools
 import itertools
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,6 +71,12 @@ N_IMAGES = 64
 N_SETTLING = 128
 """Of each kind: other images, from which come ranges and what random weights need."""
 N_LABELLED = 500
+LEAST_AGREEMENT = 0.99
+CELL = re.compile(
+    r"(?P<near>exact|\d+ steps? in < [\d.e-]+ %); (?P<same>\d+) of (?P<n>\d+)(, (?P<close>\d+) with ties)?"
+    r"(; right (?P<right>\d+), reference (?P<reference>\d+) of (?P<labelled>\d+))?"
+)
+"""What a cell says, unless it is a refusal."""
 
 Row = Mapping[str, str]
 
@@ -354,13 +362,39 @@ def row(name: str) -> Row:
     return {"network": name, "input": shape, "classes": str(len(named)), **cells(case)}
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """Count the cells, and name those that miss LEAST_AGREEMENT even with ties."""
+    near, agreed, missed = Counter[str](), Counter[str](), list[str]()
+    for title in COLUMNS:
+        below = list[str]()
+        for r in rows:
+            match = CELL.fullmatch(r[title])
+            steps = match and match["near"].partition(" in ")[0]
+            near["refused" if not steps else steps if steps == "exact" else f"within {steps}"] += 1
+            if match:
+                same, n = int(match["same"]), int(match["n"])
+                close = int(match["close"] or same)
+                agreed["same"] += same >= LEAST_AGREEMENT * n
+                agreed["close"] += close >= LEAST_AGREEMENT * n
+                if close < LEAST_AGREEMENT * n:
+                    below.append(f"{r['network']} {close}")
+        if below:
+            missed.append(f"{title}: {', '.join(below)}")
+    counts = ", ".join(f"{near[kind]} {kind}" for kind in sorted(near))
+    n_run = near.total() - near["refused"]
+    return (
+        f"{near.total()} cells: {counts}. The class is the reference's on at least {100 * LEAST_AGREEMENT:g} % of images in "
+        f"{agreed['same']} of {n_run}, with ties in {agreed['close']}. Not in: {'; '.join(missed) or 'none'}."
+    )
+
+
 def written(rows: Sequence[Row]) -> str:
-    """Give the table, and what it was measured with."""
+    """Give the table, what it says in short, and what it was measured with."""
     versions = tool_versions()
     names = ("torch", "torchvision", "onnxruntime", "ai-edge-litert", "tflite-micro")
     tools = ", ".join(f"{tool} {versions[tool]}" for tool in names)
     header = tuple(rows[0])
-    return f"{table([tuple(r.values()) for r in rows], header)}\n\nMeasured with {tools}."
+    return f"{table([tuple(r.values()) for r in rows], header)}\n\n{summary(rows)}\n\nMeasured with {tools}."
 
 
 def read(text: str) -> list[Row]:

@@ -381,9 +381,9 @@ def summary(rows: Sequence[Row]) -> str:
         if below:
             missed.append(f"{title}: {', '.join(below)}")
     counts = ", ".join(f"{near[kind]} {kind}" for kind in sorted(near))
-    n_run = near.total() - near["refused"]
+    least, n_run = f"{100 * LEAST_AGREEMENT:g} %", near.total() - near["refused"]
     return (
-        f"{near.total()} cells: {counts}. The class is the reference's on at least {100 * LEAST_AGREEMENT:g} % of images in "
+        f"{near.total()} cells: {counts}. The class is the reference's on at least {least} of images in "
         f"{agreed['same']} of {n_run}, with ties in {agreed['close']}. Not in: {'; '.join(missed) or 'none'}."
     )
 

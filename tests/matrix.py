@@ -134,8 +134,8 @@ def settled(module: nn.Module, images: np.ndarray) -> nn.Module:
     """Make a network of random weights behave as a trained one does.
 
     BatchNorm takes its statistics from images, for with those it starts with activations vanish or explode. And it
-    shifts them by 1: where ReLU cuts off half of all values, layer after layer, any difference of two inputs grows by a
-    fifth a layer, be it a rounding, until the class is decided by it. Trained networks do no such thing.
+    shifts them by 1: where ReLU cuts off half of all normal values, a small difference, be it a rounding, grows against
+    the rest by sqrt(pi / (pi - 1)) = 1.21 a layer, until it decides the class. Trained networks do no such thing.
     """
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     with torch.no_grad():

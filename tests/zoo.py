@@ -123,7 +123,7 @@ NETWORKS: Mapping[str, Entry] = {
     "keywords_separable_conv1d": Entry(build=SeparableKeywordSpotter, shape=(40, 101)),
     "efficientnet_lite0": Entry(
         build=partial(load_module, "edgecomp.pytorch.networks:efficientnet_lite0", None),
-        shape=(3, 224, 224),
+        shape=(3, 160, 160),
         trained=True,
         widths=(4, 5, 6, 7, 8),  # rounding to 2 bits without more leaves nothing of what it was trained for
     ),

@@ -32,7 +32,7 @@ from .layout import (
     stored_shape,
     window_padding,
 )
-from .tflite_gather import write_gather
+from .tflite_channels import write_concat, write_gather
 from .tflite_schema import TfliteFile
 from .tflite_weights import STORING
 
@@ -411,12 +411,6 @@ def _hard_sigmoid(writer: _Writer, node: Node) -> None:
     writer.operator("MUL", node, [inner, sixth], "MulOptions")
 
 
-def _concat(writer: _Writer, node: Node) -> None:
-    axis = stored_axis(int(node.attrs["axis"]), len(writer.result(node).shape))  # type: ignore[arg-type]
-    inputs = [writer.number[name] for name in node.inputs]
-    writer.operator("CONCATENATION", node, inputs, "ConcatenationOptions", axis=axis)
-
-
 def _pool(writer: _Writer, node: Node) -> None:
     kernel, (sh, sw) = ints(node.attrs, "kernel"), ints(node.attrs, "stride")
     op = "MAX_POOL_2D" if node.op is Op.MAX_POOL else "AVERAGE_POOL_2D"
@@ -483,7 +477,7 @@ _HANDLERS: Mapping[Op, Callable[[_Writer, Node], None]] = {
     Op.HARD_SIGMOID: _hard_sigmoid,
     Op.SILU: _silu,
     Op.HARD_SWISH: _hard_swish,
-    Op.CONCAT: _concat,
+    Op.CONCAT: write_concat,
     Op.GATHER: write_gather,
     Op.MAX_POOL: _pool,
     Op.AVG_POOL: _pool,

@@ -102,6 +102,14 @@ def groups(seed: int = 0) -> Graph:
     return b.graph(x, "groups")
 
 
+def reshaped(seed: int = 0) -> Graph:
+    """Images of one shape read as images of another, then as features, between layers."""
+    b = Build(seed, (3, 8, 8))
+    x = b.node(Op.RESHAPE, "view", (b.clip("stem.relu", b.conv("stem", "input", 8)),), {"shape": (1, 16, 4, 8)})
+    x = b.clip("conv.relu", b.conv("conv", x, 6, stride=(2, 2)))
+    return b.graph(b.linear("fc", b.node(Op.RESHAPE, "features", (x,), {"shape": (1, 48)}), 10), "reshaped")
+
+
 def cases() -> dict[str, Case]:
     """Every width as dense codes, words in groups of 1, 2 and 4, every kind of network, both kinds of borders."""
     rows: list[tuple[Callable[[], Graph], int | Mapping[str, int], Io]] = [
@@ -112,6 +120,8 @@ def cases() -> dict[str, Case]:
         (GRAPHS["branches"], 5, Io.INT8),
         (GRAPHS["gated"], 4, Io.FLOAT),
         (GRAPHS["gated"], 8, Io.INT8),
+        (GRAPHS["shuffled"], 4, Io.INT8),
+        (reshaped, 5, Io.INT8),
         (dense, 6, Io.INT8),
         (wide, 2, Io.INT8),
         (groups, {"stem": 3, "conv": 2, "fc": 3}, Io.INT8),

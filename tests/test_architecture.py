@@ -37,7 +37,7 @@ LEVELS = (
     ("targets", "exporters.layout", "exporters.fused", "exporters.modelfacts", "exporters.flatbuffer",
      "exporters.unpack_tflite", "exporters.tflite_schema", "exporters.tflm_decode", "exporters.tflite_weights",
      "exporters.protobuf", "exporters.onnx_model", "exporters.onnx_parts", "exporters.onnx_decoders",
-     "exporters.unpack_onnx", "exporters.onnx_weights", "exporters.to_onnx", "exporters.tflite_gather",
+     "exporters.unpack_onnx", "exporters.onnx_weights", "exporters.to_onnx", "exporters.tflite_channels",
      "exporters.to_tflite", "exporters.c_array", "exporters.c_weights", "exporters.c_facts", "exporters.c_steps",
      "exporters.to_c", "exporters",
      "exporters.read_onnx", "exporters.read_tflite", "exporters.describe", "runtime"),

@@ -24,6 +24,7 @@ from edgecomp.coding import DECODING_BYTES, stored_bits
 from edgecomp.compress import compress
 from edgecomp.errors import BundleError, ExportError, TargetError
 from edgecomp.exporters import export, files_of
+from edgecomp.exporters.read_tflite import read_tflite
 from edgecomp.exporters.to_tflite import to_tflm
 from edgecomp.graph import Array, Graph, Op
 from edgecomp.ops import PROBABILITIES
@@ -115,6 +116,23 @@ def test_every_operator_that_the_writer_uses(case: str) -> None:
     got = TfliteMicro(exported.data).run(x)
     # A step more than in LiteRT for what is rounded half away from zero here.
     assert off(got, want)[0] <= CASES[case].steps + 1
+
+
+def many_joined(seed: int = 0) -> Graph:
+    """More tensors in one concat than the interpreter joins at once, as at the end of a block of DenseNet."""
+    b = Build(seed, (3, 6, 6))
+    parts = tuple(b.conv(f"conv{i}", "input", 1 + i % 3, (1, 1), pads=(0, 0, 0, 0)) for i in range(23))
+    return b.graph(b.node(Op.CONCAT, "cat", parts, {"axis": 1}), "many")
+
+
+def test_a_concat_of_more_tensors_than_the_interpreter_joins_at_once() -> None:
+    graph = compress(many_joined(), plan_for(many_joined(), io=Io.INT8))
+    x = inputs_of(graph)
+    files = {form: export(graph, form).data for form in ("tflm", "tflite")}
+    assert off(TfliteMicro(files["tflm"]).run(x), reference.run(graph, {"input": x})["cat"])[0] <= 1
+    np.testing.assert_array_equal(TfliteMicro(files["tflm"]).run(x), LiteRtReference(files["tflite"]).run(x))
+    joins = {form: read_tflite(data, form)["operators"]["CONCATENATION"] for form, data in files.items()}
+    assert joins == {"tflm": 3, "tflite": 1}
 
 
 @pytest.mark.parametrize("name", ["plain", "separable", "gated"])

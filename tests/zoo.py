@@ -13,6 +13,8 @@ from edgecomp.pytorch.load import load_module
 from edgecomp.pytorch.torchvision_ops import define_missing_operators
 
 N_CLASSES = 10
+WIDTHS = (4, 2, 3, 5, 8, 6, 7)
+"""Bits of the layers but the first and last, which have 8, by turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +22,16 @@ class Entry:
     """A network.
 
     Attributes:
-        build: makes it, with random weights where it has no trained ones in a package of its own.
+        build: makes it.
         shape: of its input, without N.
+        trained: on ImageNet, with weights in a package of its own; else they are random.
+        widths: bits of the layers but the first and last, which have 8, by turns.
     """
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...] = (3, 64, 64)
+    trained: bool = False
+    widths: tuple[int, ...] = WIDTHS
 
 
 class KeywordSpotter(nn.Module):
@@ -98,7 +104,7 @@ def _pooled_to_a_pixel(name: str, n_features: int, place: int) -> nn.Module:
 NETWORKS: Mapping[str, Entry] = {
     "alexnet": Entry(build=partial(_pooled_to_a_pixel, "alexnet", 256, 1)),
     **{
-        name: Entry(build=partial(_pooled_to_a_pixel, name, 512, 0))
+        name: Entry(build=partial(_pooled_to_a_pixel, name, 512, 0), shape=(3, 32, 32))
         for name in ("vgg11", "vgg16", "vgg11_bn", "vgg16_bn")
     },
     **{
@@ -115,7 +121,12 @@ NETWORKS: Mapping[str, Entry] = {
     ),
     "keywords_conv1d": Entry(build=KeywordSpotter, shape=(40, 101)),
     "keywords_separable_conv1d": Entry(build=SeparableKeywordSpotter, shape=(40, 101)),
-    "efficientnet_lite0": Entry(build=partial(load_module, "edgecomp.pytorch.networks:efficientnet_lite0", None)),
+    "efficientnet_lite0": Entry(
+        build=partial(load_module, "edgecomp.pytorch.networks:efficientnet_lite0", None),
+        shape=(3, 160, 160),
+        trained=True,
+        widths=(4, 5, 6, 7, 8),  # rounding to 2 bits without more leaves nothing of what it was trained for
+    ),
 }  # fmt: skip
 
 

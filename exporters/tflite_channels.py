@@ -1,4 +1,4 @@
-"""Some channels of a tensor, or all in another order, as operators of TFLite that XNNPACK takes where it takes any."""
+"""Channels taken from a tensor, put in another order, or joined, as operators of TFLite that XNNPACK and Micro take."""
 
 from __future__ import annotations
 
@@ -19,6 +19,27 @@ if TYPE_CHECKING:
 
 _MOST_SLICED_AXES = 4
 """Of STRIDED_SLICE in TFLite Micro; its GATHER has no such limit."""
+_MOST_JOINED = 10
+"""Of CONCATENATION in TFLite Micro (kMaxInputNum)."""
+
+
+def write_concat(writer: _Writer, node: Node) -> None:
+    """Join tensors; where TFLite Micro takes no more at once, those joined already and nine others by the next."""
+    result = writer.result(node)
+    axis = stored_axis(int(node.attrs["axis"]), len(result.shape))  # type: ignore[arg-type]
+    inputs = [writer.number[name] for name in node.inputs]
+    sizes = [stored_shape(writer.graph.tensors[name].shape)[axis] for name in node.inputs]
+    while writer.micro and len(inputs) > _MOST_JOINED:
+        size = sum(sizes[:_MOST_JOINED])
+        shape = list(stored_shape(result.shape))
+        shape[axis] = size
+        joined = writer.scratch(f"{node.name}.joined", shape, result)
+        version = 1 if result.quant is None else 2
+        writer.file.operator(
+            "CONCATENATION", version, inputs[:_MOST_JOINED], [joined], "ConcatenationOptions", axis=axis
+        )
+        inputs, sizes = [joined, *inputs[_MOST_JOINED:]], [size, *sizes[_MOST_JOINED:]]
+    writer.operator("CONCATENATION", node, inputs, "ConcatenationOptions", axis=axis)
 
 
 def write_gather(writer: _Writer, node: Node) -> None:

@@ -145,7 +145,8 @@ class FirmwareReport:
         instructions: executed for an image.
         steps: instructions by layer.
         code_bytes, weight_bytes, constant_bytes: flash.
-        arena_bytes, static_bytes, stack_bytes: RAM; input and output are the caller's.
+        arena_bytes, static_bytes, stack_bytes, border_bytes: RAM; the last is the output's, and the input's where that
+            cannot lie in the arena.
     """
 
     target: str
@@ -160,16 +161,25 @@ class FirmwareReport:
     arena_bytes: int
     static_bytes: int
     stack_bytes: int
+    border_bytes: int
+
+    @property
+    def flash_bytes(self) -> int:
+        """Sum up what the image takes of flash."""
+        return self.code_bytes + self.weight_bytes + self.constant_bytes
+
+    @property
+    def ram_bytes(self) -> int:
+        """Sum up what a run takes of RAM."""
+        return self.arena_bytes + self.static_bytes + self.stack_bytes + self.border_bytes
 
     def table(self) -> str:
         """Give it for people."""
-        flash = self.code_bytes + self.weight_bytes + self.constant_bytes
-        ram = self.arena_bytes + self.static_bytes + self.stack_bytes
         parts = (
-            f"flash: {flash:,} bytes = code {self.code_bytes:,} + weights {self.weight_bytes:,} + other constants "
-            f"{self.constant_bytes:,}",
-            f"RAM: {ram:,} bytes = arena {self.arena_bytes:,} + static {self.static_bytes:,} + stack "
-            f"{self.stack_bytes:,}; input and output are the caller's",
+            f"flash: {self.flash_bytes:,} bytes = code {self.code_bytes:,} + weights {self.weight_bytes:,} + other "
+            f"constants {self.constant_bytes:,}",
+            f"RAM: {self.ram_bytes:,} bytes = arena {self.arena_bytes:,} + static {self.static_bytes:,} + stack "
+            f"{self.stack_bytes:,} + output, and input where the arena has no place for it, {self.border_bytes:,}",
             f"instructions an image: {self.instructions:,}; outputs equal the reference's on {self.n_images} images",
         )
         rows = [
@@ -306,11 +316,12 @@ def emulate(firmware: Firmware, core: Core, images: Array, *, counting: bool = T
     outputs, stack_bytes = np.empty((len(images), *facts.output.shape), dtype=np.int8), 0
     for image, output in zip(images, outputs, strict=True):
         counted.start()
-        machine.mem_write(_IN, np.ascontiguousarray(image, dtype=np.int8).tobytes())
         # Nothing that an earlier image has left may matter.
         machine.mem_write(_ARENA, bytes([_PAINT]) * (facts.arena_bytes + _STACK_BYTES))
         machine.mem_write(_STACK_TOP - _STACK_BYTES, bytes([_PAINT]) * _STACK_BYTES)
-        registers = {"SP": _STACK_TOP, "LR": _END | 1, "R0": _IN, "R1": _OUT, "R2": _ARENA}
+        place = _IN if facts.input_offset is None else _ARENA + facts.input_offset
+        machine.mem_write(place, np.ascontiguousarray(image, dtype=np.int8).tobytes())
+        registers = {"SP": _STACK_TOP, "LR": _END | 1, "R0": place, "R1": _OUT, "R2": _ARENA}
         for name, value in registers.items():
             machine.reg_write(getattr(arm, f"UC_ARM_REG_{name}"), value)
         try:
@@ -408,7 +419,8 @@ def measure_firmware(
         if not np.array_equal(run.outputs[0], expected[i]):
             raise TargetError(f"target {target}: image {i} does not give the reference's output; this is our defect")
         progress(1)
-    names = firmware.facts.steps
+    facts = firmware.facts
+    names = facts.steps
     counts = dict.fromkeys(names, 0)
     for name, n in zip(names, run.step_instructions, strict=True):
         counts[name] += n
@@ -422,7 +434,8 @@ def measure_firmware(
         code_bytes=firmware.code_bytes,
         weight_bytes=firmware.weight_bytes,
         constant_bytes=firmware.constant_bytes,
-        arena_bytes=firmware.facts.arena_bytes,
+        arena_bytes=facts.arena_bytes,
         static_bytes=firmware.static_bytes,
         stack_bytes=stack,
+        border_bytes=facts.output.n_bytes + (facts.input.n_bytes if facts.input_offset is None else 0),
     )

@@ -53,8 +53,9 @@ _FIRMWARE = """
 ## The network in C
 
 Add network.c and edgecomp_kernels.c to the firmware's sources, with no more than <stdint.h> and <string.h> behind them.
-The caller gives {arena_bytes} bytes of RAM for the time of a call; weights and scales take {flash_bytes} bytes of flash
-(this is what counts as the file's bytes above), and stay packed there. Images are height x width x channels.
+The caller gives {arena_bytes} bytes of RAM for the time of a call; network.h says whether the input may lie there, too.
+Weights and scales take {flash_bytes} bytes of flash (this is what counts as the file's bytes above), and stay packed
+there. Images are height x width x channels.
 
     #include "network.h"          // says the sizes, and what the codes mean
     static int32_t arena[..._ARENA_BYTES / 4];

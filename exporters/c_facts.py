@@ -46,6 +46,7 @@ class NetworkFacts:
         input: of images.
         output: of results.
         arena_bytes: memory that the caller gives.
+        input_offset: where in it the input may lie; None where it may not.
         constant_bytes: weights and scales, in flash.
         macs: multiplications a run.
         steps: the calls of kernels, by the names of their layers.
@@ -55,6 +56,7 @@ class NetworkFacts:
     input: CodeBorder
     output: CodeBorder
     arena_bytes: int
+    input_offset: int | None
     constant_bytes: int
     macs: int
     steps: tuple[str, ...]
@@ -86,7 +88,7 @@ def read_facts(source: bytes, where: str) -> NetworkFacts:
 
 
 def _facts(found: Mapping[str, Any]) -> NetworkFacts:
-    expected = {"name", *_BORDERS, *_COUNTS, "steps"}
+    expected = {"name", *_BORDERS, *_COUNTS, "input_offset", "steps"}
     if set(found) != expected:
         raise ValueError(f"its first line says {sorted(found)!r:.80}, expected {sorted(expected)}")
     name = found["name"]
@@ -95,11 +97,15 @@ def _facts(found: Mapping[str, Any]) -> NetworkFacts:
     for key in _COUNTS:
         if not isinstance(found[key], int) or not 0 <= found[key] < 1 << 32:
             raise ValueError(f"{key} is {found[key]!r:.60}")
+    offset, n_input = found["input_offset"], _read_border(found["input"]).n_bytes
+    if offset is not None and not (isinstance(offset, int) and 0 <= offset <= found["arena_bytes"] - n_input):
+        raise ValueError(f"input_offset is {offset!r:.60}")
     return NetworkFacts(
         name=name,
         input=_read_border(found["input"]),
         output=_read_border(found["output"]),
         **{key: found[key] for key in _COUNTS},
+        input_offset=offset,
         steps=tuple(str(step) for step in found["steps"]),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ class Program:
         place: of every tensor, in C: an offset in the arena, or the caller's input or output.
         scratch: offset of the memory that a step has for itself, by its number.
         arena: of all.
+        input_offset: where the input may lie in the arena, at no cost; None where it would make the arena larger.
         left_out: operators on real numbers that the caller has to do behind the output.
     """
 
@@ -46,6 +47,7 @@ class Program:
     place: Mapping[str, str]
     scratch: Mapping[int, int]
     arena: Arena
+    input_offset: int | None
     left_out: Sequence[str]
 
 
@@ -106,8 +108,13 @@ def program_of(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Program:
     work = lower(graph, packed=at_rest is not AtRest.INT8)
     own = _shared_memory(work)
     source, result = work.memory_of(graph.inputs[0]), own(graph.outputs[0])
-    buffers = {b.name: b for b in _buffers(work, own) if b.name not in (source, result)}
+    buffers = {b.name: b for b in _buffers(work, own) if b.name != result}
+    taken = buffers.pop(source)
     arena = arrange(buffers.values())
+    with_input = arrange([*buffers.values(), replace(taken, first=0)])
+    input_offset = None
+    if with_input.n_bytes == arena.n_bytes:
+        arena, input_offset = with_input, with_input.offsets[source]
     place = {source: "in", result: "out"}
     place |= {name: f"memory + {arena.offsets[name]}" for name in buffers if not name.startswith("scratch:")}
     scratch = {i: arena.offsets[f"scratch:{i}"] for i in range(len(work.steps)) if f"scratch:{i}" in buffers}
@@ -119,6 +126,7 @@ def program_of(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Program:
         place={name: place[own(name)] for name in names},
         scratch=scratch,
         arena=arena,
+        input_offset=input_offset,
         left_out=work.left_out,
     )
 
@@ -195,6 +203,7 @@ def facts_of(program: Program) -> NetworkFacts:
         input=_border(graph, first),
         output=_border(graph, last),
         arena_bytes=program.arena.n_bytes,
+        input_offset=program.input_offset,
         constant_bytes=sum(constant.n_bytes for step in program.steps for constant in step.constants),
         macs=sum(step.macs for step in program.steps),
         steps=tuple(_comment(step.name) for step in program.steps),
@@ -218,6 +227,13 @@ def header_text(program: Program) -> str:
     left = ""
     if program.left_out:
         left = f"\n * Not done here, on the real numbers behind the output: {', '.join(program.left_out)}."
+    inside = ""
+    if facts.input_offset is not None:
+        inside = f"""\
+/* The input may lie in the arena, but only here; it is then written over. */
+#define {upper}_INPUT_OFFSET {facts.input_offset}
+
+"""
     return f"""\
 /* {_comment(program.graph.name)}, written by edgecomp; edit nothing here.
  *
@@ -238,8 +254,8 @@ extern "C" {{
 #define {upper}_OUTPUT_BYTES {y.n_bytes}
 #define {upper}_ARENA_BYTES {facts.arena_bytes}
 
-/* Run the network. arena: {upper}_ARENA_BYTES on a multiple of 4, of which nothing is needed before or afterwards;
- * in and out belong to the caller and do not overlap. Gives 0, or 1 where the arena is not on a multiple of 4. */
+{inside}/* Run the network. arena: {upper}_ARENA_BYTES on a multiple of 4; nothing in it is needed before or afterwards;
+ * in and out belong to the caller and lie apart. Gives 0, or 1 where the arena is not on a multiple of 4. */
 int {n}_run(const int8_t *in, int8_t *out, void *arena);
 
 /* Real numbers, in the order of the codes, to codes, and back. */

@@ -240,6 +240,34 @@ def test_borders_in_c_are_those_of_the_graph() -> None:
     np.testing.assert_array_equal(back, quantmath.dequantize(out, runner.output.quant))
 
 
+@pytest.mark.parametrize("name", ["residual", "gated", "shuffled"])
+def test_the_input_may_lie_in_the_arena(name: str) -> None:
+    graph = mixed(name)
+    runner = CompiledC(to_c(graph).data)
+    x = images(graph, 3)
+    want = runner.run(x)
+    offset, n = runner.facts.input_offset, runner.facts.input.n_bytes
+    assert offset is not None
+    assert runner.input.quant is not None
+    for image, result in zip(quantmath.quantize(x, runner.input.quant), want, strict=True):
+        memory, got = np.full(runner.facts.arena_bytes, 0x55, dtype=np.uint8), np.empty_like(result)
+        memory[offset : offset + n] = np.frombuffer(image.transpose(1, 2, 0).tobytes(), dtype=np.uint8)
+        start = memory.ctypes.data
+        assert start % 4 == 0
+        assert runner._run(*map(ctypes.c_void_p, (start + offset, got.ctypes.data, start))) == 0
+        np.testing.assert_array_equal(got, result)
+
+
+def test_an_input_that_would_cost_memory_stays_outside() -> None:
+    """Read by the first layer and by the last, which needs all of the arena."""
+    b = Build(0, (8, 16, 16))
+    x = b.conv("conv2", b.conv("conv1", "input", 8), 8)
+    graph = b.graph(b.linear("fc", b.node(Op.FLATTEN, "flatten", (b.node(Op.ADD, "add", (x, "input"), {}),), {}), 4))
+    program = program_of(compress(graph, plan_for(graph, 4, io=Io.INT8)))
+    assert program.input_offset is None
+    assert b"INPUT_OFFSET" not in files_of(to_c(program.graph))["network.h"]
+
+
 def test_the_same_bytes_again() -> None:
     one, two = (files_of(to_c(compress(residual(), plan_for(residual(), 3)))) for _ in range(2))
     assert one == two

@@ -104,7 +104,9 @@ class Decoders:
         a, b = (self._constants.get(part) for part in node.inputs)
         if a is None or b is None or a.kind != FLOAT or b.kind != FLOAT or a.shape != () or len(b.shape) != 1:
             return None
-        return Constant(shape=b.shape, kind=FLOAT, data=(a.values() * b.values()).astype("<f4").tobytes())
+        with np.errstate(over="ignore", invalid="ignore"):  # as the runtime would; a damaged file may hold anything
+            product = a.values() * b.values()
+        return Constant(shape=b.shape, kind=FLOAT, data=product.astype("<f4").tobytes())
 
     def zeros(self, name: bytes, n: int) -> Constant | None:
         """Write out n zeros where a node gives them; None where it gives something else."""

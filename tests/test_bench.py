@@ -380,8 +380,8 @@ def test_what_bench_refuses(tmp_path):
         bench([("a", model, "onnx")], runtime="litert")
     with pytest.raises(TargetError, match="runtime 'magic' is unknown"):
         bench([("a", model, "onnx")], runtime="magic")
-    with pytest.raises(TargetError, match="no runtime reads the format 'c'"):
-        bench([("a", model, "c")])
+    with pytest.raises(TargetError, match="no runtime reads the format 'pb'"):
+        bench([("a", model, "pb")])
     with pytest.raises(BundleError, match=r"nowhere\.onnx: no such file"):
         bench([("a", tmp_path / "nowhere.onnx", "onnx")])
     with pytest.raises(BundleError, match=r"a\.onnx: onnxruntime cannot load it"):

@@ -304,7 +304,8 @@ def test_a_broken_runtime_says_why(tmp_path, monkeypatch):
 
 def test_the_table_of_runtimes():
     assert list(RUNNERS) == [
-        "onnxruntime", "onnxruntime-lean", "litert", "litert-reference", "tflite-runtime", "tflite-micro", "reference",
+        "onnxruntime", "onnxruntime-lean", "litert", "litert-reference", "tflite-runtime", "tflite-micro", "c",
+        "reference",
     ]  # fmt: skip
     assert {name: default_runtime(name) for name in ("onnx", "tflite", "tflm", "graph")} == {
         "onnx": "onnxruntime",

@@ -1,7 +1,7 @@
 """Long random checks: `python -m tests.soak --minutes 10`. Stops at the first failure, and says how to repeat it.
 
-Two kinds of work, in turns: damaged files for every reader (`soak_fuzz`), and random networks through compression,
-export and the stock runtimes (`soak_graphs`). A case is a function of seed and number only.
+Three kinds of work, in turns: damaged files for every reader (`soak_fuzz`), random networks through compression, export
+and the stock runtimes (`soak_graphs`), and such networks as C (`soak_c`). A case is a function of seed and number only.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from tests import soak_graphs
+from tests import soak_c, soak_graphs
 from tests.soak_fuzz import Fuzz
 
-KINDS = ("fuzz", "graphs")
-# Seconds of one kind before it is the other's turn.
+KINDS = ("fuzz", "graphs", "c")
+# Seconds of one kind before it is the next one's turn.
 _TURN_S = 5.0
 
 
@@ -37,14 +37,22 @@ def rng_of(seed: int, kind: str, case: int) -> np.random.Generator:
 
 def check_graph(rng: np.random.Generator) -> str:
     """Draw a network and check it; a failure's note shows it."""
+    return _checked(rng, lambda case: soak_graphs.check(case) or "network")
+
+
+def check_c(rng: np.random.Generator) -> str:
+    """The same for it as C."""
+    return _checked(rng, lambda case: soak_c.check(case, rng))
+
+
+def _checked(rng: np.random.Generator, check: Callable[[soak_graphs.Case], str]) -> str:
     case = soak_graphs.random_case(rng)
     try:
-        soak_graphs.check(case)
+        return check(case)
     except Exception as e:
         bits = {n: (f"{sum(p.keep)}/{len(p.keep)}", p.weight_bits) for n, p in case.plan.layers.items()}
         e.add_note(f"{soak_graphs.drawing(case.graph)}\nio {case.plan.io}, kept channels and bits: {bits}")
         raise
-    return "network"
 
 
 def soak(
@@ -60,7 +68,7 @@ def soak(
 
     Args:
         seed: of all cases.
-        kinds: "fuzz", "graphs".
+        kinds: "fuzz", "graphs", "c".
         seconds: to work for.
         first: number of the first case of each kind.
         most: cases of each kind.
@@ -76,7 +84,7 @@ def soak(
     number = dict.fromkeys(kinds, first)
     start = last = time.monotonic()
     with closing(Fuzz()) if "fuzz" in kinds else nullcontext() as fuzz:
-        check = {"fuzz": fuzz.check if fuzz else check_graph, "graphs": check_graph}
+        check = {"fuzz": fuzz.check if fuzz else check_graph, "graphs": check_graph, "c": check_c}
         while time.monotonic() - start < seconds and any(most is None or n < first + most for n in number.values()):
             for kind in kinds:
                 turn = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,12 +18,19 @@ SEED = 20261123
 def test_damaged_files() -> None:
     done = soak.soak(SEED, ["fuzz"], seconds=60, most=2000)
     assert sum(done.values()) == 2000
-    assert len(done) == 12, f"not every kind of file was damaged: {done}"
+    assert len(done) == 13, f"not every kind of file was damaged: {done}"
 
 
 def test_random_networks() -> None:
     done = soak.soak(SEED, ["graphs"], seconds=60, most=60)
     assert done == {"network": 60}
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc, for its sanitizers, is not here")
+def test_random_networks_in_c() -> None:
+    done = soak.soak(SEED, ["c"], seconds=300, most=12)
+    assert sum(done.values()) == 12
+    assert done["network in C, emulated too"] >= 1
 
 
 def test_random_networks_cover_what_they_should() -> None:

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 
 from edgecomp import quantmath, reference
 from edgecomp.artifact import AtRest
-from edgecomp.benchmarks.compiled_c import CompiledC, host_compiler
+from edgecomp.benchmarks.compiled_c import CompiledC
 from edgecomp.compress import border_codes, compress
 from edgecomp.errors import BundleError, ExportError
 from edgecomp.exporters import export, files_of
@@ -27,6 +26,7 @@ from edgecomp.exporters.c_facts import read_facts
 from edgecomp.exporters.to_c import Program, program_of, to_c
 from edgecomp.graph import Array, Graph, Op
 from edgecomp.plan import Io
+from tests.c_program import SANITIZERS, codes_for, program, written
 from tests.graphs import GRAPHS, Build, dense, images, multiplied, plan_for, residual
 from tests.soak_graphs import random_case
 
@@ -47,13 +47,6 @@ def expected(graph: Graph, x: Array) -> Array:
     return reference.run(graph, {graph.inputs[0]: x if quant is None else quantmath.quantize(x, quant)})[
         border_codes(graph)[1]
     ]
-
-
-def written(graph: Graph, folder: Path, form: str = "c") -> Mapping[str, bytes]:
-    files = files_of(export(graph, form))
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return files
 
 
 # "separable" ends in a softmax, which on codes is refused.
@@ -84,58 +77,24 @@ def test_random_networks_equal_the_reference(seed: int) -> None:
     np.testing.assert_array_equal(got, expected(graph, case.images).reshape(got.shape))
 
 
-def harness(name: str, n_in: int, n_out: int, arena: int) -> str:
-    """A program that runs images from stdin; every piece of memory is of just the size that is needed."""
-    return f"""
-#include <stdio.h>
-#include <stdlib.h>
-#include "network.h"
-int main(void) {{
-  int8_t *in = malloc({n_in}), *out = malloc({n_out}); int32_t *arena = malloc({arena});
-  while (fread(in, 1, {n_in}, stdin) == {n_in}) {{
-    if ({name}_run(in, out, arena)) return 1;
-    fwrite(out, 1, {n_out}, stdout);
-  }}
-  free(in); free(out); free(arena);
-  return 0;
-}}
-"""
-
-
-def program(graph: Graph, folder: Path, *options: str) -> Path:
-    written(graph, folder)
-    facts = read_facts((folder / "network.c").read_bytes(), "network.c")
-    text = harness(facts.name, facts.input.n_bytes, facts.output.n_bytes, max(1, facts.arena_bytes))
-    (folder / "main.c").write_text(text)
-    sources = [str(folder / name) for name in ("main.c", "network.c", "edgecomp_kernels.c")]
-    subprocess.run([*host_compiler(), *options, "-g", "-o", str(folder / "run"), *sources], check=True)
-    return folder / "run"
-
-
-def codes_for(graph: Graph, n: int) -> tuple[bytes, bytes]:
-    """Images as the program reads them, and what it must write."""
-    first, last = border_codes(graph)
-    values = reference.run(graph, {graph.inputs[0]: images(graph, n)})
-    inputs, outputs = (v.transpose(0, 2, 3, 1) if v.ndim == 4 else v for v in (values[first], values[last]))
-    return inputs.tobytes(), outputs.tobytes()
-
-
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc, for its sanitizers, is not here")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_step_outside_memory_and_no_undefined_behaviour(name: str, tmp_path: Path) -> None:
     graph = mixed(name)
-    run = program(graph, tmp_path, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    inputs, outputs = codes_for(graph, 3)
-    assert subprocess.run([run], input=inputs, capture_output=True, check=True).stdout == outputs
+    run = program(graph, tmp_path, *SANITIZERS)
+    inputs, outputs = codes_for(graph, images(graph, 3))
+    done = subprocess.run([run], input=inputs.tobytes(), capture_output=True, check=True)
+    assert done.stdout == outputs.tobytes()
 
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
 @pytest.mark.parametrize("name", ["residual", "gated"])
 def test_nothing_is_read_before_it_is_written(name: str, tmp_path: Path) -> None:
     graph = mixed(name)
-    inputs, outputs = codes_for(graph, 1)
+    inputs, outputs = codes_for(graph, images(graph, 1))
     command = ["valgrind", "--quiet", "--error-exitcode=9", str(program(graph, tmp_path, "-O1"))]
-    assert subprocess.run(command, input=inputs, capture_output=True, check=True).stdout == outputs
+    done = subprocess.run(command, input=inputs.tobytes(), capture_output=True, check=True)
+    assert done.stdout == outputs.tobytes()
 
 
 def compilers() -> dict[str, list[str]]:
@@ -180,11 +139,11 @@ def test_sums_are_fused_and_written_over_what_they_add() -> None:
         x = b.node(Op.ADD, "again", (x, "stem.relu"), {}) if twice else x
         return b.graph(b.linear("fc", b.node(Op.FLATTEN, "flatten", (x,), {}), 4), "block")
 
-    def program(*, twice: bool) -> Program:
+    def planned(*, twice: bool) -> Program:
         graph = block(twice=twice)
         return program_of(compress(graph, plan_for(graph, 4)))
 
-    once, twice = program(twice=False), program(twice=True)
+    once, twice = planned(twice=False), planned(twice=True)
     names = [step.name for step in once.steps]
     assert any("conv2 + add" in name for name in names)
     assert "edgecomp_add" not in {step.kernel for step in once.steps}
@@ -264,9 +223,9 @@ def test_an_input_that_would_cost_memory_stays_outside() -> None:
     b = Build(0, (8, 16, 16))
     x = b.conv("conv2", b.conv("conv1", "input", 8), 8)
     graph = b.graph(b.linear("fc", b.node(Op.FLATTEN, "flatten", (b.node(Op.ADD, "add", (x, "input"), {}),), {}), 4))
-    program = program_of(compress(graph, plan_for(graph, 4, io=Io.INT8)))
-    assert program.input_offset is None
-    assert b"INPUT_OFFSET" not in files_of(to_c(program.graph))["network.h"]
+    found = program_of(compress(graph, plan_for(graph, 4, io=Io.INT8)))
+    assert found.input_offset is None
+    assert b"INPUT_OFFSET" not in files_of(to_c(found.graph))["network.h"]
 
 
 def test_the_same_bytes_again() -> None:

@@ -164,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_unpack(verbs)
     _add_verify(verbs)
     _add_bench(verbs)
+    _add_gate(verbs)
     _add_inspect(verbs)
     _add_targets(verbs)
     return parser
@@ -269,14 +270,24 @@ def _add_verify(verbs: Any) -> None:
 def _add_bench(verbs: Any) -> None:
     p = verbs.add_parser("bench", help="latency and memory on this machine, beside the float and plain int8 model")
     p.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a built folder, or an .onnx or .tflite file")
-    runtimes = "onnxruntime, onnxruntime-lean, litert, litert-reference, tflite-runtime, tflite-micro"
-    p.add_argument("--runtime", metavar="R", help=runtimes)
+    p.add_argument("--runtime", metavar="R", help="onnxruntime, onnxruntime-lean, litert, tflite-micro and others")
     p.add_argument("--target", metavar="NAME", help="run the folder's network in C on an emulated core: cortex-m4, ...")
     p.add_argument("--threads", type=int, default=1, metavar="N")
     p.add_argument("--min-secs", type=float, default=2.0, metavar="S", help="measuring time for each model at least")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the runs")
     p.add_argument("--json", action="store_true", help="everything, all raw samples included")
     p.set_defaults(run=_bench)
+
+
+def _add_gate(verbs: Any) -> None:
+    p = verbs.add_parser("gate", help="fail where a folder's network in C breaks a budget; for build pipelines")
+    p.add_argument("folder", type=Path, metavar="DIR")
+    p.add_argument("--max-flash", type=read_bytes, metavar="BYTES", help="of weights, scales; with --target code too")
+    p.add_argument("--max-ram", type=read_bytes, metavar="BYTES", help="of the arena; with --target of the stack too")
+    p.add_argument("--max-drop", type=read_number, metavar="P", help="points of accuracy below the float network's")
+    p.add_argument("--target", metavar="NAME", help="the core to build and run it for: cortex-m4, ...")
+    p.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier manifest.json: what has grown since?")
+    p.set_defaults(run=_gate)
 
 
 def _add_inspect(verbs: Any) -> None:
@@ -464,6 +475,14 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _gate(args: argparse.Namespace) -> int:
+    from edgecomp.gating import Limits, gate
+
+    limits = Limits(flash_bytes=args.max_flash, ram_bytes=args.max_ram, drop_points=args.max_drop)
+    print(gate(args.folder, limits, target=args.target, baseline=args.baseline, stage=_stage))
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from edgecomp.exporters.describe import describe_tables
     from edgecomp.inspecting import inspect
@@ -476,8 +495,6 @@ def _inspect(args: argparse.Namespace) -> int:
 def _targets(args: argparse.Namespace) -> int:
     from edgecomp.boards import board_facts, board_table, boards_table
 
-    if args.json:
-        print(json.dumps(board_facts(args.name), indent=1))
-    else:
-        print(board_table(args.name) if args.name else boards_table())
+    shown = board_table(args.name) if args.name else boards_table()
+    print(json.dumps(board_facts(args.name), indent=1) if args.json else shown)
     return 0

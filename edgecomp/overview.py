@@ -15,8 +15,8 @@ _BUDGETS = {
     "max_drop": "points of accuracy lost by the worst file on held-out training images, at most",
 }
 _FILES = {
-    "model.onnx": "the compressed network for onnxruntime 1.17 or newer; weights are unpacked once, at load: in little memory "
-    "with edgecomp.runtime.onnx_session",
+    "model.onnx": "the compressed network for onnxruntime 1.17 or newer; weights are unpacked once, at load; where memory "
+    "is scarce by edgecomp.runtime.onnx_session",
     "model.tflite": "the compressed network for LiteRT / TensorFlow Lite",
     "model.tflite, packed": "the compressed network for LiteRT / TensorFlow Lite; unpack it before running, see below",
     "model.tflm.tflite": "the compressed network for TFLite Micro; each weight is decoded before its layer runs",
@@ -152,6 +152,18 @@ def _making(record: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
     return "".join(f"- {line}\n" for line in lines)
 
 
+def _measuring(record: Mapping[str, Any]) -> str:
+    """Give the commands that measure the files of a folder."""
+    lines = []
+    if others := [a["path"] for a in record["artifacts"] if a["format"] != "c"]:
+        lines.append("bench DIR            # latency and memory beside the float and the plain int8 model")
+        lines.append(f"inspect DIR/{others[0]}")
+    if len(others) < len(record["artifacts"]):
+        lines.append("bench DIR --target cortex-m4     # instructions, flash and RAM on an emulated core")
+        lines.append("gate DIR --max-flash 64K --max-ram 32K")
+    return "".join(f"    edgecomp {line}\n" for line in lines)
+
+
 def overview(record: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
     """Write the page.
 
@@ -195,13 +207,11 @@ Budget: {_BUDGETS[budget["kind"]]} {budget["asked"]:g}, came to {budget["got"]:g
 
 "relevance" is the layer's share of all absolute relevance at layer outputs; "bits" are those of the plan, "stored
 bytes" those in {first}. ONNX and packed TFLite store codes that are unevenly used in fewer bits than that; for TFLite
-Micro they are indices into a table of those that occur, or 8 bits and a map of the zeros; other TFLite stores 4 or 8
-bits, whichever holds the codes.
+Micro they are indices into a table of those that occur, or 8 bits and a map of the zeros; C has both, in any width;
+other TFLite stores 4 or 8 bits, whichever holds the codes.
 {packed}
 ## What next, with this folder for DIR
 
     edgecomp verify DIR           # digests, accuracy and parity again
-    edgecomp bench DIR            # latency and memory beside the float and the plain int8 model
-    edgecomp inspect DIR/{first}
-    edgecomp export DIR/plan.json --graph DIR/graph.edgecomp --format {first_form} -o NEW
+{_measuring(record)}    edgecomp export DIR/plan.json --graph DIR/graph.edgecomp --format {first_form} -o NEW
 """

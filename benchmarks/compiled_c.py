@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,9 @@ def _compiled(source: bytes, compiler: Sequence[str], place: str) -> ctypes.CDLL
         library = folder / "network.so"
         command = [*compiler, *_OPTIONS, "-o", str(library), *sources]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+            # The compiler's own temporary files go with the folder, also when it is interrupted.
+            env = {**os.environ, "TMPDIR": name}
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=env)
         except (OSError, subprocess.TimeoutExpired) as e:
             raise TargetError(f"{place}: the C compiler {compiler[0]} fails: {e}") from e
         if done.returncode:
@@ -133,5 +136,7 @@ def _compiled(source: bytes, compiler: Sequence[str], place: str) -> ctypes.CDLL
 
 
 def _version(compiler: Sequence[str]) -> str:
-    done = subprocess.run([*compiler, "-dumpversion"], capture_output=True, text=True, timeout=60, check=False)
-    return f"by {Path(compiler[0]).name} {done.stdout.strip()}".strip()
+    zig = "ziglang" in compiler
+    command = [*compiler[:-1], "version"] if zig else [*compiler, "-dumpversion"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return f"by {'zig cc' if zig else Path(compiler[0]).name} {done.stdout.strip()}".strip()

@@ -7,11 +7,15 @@ skips within an IT block is not), the same in every run. Stack is what a painted
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from edgecomp.errors import TargetError
+from edgecomp.errors import ParityError, TargetError
 from edgecomp.exporters.c_facts import NetworkFacts, read_facts
 from edgecomp.graph import Array
 from edgecomp.report import table
@@ -30,6 +34,7 @@ _ARENA, _IN, _OUT, _STACK_TOP = _RAM, _RAM + (10 << 20), _RAM + (12 << 20), _RAM
 _STACK_BYTES = 1 << 16
 _PAINT = 0xA5
 _TIMEOUT_S = 300
+_SLICE_US = 500_000
 _WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wpedantic", "-Werror")
 _OPTIONS = ("-std=c99", "-O2", "-mthumb", "-ffunction-sections", "-fdata-sections")
 _LINK_SCRIPT = f"""\
@@ -145,8 +150,8 @@ class FirmwareReport:
         instructions: executed for an image.
         steps: instructions by layer.
         code_bytes, weight_bytes, constant_bytes: flash.
-        arena_bytes, static_bytes, stack_bytes, border_bytes: RAM; the last is the output's, and the input's where that
-            cannot lie in the arena.
+        arena_bytes, static_bytes, stack_bytes, border_bytes: RAM.
+        border_name: what the last is: the output, and the input where that cannot lie in the arena.
     """
 
     target: str
@@ -162,6 +167,7 @@ class FirmwareReport:
     static_bytes: int
     stack_bytes: int
     border_bytes: int
+    border_name: str
 
     @property
     def flash_bytes(self) -> int:
@@ -179,8 +185,9 @@ class FirmwareReport:
             f"flash: {self.flash_bytes:,} bytes = code {self.code_bytes:,} + weights {self.weight_bytes:,} + other "
             f"constants {self.constant_bytes:,}",
             f"RAM: {self.ram_bytes:,} bytes = arena {self.arena_bytes:,} + static {self.static_bytes:,} + stack "
-            f"{self.stack_bytes:,} + output, and input where the arena has no place for it, {self.border_bytes:,}",
-            f"instructions an image: {self.instructions:,}; outputs equal the reference's on {self.n_images} images",
+            f"{self.stack_bytes:,} + {self.border_name} {self.border_bytes:,}",
+            f"instructions an image: {self.instructions:,}; outputs equal the reference's on {self.n_images} "
+            f"image{'s' * (self.n_images != 1)}",
         )
         rows = [
             (name, f"{n:,}", f"{100 * n / max(1, self.instructions):.1f} %")
@@ -201,7 +208,8 @@ def core_of(cpu: str | None, target: str) -> Core:
         TargetError: it is none that can be emulated here.
     """
     if cpu not in CORES:
-        raise TargetError(f"target {target}: {cpu or 'its core'} is not emulated; those that are: {', '.join(CORES)}")
+        known = ", ".join(name.lower().replace("+", "plus") for name in CORES)
+        raise TargetError(f"target {target}: {cpu or 'its core'} is not emulated; those that are: {known}")
     return CORES[cpu]
 
 
@@ -259,7 +267,9 @@ def link(files: Mapping[str, bytes], core: Core, folder: Path) -> Firmware:
     entry = (f"-Wl,-e,{facts.name}_run", "-T", str(folder / "image.ld"))
     whole = [*command, *_OPTIONS, "-Wl,--gc-sections", *_WARNINGS, *extra, *entry, "-o", str(image), *sources]
     try:
-        done = subprocess.run(whole, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        # The compiler's own temporary files go with the folder, also when it is interrupted.
+        env = {**os.environ, "TMPDIR": str(folder)}
+        done = subprocess.run(whole, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=env)
     except (OSError, subprocess.TimeoutExpired) as e:
         raise TargetError(f"{compiler} fails: {e}") from e
     if done.returncode:
@@ -325,11 +335,9 @@ def emulate(firmware: Firmware, core: Core, images: Array, *, counting: bool = T
         for name, value in registers.items():
             machine.reg_write(getattr(arm, f"UC_ARM_REG_{name}"), value)
         try:
-            machine.emu_start(begin | 1, _END, timeout=_TIMEOUT_S * 1_000_000)
+            _run(machine, begin, arm.UC_ARM_REG_PC, counting=counting)
         except unicorn.UcError as e:
             raise TargetError(f"the emulated network stops: {e}") from e
-        if machine.reg_read(arm.UC_ARM_REG_PC) != _END:
-            raise TargetError(f"the emulated network does not end within {_TIMEOUT_S} s")
         result = bytes(machine.mem_read(_OUT, facts.output.n_bytes))
         output[...] = np.frombuffer(result, dtype=np.int8).reshape(facts.output.shape)
         stack = np.frombuffer(bytes(machine.mem_read(_STACK_TOP - _STACK_BYTES, _STACK_BYTES)), dtype=np.uint8)
@@ -344,6 +352,41 @@ def emulate(firmware: Firmware, core: Core, images: Array, *, counting: bool = T
         step_instructions=counted.steps(),
         stack_bytes=stack_bytes,
     )
+
+
+def _run(machine: Any, begin: int, pc: int, *, counting: bool) -> None:
+    """Run from `begin` until the end.
+
+    Python cannot raise out of the emulator's calls, nor act on a signal while it runs native code: a signal stops it,
+    and is then handled as it would have been; native code gives way every now and then.
+
+    Raises:
+        TargetError: there is no end.
+    """
+    signals: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        signals.append(number)
+        machine.emu_stop()
+
+    handlers: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, stop)
+    until = time.monotonic() + _TIMEOUT_S
+    try:
+        address = begin
+        while address != _END and not signals:
+            if time.monotonic() > until:
+                raise TargetError(f"the emulated network does not end within {_TIMEOUT_S} s")
+            # Counted, it must not be cut into slices, where an instruction might be counted twice.
+            machine.emu_start(address | 1, _END, timeout=0 if counting else _SLICE_US)
+            address = machine.reg_read(pc)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in signals:
+        signal.raise_signal(number)
 
 
 class _Counted:
@@ -407,7 +450,8 @@ def measure_firmware(
         progress: told how many images more are done.
 
     Raises:
-        TargetError: a tool is missing, or an output is not the reference's.
+        ParityError: an output is not the reference's.
+        TargetError: a tool is missing, or fails.
     """
     core = core_of(cpu, target)
     emulator = emulator_name()
@@ -417,7 +461,10 @@ def measure_firmware(
         run = emulate(firmware, core, images[i : i + 1], counting=i == len(images) - 1)
         stack = max(stack, run.stack_bytes)
         if not np.array_equal(run.outputs[0], expected[i]):
-            raise TargetError(f"target {target}: image {i} does not give the reference's output; this is our defect")
+            raise ParityError(
+                f"target {target}: image {i} does not give the reference's output: the files were changed, or it is a "
+                "defect of edgecomp or of the compiler"
+            )
         progress(1)
     facts = firmware.facts
     names = facts.steps
@@ -438,4 +485,5 @@ def measure_firmware(
         static_bytes=firmware.static_bytes,
         stack_bytes=stack,
         border_bytes=facts.output.n_bytes + (facts.input.n_bytes if facts.input_offset is None else 0),
+        border_name="input and output" if facts.input_offset is None else "output (the input lies in the arena)",
     )

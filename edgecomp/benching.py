@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgecomp import manifest, reference
-from edgecomp.artifact import FILES
+from edgecomp.artifact import FILES, AtRest, form_of
 from edgecomp.compress import border_codes, compress
 from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.files import MANIFEST
 from edgecomp.folder import BuiltFolder, open_folder
 from edgecomp.report import BenchReport, Comparison, table
+from edgecomp.verifying import check_companions
 
 if TYPE_CHECKING:
     from edgecomp.benchmarks.firmware import FirmwareReport
@@ -235,30 +236,37 @@ def _run(
         return comparison
 
 
-def bench_target(path: Path, target: str, *, n_images: int = 2, seed: int, stage: Stage) -> FirmwareReport:
+def bench_target(
+    path: Path, target: str, *, n_images: int = 2, seed: int, stage: Stage, runtime: str | None = None
+) -> FirmwareReport:
     """Run the network in C of a built folder on an emulated core, and compare its outputs with the reference's.
 
     Args:
-        path: a folder that was built with format c.
+        path: a folder that was built with format c, or its network.c.
         target: the name of a core, see `edgecomp targets`.
         n_images: of random codes, at least one.
         seed: of these.
         stage: shows how far the work is.
+        runtime: none: a core has no choice of them.
 
     Raises:
         BundleError: a file is missing, damaged, or not the one its manifest speaks of.
-        TargetError: the core is unknown or cannot be emulated, a tool is missing, or an output is wrong.
-        UsageError: the folder has no network in C.
+        ParityError: an output is not the reference's.
+        TargetError: the core is unknown or cannot be emulated, or a tool is missing.
+        UsageError: the folder has no network in C, or a runtime is asked for.
     """
     from edgecomp.benchmarks.firmware import core_of, measure_firmware
     from edgecomp.targets import load
 
+    if runtime is not None:
+        raise UsageError(f"--runtime {runtime} with --target {target}: a core runs the network in C; leave one out")
     known = load(target)
     core_of(known.cpu, target)
-    folder = open_folder(path)
+    folder = open_folder(path.parent if path.is_file() else path)
     entry = next((a for a in folder.record["artifacts"] if a["format"] == "c"), None)
     if entry is None:
         raise UsageError(f"{path}: has no network in C, which is what {target} runs; build it with --format c")
+    check_companions(folder, form_of("c", AtRest(entry.get("weights_at_rest", AtRest.NATIVE))))
     names = FILES["c"]
     files = {names[0]: folder.artifact(entry), **{name: folder.read(name) for name in names[1:]}}
     quantized = compress(folder.graph, folder.plan)

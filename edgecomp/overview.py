@@ -15,8 +15,8 @@ _BUDGETS = {
     "max_drop": "points of accuracy lost by the worst file on held-out training images, at most",
 }
 _FILES = {
-    "model.onnx": "the compressed network for onnxruntime 1.17 or newer; weights are unpacked once, at load; where memory "
-    "is scarce by edgecomp.runtime.onnx_session",
+    "model.onnx": "the compressed network for onnxruntime 1.17 or newer; weights are unpacked once, at load; in little "
+    "memory by edgecomp.runtime.onnx_session",
     "model.tflite": "the compressed network for LiteRT / TensorFlow Lite",
     "model.tflite, packed": "the compressed network for LiteRT / TensorFlow Lite; unpack it before running, see below",
     "model.tflm.tflite": "the compressed network for TFLite Micro; each weight is decoded before its layer runs",

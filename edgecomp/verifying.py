@@ -149,7 +149,7 @@ def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Ve
         if entry["format"] == "tflm":
             _check_array(folder, entry["path"], files[entry["path"]])
         elif entry["format"] == "c":
-            _check_companions(folder, form_of("c", AtRest(entry.get("weights_at_rest", AtRest.NATIVE))))
+            check_companions(folder, form_of("c", AtRest(entry.get("weights_at_rest", AtRest.NATIVE))))
     verified = []
     for entry in folder.record["artifacts"]:
         runtime = entry["accuracy"]["runtime"].split()[0]
@@ -188,8 +188,12 @@ def _check_array(folder: BuiltFolder, path: str, data: bytes) -> None:
             )
 
 
-def _check_companions(folder: BuiltFolder, form: str) -> None:
-    """Check that header and kernels are still those of the network in C."""
+def check_companions(folder: BuiltFolder, form: str) -> None:
+    """Check that header and kernels are still those of the network in C.
+
+    Raises:
+        BundleError: one is missing or is another.
+    """
     from edgecomp.build import rewritten
 
     for name, contents in rewritten(folder.plan, folder.graph, form).companions.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -17,7 +19,7 @@ from edgecomp.benchmarks.firmware import CORES, core_of, emulate, link, measure_
 from edgecomp.benchmarks.runners import default_runtime
 from edgecomp.cli import main
 from edgecomp.compress import border_codes, compress
-from edgecomp.errors import TargetError
+from edgecomp.errors import ParityError, TargetError
 from edgecomp.exporters import export, files_of
 from edgecomp.graph import Array, Graph
 from edgecomp.targets import load, names
@@ -102,7 +104,7 @@ def test_a_wrong_output_is_an_error(tmp_path: Path) -> None:
     x, y = codes("residual", 1)
     wrong = y.copy()
     wrong[0, 3] ^= 1
-    with pytest.raises(TargetError, match="image 0 does not give the reference's output"):
+    with pytest.raises(ParityError, match="image 0 does not give the reference's output"):
         measure_firmware(files("residual"), "a core", "Cortex-M4", x, wrong, tmp_path)
 
 
@@ -112,6 +114,27 @@ def test_what_writes_behind_its_arena_is_found(tmp_path: Path) -> None:
     small = replace(built, facts=replace(built.facts, arena_bytes=built.facts.arena_bytes - 4))
     with pytest.raises(TargetError, match="behind its arena"):
         emulate(small, M4, x)
+
+
+@pytest.mark.parametrize("counting", [True, False])
+def test_an_interruption_ends_the_emulation(counting: bool, tmp_path: Path) -> None:
+    """A kernel that never ends, and Ctrl-C: in the middle of native code, and in calls out of it."""
+    x, _ = codes("residual", 1)
+    start = b"int8_t out_zero, const int8_t *x, int8_t *y) {\n  uint32_t c, i;\n"
+    kernels = files("residual")["edgecomp_kernels.c"]
+    assert kernels.count(start) == 1
+    endless = kernels.replace(start, start + b"  for (;;) *(volatile int8_t *)y = out_zero;\n")
+    built = link({**files("residual"), "edgecomp_kernels.c": endless}, M4, tmp_path)
+    signal.setitimer(signal.ITIMER_REAL, 2)
+    before = signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            emulate(built, M4, x, counting=counting)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < 30
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sources_that_do_not_compile_are_one_line(tmp_path: Path) -> None:
@@ -196,6 +219,8 @@ def test_bench_on_a_core(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "out", "--target", "rpi4"], 6, "is not emulated; those that are"),
         (["bench", "nowhere", "--target", "cortex-m4"], 2, "is no folder"),
         (["bench", "out/network.c"], 2, "add --target NAME"),
+        (["bench", "out", "--target", "cortex-m4", "--runtime", "litert"], 2, "leave one out"),
+        (["bench", "out", "--target", ""], 6, "is unknown"),
         (["export", "out/plan.json", "--graph", "out/graph.edgecomp", "--format", "c", "-o", "out"], 2, "give --force"),
     ],
 )
@@ -212,8 +237,9 @@ def test_changed_companions_are_found(capsys: pytest.CaptureFixture[str]) -> Non
     before = kernels.read_bytes()
     try:
         kernels.write_bytes(before + b"\n")
-        assert main(["verify", "out"]) == 2
-        assert "edgecomp_kernels.c: is not what belongs to network.c" in capsys.readouterr().err
+        for argv in (["verify", "out"], ["bench", "out", "--target", "cortex-m4"]):
+            assert main(argv) == 2
+            assert "edgecomp_kernels.c: is not what belongs to network.c" in capsys.readouterr().err
     finally:
         kernels.write_bytes(before)
 

@@ -231,7 +231,8 @@ def _same_bytes(folder: BuiltFolder, form: str, data: bytes) -> bool | None:
     from edgecomp.build import rewritten
     from edgecomp.manifest import tool_versions
 
-    writers = {"onnx": ("edgecomp", "onnx")}.get(form, ("edgecomp", "ai-edge-litert", "flatbuffers"))
+    others = {"onnx": ("onnx",), "c": ()}.get(form.partition("-")[0], ("ai-edge-litert", "flatbuffers"))
+    writers = ("edgecomp", *others)
     now, then = tool_versions(), folder.record["tools"]
     if any(now.get(name) != then.get(name) for name in writers):
         return None

@@ -18,7 +18,7 @@ from edgecomp.ops import clamp_codes, ints
 from edgecomp.quantmath import ACT_MAX, ACT_MIN, add_multipliers, multiplier
 
 from .c_weights import LINEAR_RUN, CodeStream, channel_fours, code_stream, filter_fours
-from .layout import TO_NHWC, feature_orders, moves_data, stored_axis
+from .layout import TO_NHWC, feature_orders, moves_data, stored_axis, stored_shape
 
 _MOST = (1 << 16) - 1
 _NARROW_SHIFTS = (33, 54)
@@ -379,18 +379,14 @@ def _global_avg_pool(work: Lowering, node: Node) -> None:
 def _concat(work: Lowering, node: Node) -> None:
     shape = work.graph.tensors[node.outputs[0]].shape
     axis = stored_axis(int(node.attrs["axis"]), len(shape))  # type: ignore[arg-type]
-    row = math.prod(_stored(shape)[axis:])
+    row = math.prod(stored_shape(shape)[axis:])
     n, start = math.prod(shape) // row, 0
     for name in node.inputs:
-        run = math.prod(_stored(work.graph.tensors[name].shape)[axis:])
+        run = math.prod(stored_shape(work.graph.tensors[name].shape)[axis:])
         arguments = f"{n}u, {run}u, {{a}}, {run}u, {{y}} + {start}, {row}u"
         pointers = {"a": work.memory_of(name), "y": node.outputs[0]}
         work.add(node, "edgecomp_copy", arguments, pointers=pointers)
         start += run
-
-
-def _stored(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(shape[i] for i in TO_NHWC) if len(shape) == 4 else shape
 
 
 def _gather(work: Lowering, node: Node) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecomp import bundle, cli, methods
+from edgecomp import bundle, methods, options
 from edgecomp.benchmarks.compression.context import Context, Subject
 from edgecomp.benchmarks.compression.ours import OURS
 from edgecomp.channels import parse_pruning
@@ -287,7 +287,7 @@ def test_what_a_paper_has_anyway_may_be_said() -> None:
     with pytest.raises(UsageError, match="with --sparsify none"):
         check_method(paper, **{**fine, "sparsifying": None})
     assert fine["scoring"] == LRP
-    assert cli.METHODS == methods.METHODS
+    assert options.METHODS == methods.METHODS
 
 
 @pytest.mark.parametrize("name", PAPERS)

@@ -16,9 +16,10 @@ from onnx import numpy_helper
 
 from edgecomp import bundle, quantmath, reference
 from edgecomp.channels import parse_pruning
-from edgecomp.cli import SCORES, main
+from edgecomp.cli import main
 from edgecomp.compress import compress
 from edgecomp.graph import Graph
+from edgecomp.options import SCORES
 from edgecomp.packing import FIELDS, unpack
 from edgecomp.plan import CompressionPlan
 from edgecomp.pytorch import finetune as tuning

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgecomp.build import build
-from edgecomp.cli import SCORES
+from edgecomp.options import SCORES
 from edgecomp.compress import compress, narrowest_bits
 from edgecomp.graph import Graph
 from edgecomp.methods import PAPERS, Paper

@@ -1,0 +1,156 @@
+"""What each verb of the command line takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgecomp.arguments import read_bytes, read_formats, read_number, read_numbers, read_shape
+
+SCORES = ("lrp", "magnitude", "taylor", "hessian", "wanda", "deeplift", "random")
+"""What --score takes: `pytorch.scores.Score`, which is not imported before it is needed."""
+METHODS = ("edgecomp", "soroush2024", "ghavami2025")
+"""What --method takes: `methods.METHODS`, likewise."""
+
+
+def add_verbs(verbs: Any) -> None:
+    """Add every verb with its arguments to what `ArgumentParser.add_subparsers` gives."""
+    for add in (
+        _add_build,
+        _add_export,
+        _add_unpack,
+        _add_verify,
+        _add_bench,
+        _add_gate,
+        _add_inspect,
+        _add_targets,
+    ):
+        add(verbs)
+
+
+def _add_build(verbs: Any) -> None:
+    p = verbs.add_parser("build", help="model and images in, a folder of compressed files with their proof out")
+    p.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="torchvision:NAME, package.module:factory, or a .pt2 file; without it the bundled sample is built",
+    )
+    p.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or a state_dict saved by torch")
+    p.add_argument("--input-shape", type=read_shape, metavar="C,H,W", help="checked against the preprocessed images")
+    p.add_argument(
+        "--data",
+        metavar="D",
+        help="sample, fashion-mnist:ROOT, cifar10:ROOT, folder:PATH (directory or .zip), npz:PATH, module:function",
+    )
+    p.add_argument(
+        "--test-share", type=read_number, default=0.2, metavar="P", help="of data without a test part (default 0.2)"
+    )
+    p.add_argument("--mean", type=read_numbers, metavar="M", help="per channel, of pixels / 255; default 0")
+    p.add_argument("--std", type=read_numbers, metavar="S", help="per channel, of pixels / 255; default 1")
+    p.add_argument("--resize", type=int, metavar="N", help="shorter side to N, then the centre N x N")
+    p.add_argument("--crop", type=int, metavar="N", help="the centre N x N of what --resize gives")
+    p.add_argument("--pad", type=int, metavar="N", help="black pixels on each side, before normalisation")
+    p.add_argument("--calib", type=int, default=512, metavar="N", help="training images to look at (default 512)")
+    p.add_argument(
+        "--classes", metavar="A,B,C", help="names or numbers of the classes the device is for, each with =WEIGHT or not"
+    )
+    p.add_argument(
+        "--prune",
+        metavar="P",
+        help="whole channels: a share of the weights, e.g. 0.5; auto: as --max-drop allows; nonpositive; default zero",
+    )
+    p.add_argument(
+        "--sparsify",
+        metavar="P",
+        help="single weights to zero: a share of those left, e.g. 0.7; auto: as --max-drop allows; zero; nonpositive",
+    )
+    limits = p.add_mutually_exclusive_group()
+    limits.add_argument("--avg-bits", type=read_number, metavar="X", help="mean bits a weight on disk (default 4)")
+    limits.add_argument("--max-size", type=read_bytes, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
+    limits.add_argument("--max-drop", type=read_number, metavar="P", help="points, on held-out training images")
+    about = "onnx, tflite, tflm (TFLite Micro), c (firmware), with commas between; default onnx,tflite"
+    p.add_argument("--format", type=read_formats, default=("onnx", "tflite"), metavar="F", help=about)
+    _add_at_rest(p, ("native", "packed"))
+    p.add_argument("--io", choices=("float", "int8"), default="float", help="what the files take and give")
+    p.add_argument("--score", choices=SCORES, help="what tells important from unimportant (default lrp)")
+    p.add_argument("--rule", metavar="R", help="of relevance: epsilon (default), epsilon-plus-flat, gamma:0.5, ...")
+    p.add_argument("--start", choices=("logit", "one", "softmax"), help="what relevance starts with (default logit)")
+    p.add_argument("--method", choices=METHODS, default="edgecomp", help="or a paper's own recipe, as far as published")
+    p.add_argument("--no-reconstruct", action="store_true", help="round to nearest: faster, worse below 6 bits")
+    p.add_argument("--recover", type=int, default=0, metavar="EPOCHS", help="of fine-tuning, on all training images")
+    p.add_argument("--checkpoint", type=Path, metavar="FILE", help="of --recover, to go on from (default DIR.recover)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of every random choice (default 0)")
+    p.add_argument("--force", action="store_true", help="replace an earlier build in DIR")
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+
+
+def _add_export(verbs: Any) -> None:
+    p = verbs.add_parser("export", help="write a file again from a plan and its graph; needs no torch and no data")
+    p.add_argument("plan", type=Path, metavar="PLAN")
+    p.add_argument("--graph", type=Path, required=True, metavar="FILE", help="graph.edgecomp, beside the plan")
+    p.add_argument("--format", type=read_formats, required=True, metavar="F", help="onnx, tflite, tflm, c, with commas")
+    _add_at_rest(p, ("native", "int8", "packed"))
+    p.add_argument("--force", action="store_true", help="replace files in DIR")
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+
+
+def _add_at_rest(p: Any, choices: Sequence[str]) -> None:
+    said = {
+        "native": "native (default; any interpreter runs it)",
+        "int8": "int8 (a byte a weight, ONNX too, for runtimes that unpack nothing)",
+        "packed": "packed (TFLite at its smallest; unpack before use)",
+    }
+    about = f"in what form files hold weights: {', '.join(said[name] for name in choices)}"
+    p.add_argument("--weights-at-rest", choices=choices, default="native", help=about)
+
+
+def _add_unpack(verbs: Any) -> None:
+    p = verbs.add_parser("unpack", help="widen an ONNX or TFLite file's packed weights to int8; needs numpy alone")
+    p.add_argument("file", type=Path, nargs="?", metavar="IN")
+    p.add_argument("-o", "--output", type=Path, metavar="OUT")
+    p.add_argument("--force", action="store_true", help="replace OUT")
+    p.add_argument("--cpp-header", action="store_true", help="print where the C++ reader of packed TFLite files lies")
+
+
+def _add_verify(verbs: Any) -> None:
+    p = verbs.add_parser("verify", help="measure digests, accuracy and parity of a built folder again")
+    p.add_argument("folder", type=Path, metavar="DIR")
+    p.add_argument("--data", metavar="D", help="when the images have moved; else as in the manifest")
+    p.add_argument("--per-layer", action="store_true", help="compare every tensor inside the network as well")
+    p.add_argument("--json", action="store_true")
+
+
+def _add_bench(verbs: Any) -> None:
+    p = verbs.add_parser("bench", help="latency and memory on this machine, beside the float and plain int8 model")
+    p.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a built folder, or an .onnx or .tflite file")
+    p.add_argument("--runtime", metavar="R", help="onnxruntime, onnxruntime-lean, litert, tflite-micro and others")
+    p.add_argument("--target", metavar="NAME", help="run the folder's network in C on an emulated core: cortex-m4, ...")
+    p.add_argument("--threads", type=int, default=1, metavar="N")
+    p.add_argument("--min-secs", type=float, default=2.0, metavar="S", help="measuring time for each model at least")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the runs")
+    p.add_argument("--json", action="store_true", help="everything, all raw samples included")
+
+
+def _add_gate(verbs: Any) -> None:
+    p = verbs.add_parser("gate", help="fail where a folder's network in C breaks a budget; for build pipelines")
+    p.add_argument("folder", type=Path, metavar="DIR")
+    p.add_argument("--max-flash", type=read_bytes, metavar="BYTES", help="of weights, scales; with --target code too")
+    p.add_argument("--max-ram", type=read_bytes, metavar="BYTES", help="of the arena; with --target of the stack too")
+    p.add_argument("--max-drop", type=read_number, metavar="P", help="points of accuracy below the float network's")
+    p.add_argument("--target", metavar="NAME", help="the core to build and run it for: cortex-m4, ...")
+    p.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier manifest.json: what has grown since?")
+
+
+def _add_inspect(verbs: Any) -> None:
+    p = verbs.add_parser("inspect", help="say what is in a file: layers, bits, bytes, operators")
+    p.add_argument("file", type=Path, metavar="FILE")
+    p.add_argument("--execution", action="store_true", help="load it: what is left in float, or by XNNPACK?")
+    p.add_argument("--json", action="store_true")
+
+
+def _add_targets(verbs: Any) -> None:
+    p = verbs.add_parser("targets", help="the boards edgecomp knows")
+    p.add_argument("name", nargs="?", metavar="NAME")
+    p.add_argument("--json", action="store_true")

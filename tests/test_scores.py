@@ -137,6 +137,6 @@ def test_every_score_fills_every_layer(kind: Score) -> None:
 
 
 def test_the_command_line_knows_every_score() -> None:
-    from edgecomp.cli import SCORES
+    from edgecomp.options import SCORES
 
     assert tuple(Score) == SCORES

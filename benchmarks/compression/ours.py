@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgecomp.build import build
-from edgecomp.options import SCORES
 from edgecomp.compress import compress, narrowest_bits
 from edgecomp.graph import Graph
 from edgecomp.methods import PAPERS, Paper
+from edgecomp.options import SCORES
 from edgecomp.plan import CompressionPlan, Io, LayerPlan
 from edgecomp.planner import mean_bits, solve_mean_bits
 from edgecomp.quantmath import Grid

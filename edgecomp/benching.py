@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgecomp import manifest, reference
-from edgecomp.artifact import FILES, AtRest, form_of
+from edgecomp.artifact import FILES
 from edgecomp.compress import border_codes, compress
 from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.files import MANIFEST
 from edgecomp.folder import BuiltFolder, open_folder
 from edgecomp.report import BenchReport, Comparison, table
-from edgecomp.verifying import check_companions
 
 if TYPE_CHECKING:
     from edgecomp.benchmarks.firmware import FirmwareReport
@@ -176,7 +175,7 @@ def _bench_folder(
         entries = [
             (FLOAT + cut, others["fp32"].data, entry["format"]),
             (INT8 + cut, others["int8"].data, entry["format"]),
-            (COMPRESSED, folder.artifact(entry), entry["format"]),
+            (COMPRESSED, folder.read(entry["path"]), entry["format"]),
         ]
         comparison = _run(entries, entry["path"], runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
         known = {COMPRESSED: entry["accuracy"]["value"]}
@@ -266,9 +265,7 @@ def bench_target(
     entry = next((a for a in folder.record["artifacts"] if a["format"] == "c"), None)
     if entry is None:
         raise UsageError(f"{path}: has no network in C, which is what {target} runs; build it with --format c")
-    check_companions(folder, form_of("c", AtRest(entry.get("weights_at_rest", AtRest.NATIVE))))
-    names = FILES["c"]
-    files = {names[0]: folder.artifact(entry), **{name: folder.read(name) for name in names[1:]}}
+    files = {name: folder.read(name) for name in FILES["c"]}
     quantized = compress(folder.graph, folder.plan)
     first, last = border_codes(quantized)
     shape = quantized.tensors[first].shape[1:]

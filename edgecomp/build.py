@@ -18,12 +18,13 @@ from edgecomp.check import Stage, at_chance, measure, measure_accuracy
 from edgecomp.compress import compress, narrowest_bits, on_grids
 from edgecomp.data import LabelledImages, draw
 from edgecomp.errors import DataError, UsageError
-from edgecomp.files import MANIFEST, MANIFEST_SCHEMA, PLAN_FILE, check_output_folder, new_folder, write_file
+from edgecomp.files import MANIFEST, MANIFEST_SCHEMA, OVERVIEW, PLAN_FILE, check_output_folder, new_folder, write_file
 from edgecomp.graph import Array, Graph
 from edgecomp.methods import LRP, OURS, Paper, Scoring, check_method
 from edgecomp.overview import overview
 from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, write_json
 from edgecomp.preprocessing import Preprocessing
+from edgecomp.provenance import tools
 from edgecomp.pruning import check_pruning, pruned, sparsified
 from edgecomp.quantmath import Grid
 from edgecomp.recovering import recover, recovery_settings
@@ -303,11 +304,15 @@ def build(
         quantized = compress(spent.candidate.graph, plan)
         exported = _export(quantized, formats, stage)
         measured = [measure(e, quantized, images.test, preprocessing, stage) for e in exported]
-        plan_text = plan.to_json()
         record: dict[str, object] = {
             "schema": MANIFEST_SCHEMA,
             "model": graph.name,
             "data": data,
+            "inputs": {
+                "network": original.digest(),
+                "training images": images.train.digest(),
+                "test images": images.test.digest(),
+            },
             "test_share": float(test_share),
             "preprocessing": preprocessing.to_json(),
             "classes": list(images.classes),
@@ -317,18 +322,16 @@ def build(
             "artifacts": [manifest.artifact_entry(e, quantized, m) for e, m in zip(exported, measured, strict=True)],
             "layers": manifest.layer_entries(original, quantized, plan, relevance, exported),
             "graph_digest": plan.graph_digest,
-            "plan_sha256": hashlib.sha256(plan_text.encode()).hexdigest(),
             "seed": seed,
-            "tools": manifest.tool_versions(),
+            "tools": tools(),
         }
+        files = {name: contents for e in exported for name, contents in files_of(e).items()}
+        files |= {bundle.GRAPH_FILE: bundle.to_bytes(spent.candidate.graph), PLAN_FILE: plan.to_json().encode()}
+        files[OVERVIEW] = overview(record, plan.made_by).encode()
+        record["files"] = {name: hashlib.sha256(contents).hexdigest() for name, contents in sorted(files.items())}
         with new_folder(folder, force=force) as work:
-            for e in exported:
-                for name, contents in files_of(e).items():
-                    write_file(work / name, contents)
-            bundle.save(spent.candidate.graph, work / bundle.GRAPH_FILE)
-            write_file(work / PLAN_FILE, plan_text.encode())
-            write_file(work / "README.md", overview(record, plan.made_by).encode())
-            write_file(work / MANIFEST, write_json(record).encode())
+            for name, contents in {**files, MANIFEST: write_json(record).encode()}.items():
+                write_file(work / name, contents)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         return record

@@ -7,6 +7,7 @@ that names it. Images stay uint8 until `LabelledImages.inputs` turns some of the
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib
 import io
 import json
@@ -82,6 +83,12 @@ class LabelledImages:
             UsageError: the images are float already and `p` would change them.
         """
         return preprocess(self.images[start:stop], p)
+
+    def digest(self) -> str:
+        """Identify the images, as they are before preprocessing, with their labels, in their order: a sha256."""
+        both = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        both.update(self.labels.astype("<i8").tobytes())
+        return both.hexdigest()
 
     def take(self, indices: Array) -> LabelledImages:
         """Pick images by index, in the order given."""

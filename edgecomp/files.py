@@ -14,7 +14,8 @@ from edgecomp.errors import UsageError
 
 MANIFEST = "manifest.json"
 PLAN_FILE = "plan.json"
-MANIFEST_SCHEMA = "edgecomp-manifest/1"
+OVERVIEW = "README.md"
+MANIFEST_SCHEMA = "edgecomp-manifest/2"
 _UNFINISHED = ".unfinished-"
 
 

@@ -33,28 +33,18 @@ class BuiltFolder:
     graph: Graph
 
     def read(self, name: str) -> bytes:
-        """Read a file of the folder.
+        """Read a file of the folder and check that it is the one the manifest speaks of.
 
         Raises:
-            BundleError: it is missing or cannot be read.
+            BundleError: missing, unknown to the manifest, or of another digest.
         """
-        return _read(self.path / name)
-
-    def artifact(self, entry: Mapping[str, Any]) -> bytes:
-        """Read an exported file and check that it is the one the manifest speaks of.
-
-        Args:
-            entry: from the manifest's list of artifacts.
-
-        Raises:
-            BundleError: missing, or of another digest.
-        """
-        path = self.path / entry["path"]
-        data = self.read(entry["path"])
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != entry["sha256"]:
+        path = self.path / name
+        data, known = _read(path), self.record["files"]
+        if name not in known:
+            raise BundleError(f"{path}: {MANIFEST} does not know it; build the folder again")
+        if (digest := hashlib.sha256(data).hexdigest()) != known[name]:
             raise BundleError(
-                f"{path}: sha256 is {digest[:12]}…, the manifest says {entry['sha256'][:12]}…; "
+                f"{path}: sha256 is {digest[:12]}…, the manifest says {known[name][:12]}…; "
                 "file or manifest was changed after the build, build it again"
             )
         return data
@@ -71,7 +61,7 @@ def open_folder(path: Path) -> BuiltFolder:
         raise BundleError(f"{path}: is no folder; expected one that edgecomp build wrote")
     record = read_manifest(_text(path / MANIFEST), str(path / MANIFEST))
     text = _text(path / PLAN_FILE)
-    if hashlib.sha256(text.encode()).hexdigest() != record["plan_sha256"]:
+    if hashlib.sha256(text.encode()).hexdigest() != record["files"][PLAN_FILE]:
         raise BundleError(
             f"{path / PLAN_FILE}: was changed after the build; write files from it with: "
             f"edgecomp export {PLAN_FILE} --graph {bundle.GRAPH_FILE} --format onnx -o NEW"

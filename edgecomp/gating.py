@@ -60,7 +60,7 @@ def gate(path: Path, limits: Limits, *, target: str | None, baseline: Path | Non
     entry = _entry(folder.record)
     if entry is None:
         raise UsageError(f"{path}: has no network in C, whose flash and RAM are judged; build it with --format c")
-    folder.artifact(entry)
+    folder.read(entry["path"])
     before = None if baseline is None else _read(baseline)
     flash, ram = entry["flash_bytes"], entry["arena_bytes"]
     if target is not None:

@@ -5,17 +5,15 @@ Nothing in it depends on the clock or the folder: the same build twice gives the
 
 from __future__ import annotations
 
-import platform
+import re
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 
-from edgecomp import __version__
 from edgecomp.artifact import FILES, AtRest, Exported
 from edgecomp.errors import BundleError, PlanError
-from edgecomp.files import MANIFEST_SCHEMA
+from edgecomp.files import MANIFEST_SCHEMA, PLAN_FILE
 from edgecomp.graph import Graph, Op
 from edgecomp.groups import number_channels
 from edgecomp.plan import CompressionPlan, Relevance, check_keys, load_strict_json
@@ -24,6 +22,7 @@ KEYS = (
     "schema",
     "model",
     "data",
+    "inputs",
     "test_share",
     "preprocessing",
     "classes",
@@ -33,22 +32,10 @@ KEYS = (
     "artifacts",
     "layers",
     "graph_digest",
-    "plan_sha256",
+    "files",
     "seed",
     "tools",
 )
-_PACKAGES = ("numpy", "torch", "torchvision", "onnx", "onnxruntime", "ai-edge-litert", "flatbuffers", "tflite-micro")
-
-
-def tool_versions() -> dict[str, str]:
-    """Name the versions that can change a byte or a figure."""
-    versions = {"edgecomp": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def weight_counts(graph: Graph) -> dict[str, int]:
@@ -85,7 +72,6 @@ def artifact_entry(exported: Exported, graph: Graph, measured: Mapping[str, obje
         "weights_at_rest": exported.at_rest.value,
         "bytes": len(exported.data),
         **({} if exported.flash_bytes is None else {"flash_bytes": exported.flash_bytes}),
-        "sha256": exported.sha256(),
         "weight_bytes": weight_bytes,
         "conv_weight_bytes": sum(w.stored_bytes for w in exported.weights if w.layer in convolutions),
         "mean_bits": round(8 * weight_bytes / n_weights, 4),
@@ -154,7 +140,7 @@ def read_manifest(text: str, where: str) -> Mapping[str, Any]:
         place = f"{where}: artifact {i}"
         if not isinstance(artifact, dict):
             raise BundleError(f"{place}: expected an object")
-        for key, kind in (("format", str), ("path", str), ("sha256", str), ("bytes", int), ("accuracy", dict)):
+        for key, kind in (("format", str), ("path", str), ("bytes", int), ("accuracy", dict)):
             if not isinstance(artifact.get(key), kind):
                 raise BundleError(f"{place}: {key!r} is missing or not of type {kind.__name__}")
         if artifact["format"] not in FILES:
@@ -167,9 +153,19 @@ def read_manifest(text: str, where: str) -> Mapping[str, Any]:
             raise BundleError(f"{place}: accuracy: 'value' is missing")
         if not (isinstance(artifact["accuracy"].get("runtime"), str) and artifact["accuracy"]["runtime"].strip()):
             raise BundleError(f"{place}: accuracy: 'runtime' is missing")
-    for key, kind in (("data", str), ("float", dict), ("seed", int), ("tools", dict)):
+    kinds = {"data": str, "inputs": dict, "float": dict, "files": dict, "seed": int, "tools": dict}
+    for key, kind in kinds.items():
         if not isinstance(obj[key], kind) or isinstance(obj[key], bool):
             raise BundleError(f"{where}: {key!r} is {obj[key]!r:.60}, expected {kind.__name__}")
+    for name in (PLAN_FILE, *(artifact["path"] for artifact in artifacts)):
+        if name not in obj["files"]:
+            raise BundleError(f"{where}: files: {name!r} is missing")
+    for name, digest in obj["files"].items():
+        if not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
+            raise BundleError(f"{where}: files: {name!r:.80} is {digest!r:.80}, expected 64 hexadecimal digits")
+    for name, tool in obj["tools"].items():
+        if not (isinstance(tool, dict) and all(isinstance(tool.get(key), str) for key in ("version", "sha256"))):
+            raise BundleError(f"{where}: tools: {name!r:.80} is {tool!r:.80}, expected a version and a sha256")
     if not (_is_number(obj["test_share"]) and 0 < obj["test_share"] < 1):
         raise BundleError(f"{where}: 'test_share' is {obj['test_share']!r:.60}, expected a number between 0 and 1")
     if not _is_number(obj["float"].get("accuracy")):

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgecomp.artifact import FILES, AtRest, form_of
-from edgecomp.bundle import GRAPH_FILE
+from edgecomp.artifact import AtRest, form_of
 from edgecomp.check import LEAST_AGREEMENT_PERCENT, measure_accuracy, measure_parity, parity_by_layer
 from edgecomp.compress import compress
 from edgecomp.data import DataSet, load
-from edgecomp.errors import BundleError, DataError, ExportError
-from edgecomp.files import PLAN_FILE
+from edgecomp.errors import DataError, ExportError
+from edgecomp.files import OVERVIEW
 from edgecomp.folder import BuiltFolder, open_folder
+from edgecomp.provenance import tools
 from edgecomp.report import Parity, table
 
 if TYPE_CHECKING:
@@ -142,14 +142,12 @@ def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Ve
         TargetError: a runtime is missing.
     """
     folder = open_folder(path)
-    files = {entry["path"]: folder.artifact(entry) for entry in folder.record["artifacts"]}
+    files = {entry["path"]: folder.read(entry["path"]) for entry in folder.record["artifacts"]}
     images = _images(folder, data)
     quantized = compress(folder.graph, folder.plan)
-    for entry in folder.record["artifacts"]:
-        if entry["format"] == "tflm":
-            _check_array(folder, entry["path"], files[entry["path"]])
-        elif entry["format"] == "c":
-            check_companions(folder, form_of("c", AtRest(entry.get("weights_at_rest", AtRest.NATIVE))))
+    for name in folder.record["files"]:
+        if name != OVERVIEW:
+            folder.read(name)
     verified = []
     for entry in folder.record["artifacts"]:
         runtime = entry["accuracy"]["runtime"].split()[0]
@@ -174,34 +172,6 @@ def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Ve
             )
         )
     return Verification(files=tuple(verified))
-
-
-def _check_array(folder: BuiltFolder, path: str, data: bytes) -> None:
-    """Check that the array in C++ is still the file."""
-    from edgecomp.exporters.c_array import c_array
-
-    for name, contents in zip(FILES["tflm"][1:], c_array(data), strict=True):
-        if folder.read(name) != contents:
-            raise BundleError(
-                f"{folder.path / name}: is not {path} as an array, it was changed after the build; write it again "
-                f"with: edgecomp export {PLAN_FILE} --graph {GRAPH_FILE} --format tflm -o NEW"
-            )
-
-
-def check_companions(folder: BuiltFolder, form: str) -> None:
-    """Check that header and kernels are still those of the network in C.
-
-    Raises:
-        BundleError: one is missing or is another.
-    """
-    from edgecomp.build import rewritten
-
-    for name, contents in rewritten(folder.plan, folder.graph, form).companions.items():
-        if folder.read(name) != contents:
-            raise BundleError(
-                f"{folder.path / name}: is not what belongs to network.c: it was changed, or written by another "
-                f"edgecomp; write it again with: edgecomp export {PLAN_FILE} --graph {GRAPH_FILE} --format c -o NEW"
-            )
 
 
 def _images(folder: BuiltFolder, data: str | None) -> DataSet:
@@ -229,12 +199,11 @@ def _of_the_model(images: DataSet, classes: tuple[str, ...]) -> DataSet:
 
 def _same_bytes(folder: BuiltFolder, form: str, data: bytes) -> bool | None:
     from edgecomp.build import rewritten
-    from edgecomp.manifest import tool_versions
 
     others = {"onnx": ("onnx",), "c": ()}.get(form.partition("-")[0], ("ai-edge-litert", "flatbuffers"))
     writers = ("edgecomp", *others)
-    now, then = tool_versions(), folder.record["tools"]
-    if any(now.get(name) != then.get(name) for name in writers):
+    now, then = tools(), folder.record["tools"]
+    if any(now.get(name, {}).get("version") != then.get(name, {}).get("version") for name in writers):
         return None
     try:
         return rewritten(folder.plan, folder.graph, form).data == data

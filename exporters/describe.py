@@ -206,7 +206,8 @@ def _manifest(text: str, where: str) -> dict[str, object]:
     _check_plain(record, 6)
     artifacts = [
         {
-            **{key: a.get(key) for key in ("path", "format", "bytes", "weight_bytes", "mean_bits", "sha256")},
+            **{key: a.get(key) for key in ("path", "format", "bytes", "weight_bytes", "mean_bits")},
+            "sha256": record["files"][a["path"]],
             **{f"accuracy_{key}": a["accuracy"].get(key) for key in ("value", "n", "runtime")},
             **{key: a.get("parity", {}).get(key) for key in ("equal_percent", "max_steps")},
         }
@@ -214,7 +215,7 @@ def _manifest(text: str, where: str) -> dict[str, object]:
     ]
     columns = ("name", "kind", "weights", "kept_channels", "bits", "zero_percent", "relevance", "stored_bytes")
     layers = [{key: layer.get(key) for key in columns} for layer in record["layers"]]
-    plain = ("model", "data", "io", "classes", "graph_digest", "plan_sha256", "seed", "budget", "float", "tools")
+    plain = ("model", "data", "io", "classes", "inputs", "graph_digest", "files", "seed", "budget", "float", "tools")
     return {
         "kind": "manifest",
         "format_version": MANIFEST_SCHEMA,

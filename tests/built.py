@@ -14,6 +14,7 @@ from edgecomp.exporters import export
 from edgecomp.files import MANIFEST, MANIFEST_SCHEMA, PLAN_FILE
 from edgecomp.graph import Graph
 from edgecomp.plan import CompressionPlan, LayerRelevance, Relevance, write_json
+from edgecomp.provenance import tools
 from tests.graphs import plain, plan_for
 
 FORMATS = ("onnx", "tflite")
@@ -49,6 +50,7 @@ def record_of(graph: Graph, plan: CompressionPlan, **others: object) -> dict[str
         "schema": MANIFEST_SCHEMA,
         "model": graph.name,
         "data": "sample",
+        "inputs": {"network": graph.digest()},
         "test_share": 0.2,
         "preprocessing": plan.preprocessing.to_json(),
         "classes": list(plan.classes),
@@ -58,9 +60,16 @@ def record_of(graph: Graph, plan: CompressionPlan, **others: object) -> dict[str
         "artifacts": [manifest.artifact_entry(file, quantized, MEASURED) for file in exported],
         "layers": manifest.layer_entries(graph, quantized, plan, flat_relevance(graph), exported),
         "graph_digest": graph.digest(),
-        "plan_sha256": hashlib.sha256(plan.to_json().encode()).hexdigest(),
+        "files": {
+            name: hashlib.sha256(contents).hexdigest()
+            for name, contents in {
+                **{file.name: file.data for file in exported},
+                bundle.GRAPH_FILE: bundle.to_bytes(graph),
+                PLAN_FILE: plan.to_json().encode(),
+            }.items()
+        },
         "seed": 0,
-        "tools": manifest.tool_versions(),
+        "tools": tools(),
         **others,
     }
 

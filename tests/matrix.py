@@ -43,9 +43,9 @@ from edgecomp.exporters import export
 from edgecomp.exporters.unpack_tflite import is_packed, unpack_tflite
 from edgecomp.graph import Graph
 from edgecomp.imagefolder import read_folder
-from edgecomp.manifest import tool_versions
 from edgecomp.plan import CompressionPlan, Io, LayerPlan
 from edgecomp.preprocessing import Preprocessing
+from edgecomp.provenance import tools
 from edgecomp.pytorch.calibrate import calibrate
 from edgecomp.pytorch.capture import capture
 from edgecomp.quantmath import dequantize
@@ -393,11 +393,11 @@ def summary(rows: Sequence[Row]) -> str:
 
 def written(rows: Sequence[Row]) -> str:
     """Give the table, what it says in short, and what it was measured with."""
-    versions = tool_versions()
+    known = tools()
     names = ("torch", "torchvision", "onnxruntime", "ai-edge-litert", "tflite-micro")
-    tools = ", ".join(f"{tool} {versions[tool]}" for tool in names)
+    used = ", ".join(f"{name} {known[name]['version']}" for name in names)
     header = tuple(rows[0])
-    return f"{table([tuple(r.values()) for r in rows], header)}\n\n{summary(rows)}\n\nMeasured with {tools}."
+    return f"{table([tuple(r.values()) for r in rows], header)}\n\n{summary(rows)}\n\nMeasured with {used}."
 
 
 def read(text: str) -> list[Row]:

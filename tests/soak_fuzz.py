@@ -270,7 +270,7 @@ def _use_manifest(text: str) -> None:
     assert isinstance(record["data"], str)
     assert isinstance(record["seed"], int)
     float(record["float"]["accuracy"])
-    record["tools"].get("onnx")
+    record["tools"].get("onnx", {}).get("version")
     for artifact in record["artifacts"]:
         float(artifact["accuracy"]["value"])
         assert artifact["accuracy"]["runtime"].split()[0]

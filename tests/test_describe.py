@@ -295,7 +295,7 @@ def manifest_text(graph: Graph) -> str:
     }
     names = ("name", "kind", "weights", "kept_channels", "bits", "zero_percent", "relevance", "stored_bytes")
     values = {
-        "schema": "edgecomp-manifest/1",
+        "schema": "edgecomp-manifest/2",
         "model": "plain",
         "data": "sample",
         "io": "float",
@@ -305,6 +305,7 @@ def manifest_text(graph: Graph) -> str:
         "float": {"accuracy": 92.0, "n": 2000, "weight_bytes": 864},
         "classes": ["shirt", "shoe"],
         "test_share": 0.2,
+        "files": {"model.onnx": exported.sha256(), "plan.json": "ab" * 32},
         "seed": 7,
     }
     return write_json({key: values.get(key, {}) for key in manifest.KEYS})
@@ -437,7 +438,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
         (b"\x08\x08", "holds no network"),
         (b"\x1c\0\0\0TFL3", "damaged or cut off"),
         (b"{", "not JSON"),
-        (b"{}", "schema is None; expected one of edgecomp-plan/1, edgecomp-manifest/1"),
+        (b"{}", "schema is None; expected one of edgecomp-plan/1, edgecomp-manifest/2"),
         (b'{"schema": "edgecomp-plan/2"}', "schema is 'edgecomp-plan/2'; expected one of"),
         (b'{"schema": ["edgecomp-plan/1"]}', "schema is \\['edgecomp"),
         (b"[]", "lists no comparison"),

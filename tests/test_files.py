@@ -19,7 +19,7 @@ from edgecomp.errors import UsageError
 from edgecomp.files import MANIFEST, check_new_files, check_output_folder, new_folder, write_file
 
 ROOT = Path(__file__).parents[1]
-OURS = json.dumps({"schema": "edgecomp-manifest/1"})
+OURS = json.dumps({"schema": "edgecomp-manifest/2"})
 
 
 def listing(folder: Path) -> list[str]:
@@ -140,7 +140,7 @@ def a_foreign_manifest(place: Path) -> Path:
 
 def a_manifest_that_is_no_object(place: Path) -> Path:
     place.mkdir()
-    (place / MANIFEST).write_text('["edgecomp-manifest/1"]')
+    (place / MANIFEST).write_text('["edgecomp-manifest/2"]')
     return place
 
 
@@ -283,7 +283,7 @@ WRITER = """
     from pathlib import Path
     from edgecomp.files import new_folder
     with new_folder(Path(sys.argv[1]), force=True) as work:
-        (work / "manifest.json").write_text('{"schema": "edgecomp-manifest/1"}')
+        (work / "manifest.json").write_text('{"schema": "edgecomp-manifest/2"}')
         print("ready", flush=True)
         time.sleep(60)
 """
@@ -360,7 +360,7 @@ def test_writers_of_many_processes_end_with_a_whole_folder(tmp_path: Path) -> No
         for i in range(20):
             try:
                 with new_folder(Path(sys.argv[1]), force=True) as work:
-                    (work / "manifest.json").write_text('{"schema": "edgecomp-manifest/1"}')
+                    (work / "manifest.json").write_text('{"schema": "edgecomp-manifest/2"}')
                     (work / "b").write_text("b")
             except (OSError, UsageError):
                 pass

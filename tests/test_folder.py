@@ -33,7 +33,7 @@ def test_what_was_written_is_read(folder: Path) -> None:
     assert built.plan == CompressionPlan.from_json((folder / "plan.json").read_text())
     assert built.record["model"] == "plain"
     for entry in built.record["artifacts"]:
-        assert built.artifact(entry) == (folder / entry["path"]).read_bytes()
+        assert built.read(entry["path"]) == (folder / entry["path"]).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.tflite"])
@@ -42,9 +42,8 @@ def test_a_changed_artifact_is_refused(name: str, folder: Path) -> None:
     data[len(data) // 2] ^= 1
     (folder / name).write_bytes(data)
     built = open_folder(folder)
-    entry = next(e for e in built.record["artifacts"] if e["path"] == name)
-    with pytest.raises(BundleError, match=f"{name}: sha256 is .*the manifest says {entry['sha256'][:12]}"):
-        built.artifact(entry)
+    with pytest.raises(BundleError, match=f"{name}: sha256 is .*the manifest says {built.record['files'][name][:12]}"):
+        built.read(name)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json", "graph.edgecomp"])
@@ -58,7 +57,7 @@ def test_a_missing_artifact_is_named(folder: Path) -> None:
     (folder / "model.onnx").unlink()
     built = open_folder(folder)
     with pytest.raises(BundleError, match=r"model\.onnx: cannot be read"):
-        built.artifact(built.record["artifacts"][0])
+        built.read(built.record["artifacts"][0]["path"])
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
@@ -96,7 +95,7 @@ def test_plan_and_manifest_of_another_model(folder: Path, tmp_path: Path) -> Non
     shutil.copy(other / "graph.edgecomp", folder / "graph.edgecomp")
     built = open_folder(folder)
     with pytest.raises(BundleError, match="sha256"):
-        built.artifact(built.record["artifacts"][0])
+        built.read(built.record["artifacts"][0]["path"])
 
 
 def test_files_of_two_builds_of_one_model(folder: Path) -> None:

@@ -33,13 +33,13 @@ def test_the_folder_holds_what_the_manifest_says(place: Place) -> None:
     assert sorted(p.name for p in out.iterdir()) == [
         "README.md", "graph.edgecomp", "manifest.json", "model.onnx", "model.tflite", "plan.json",
     ]  # fmt: skip
-    assert manifest["schema"] == "edgecomp-manifest/1"
+    assert manifest["schema"] == "edgecomp-manifest/2"
     assert manifest["model"] == "tiny"
     assert manifest["budget"] == {"kind": "avg_bits", "asked": 4.0, "got": manifest["budget"]["got"], "met": True}
     assert manifest["budget"]["got"] <= 4.0
     for artifact in manifest["artifacts"]:
         data = (out / artifact["path"]).read_bytes()
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (artifact["bytes"], artifact["sha256"])
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (artifact["bytes"], manifest["files"][artifact["path"]])
         assert artifact["accuracy"]["n"] == 200
         assert artifact["parity"]["max_steps"] <= 1
         assert sum(layer["stored_bytes_by_format"][artifact["format"]] for layer in manifest["layers"]) == (

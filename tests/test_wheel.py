@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from edgecomp.provenance import tools
+
 ROOT = Path(__file__).parents[1]
 PLACES = {
     "edgecomp": "edgecomp",
@@ -115,6 +117,8 @@ for name in edgecomp.targets.names():
 edgecomp.samples.sample_files()
 from edgecomp.cli import main
 assert main(["targets"]) == 0
+from edgecomp.provenance import tools
+print(tools()["edgecomp"]["sha256"])
 """
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     ran = subprocess.run(
@@ -122,3 +126,4 @@ assert main(["targets"]) == 0
     )
     assert ran.returncode == 0, ran.stderr
     assert "rpi4" in ran.stdout
+    assert ran.stdout.splitlines()[-1] == tools()["edgecomp"]["sha256"], "installed code is not that of the checkout's"

@@ -37,7 +37,7 @@ _BATCH = 32
 
 
 def measure_accuracy(
-    data: bytes,
+    model: bytes | Graph,
     runtime: str,
     images: LabelledImages,
     preprocessing: Preprocessing,
@@ -60,7 +60,7 @@ def measure_accuracy(
     shares = np.array_split(np.arange(len(images)), min(os.cpu_count() or 1, len(images)))
 
     # Loaded one after the other: what native code prints meanwhile is held back, and there is one stderr for all.
-    runners = [runner_class(runtime)(data, threads=1) for _ in shares]
+    runners = [runner_class(runtime)(model, threads=1) for _ in shares]
 
     def right(runner: Runner, share: Array) -> int:
         percent, n = accuracy(runner, images.take(share), preprocessing, progress=progress)

@@ -34,10 +34,12 @@ EXIT_CODES: tuple[tuple[type[errors.EdgecompError], int], ...] = (
 )
 """The first row whose class fits counts."""
 INTERRUPTED = 130
-OPTIONAL = frozenset(
-    {"torch", "torchvision", "safetensors", "PIL", "onnx", "onnxruntime", "ai_edge_litert", "flatbuffers"}
-)
-"""What the base install lacks; the extras bring it."""
+OPTIONAL = {
+    **dict.fromkeys(("torch", "torchvision", "safetensors", "PIL", "onnx", "onnxruntime"), "build"),
+    **dict.fromkeys(("ai_edge_litert", "flatbuffers"), "build"),
+    **dict.fromkeys(("cyclonedx", "packageurl"), "sbom"),
+}
+"""What the base install lacks, and the extra that brings it."""
 
 
 def entry() -> NoReturn:
@@ -96,7 +98,8 @@ def _run(args: argparse.Namespace) -> int:
         package = (e.name or "").partition(".")[0]
         if package not in OPTIONAL or "initialization" in str(e):
             raise
-        return _complain(f"{package} cannot be imported ({e}); install it with: pip install 'edgecomp[build]'", 6)
+        extra = OPTIONAL[package]
+        return _complain(f"{package} cannot be imported ({e}); install it with: pip install 'edgecomp[{extra}]'", 6)
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`); what is left to print is not wanted.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -306,7 +309,9 @@ def _unpack(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from edgecomp.verifying import verify
 
-    result = verify(args.folder, data=args.data, per_layer=args.per_layer, stage=_stage)
+    result = verify(
+        args.folder, data=args.data, per_layer=args.per_layer, reference=args.reference, stage=_stage
+    )
     print(json.dumps(result.to_json(), indent=1) if args.json else result.table())
     return 0 if result.passed else _complain(result.reason(), 4)
 
@@ -343,6 +348,21 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _sbom(args: argparse.Namespace) -> int:
+    from edgecomp.exporters.to_cyclonedx import to_cyclonedx
+    from edgecomp.files import check_new_files, write_file
+    from edgecomp.folder import open_folder
+
+    if args.output is not None:
+        check_new_files(args.output.parent, [args.output.name], force=args.force)
+    text = to_cyclonedx(open_folder(args.folder))
+    if args.output is None:
+        print(text, end="")
+    else:
+        write_file(args.output, text.encode())
+    return 0
+
+
 def _targets(args: argparse.Namespace) -> int:
     from edgecomp.boards import board_facts, board_table, boards_table
 
@@ -359,5 +379,6 @@ _VERBS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "bench": _bench,
     "gate": _gate,
     "inspect": _inspect,
+    "sbom": _sbom,
     "targets": _targets,
 }

@@ -153,10 +153,10 @@ def read_manifest(text: str, where: str) -> Mapping[str, Any]:
             raise BundleError(f"{place}: accuracy: 'value' is missing")
         if not (isinstance(artifact["accuracy"].get("runtime"), str) and artifact["accuracy"]["runtime"].strip()):
             raise BundleError(f"{place}: accuracy: 'runtime' is missing")
-    kinds = {"data": str, "inputs": dict, "float": dict, "files": dict, "seed": int, "tools": dict}
-    for key, kind in kinds.items():
-        if not isinstance(obj[key], kind) or isinstance(obj[key], bool):
-            raise BundleError(f"{where}: {key!r} is {obj[key]!r:.60}, expected {kind.__name__}")
+    kinds: dict[str, type] = {"data": str, "inputs": dict, "float": dict, "files": dict, "seed": int, "tools": dict}
+    for key, type_ in kinds.items():
+        if not isinstance(obj[key], type_) or isinstance(obj[key], bool):
+            raise BundleError(f"{where}: {key!r} is {obj[key]!r:.60}, expected {type_.__name__}")
     for name in (PLAN_FILE, *(artifact["path"] for artifact in artifacts)):
         if name not in obj["files"]:
             raise BundleError(f"{where}: files: {name!r} is missing")

@@ -24,6 +24,7 @@ def add_verbs(verbs: Any) -> None:
         _add_bench,
         _add_gate,
         _add_inspect,
+        _add_sbom,
         _add_targets,
     ):
         add(verbs)
@@ -119,6 +120,7 @@ def _add_verify(verbs: Any) -> None:
     p.add_argument("folder", type=Path, metavar="DIR")
     p.add_argument("--data", metavar="D", help="when the images have moved; else as in the manifest")
     p.add_argument("--per-layer", action="store_true", help="compare every tensor inside the network as well")
+    p.add_argument("--reference", action="store_true", help="all test images by the integer reference, too; slow")
     p.add_argument("--json", action="store_true")
 
 
@@ -148,6 +150,13 @@ def _add_inspect(verbs: Any) -> None:
     p.add_argument("file", type=Path, metavar="FILE")
     p.add_argument("--execution", action="store_true", help="load it: what is left in float, or by XNNPACK?")
     p.add_argument("--json", action="store_true")
+
+
+def _add_sbom(verbs: Any) -> None:
+    p = verbs.add_parser("sbom", help="a built folder's bill of materials, with the model in it: CycloneDX 1.6, JSON")
+    p.add_argument("folder", type=Path, metavar="DIR")
+    p.add_argument("--force", action="store_true", help="replace FILE")
+    p.add_argument("-o", "--output", type=Path, metavar="FILE", help="e.g. bom.cdx.json; default: print it")
 
 
 def _add_targets(verbs: Any) -> None:

@@ -64,9 +64,15 @@ class Verified:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """All files of a folder."""
+    """All files of a folder.
+
+    Attributes:
+        files: in the manifest's order.
+        reference_percent: accuracy of the integer reference on the same images; None unless asked for.
+    """
 
     files: tuple[Verified, ...]
+    reference_percent: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -93,6 +99,9 @@ class Verification:
             )
             for f in self.files
         ]
+        if self.reference_percent is not None:
+            n_images = self.files[0].n_images
+            rows.append(("integer reference", f"{self.reference_percent:.2f} %", "-", n_images, *"-----"))
         header = ("file", "accuracy", "claimed", "images", "equal", "max steps", "agree", "bytes again", "verdict")
         parts = [table(rows, header)]
         for f in self.files:
@@ -113,6 +122,7 @@ class Verification:
 
         return {
             "passed": self.passed,
+            "reference_percent": self.reference_percent,
             "files": [
                 {
                     "path": f.path,
@@ -127,13 +137,16 @@ class Verification:
         }
 
 
-def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Verification:
+def verify(
+    path: Path, *, data: str | None, per_layer: bool, reference: bool = False, stage: Stage
+) -> Verification:
     """Measure a built folder again.
 
     Args:
         path: the folder.
         data: where the images are now; None for where the manifest says.
         per_layer: compare every tensor inside as well.
+        reference: classify all test images by the integer reference, too, which is slow.
         stage: shows how far the work is.
 
     Raises:
@@ -171,7 +184,13 @@ def verify(path: Path, *, data: str | None, per_layer: bool, stage: Stage) -> Ve
                 by_layer=layers,
             )
         )
-    return Verification(files=tuple(verified))
+    reference_percent = None
+    if reference:
+        with stage("integer reference", len(images.test)) as advance:
+            reference_percent, _ = measure_accuracy(
+                quantized, "reference", images.test, folder.plan.preprocessing, progress=advance
+            )
+    return Verification(files=tuple(verified), reference_percent=reference_percent)
 
 
 def _images(folder: BuiltFolder, data: str | None) -> DataSet:

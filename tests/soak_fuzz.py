@@ -280,7 +280,7 @@ def _use_manifest(text: str) -> None:
 def _use_folder(folder: Path) -> None:
     built = open_folder(folder)
     for entry in built.record["artifacts"]:
-        built.artifact(entry)
+        built.read(entry["path"])
 
 
 def _described(place: Path) -> Callable[[bytes], None]:

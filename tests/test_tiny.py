@@ -13,8 +13,10 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from edgecomp import reference
 from edgecomp.benching import _note
 from edgecomp.cli import main
+from edgecomp.compress import compress
 from edgecomp.folder import open_folder
 from tests.tiny import Place
 
@@ -46,6 +48,11 @@ def test_the_folder_holds_what_the_manifest_says(place: Place) -> None:
             artifact["weight_bytes"]
         )
     assert [layer["name"] for layer in manifest["layers"]] == ["conv1", "conv2", "fc"]
+    assert sorted(manifest["files"]) == sorted({p.name for p in out.iterdir()} - {"manifest.json"})
+    data = np.load(place.folder / "data.npz")
+    test = hashlib.sha256(data["x_test"].tobytes() + data["y_test"].astype(np.int64).tobytes()).hexdigest()
+    assert manifest["inputs"]["test images"] == test
+    assert manifest["inputs"].keys() == {"network", "training images", "test images"}
     n_conv = 8 * 1 * 9 + 8 * 8 * 9
     assert manifest["float"]["conv_weight_bytes"] == 4 * n_conv
     assert manifest["float"]["weight_bytes"] == 4 * (n_conv + 4 * 128)
@@ -92,6 +99,21 @@ def test_verify_passes_and_shows_each_layer(
         assert file["same_bytes"] is True
         assert {"input.quantized", "fc"} < file["by_layer"].keys() or len(file["by_layer"]) >= 4
         assert max(p["max_steps"] for p in file["by_layer"].values()) <= 2
+
+
+def test_verify_gives_the_accuracy_of_the_reference(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place.folder)
+    assert main(["verify", "out", "--reference", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["reference_percent"]
+    built, data = open_folder(place.folder / "out"), np.load("data.npz")
+    quantized = compress(built.graph, built.plan)
+    x = (data["x_test"][:, None] / 255).astype(np.float32)
+    scores = reference.run(quantized, {quantized.inputs[0]: x})[quantized.outputs[0]]
+    assert found == pytest.approx(100 * (scores.argmax(axis=1) == data["y_test"]).mean())
+    assert main(["verify", "out", "--reference"]) == 0
+    assert f"integer reference | {found:.2f} % " in capsys.readouterr().out
 
 
 def test_verify_refuses_a_changed_file(

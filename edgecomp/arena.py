@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 ALIGNMENT = 4
@@ -129,3 +130,48 @@ def _end(placed: Placed) -> int:
 
 def _rounded(buffer: Buffer) -> int:
     return -(-buffer.n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+# ---- a picture -------------------------------------------------------------------------------------------------------
+
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+FREE, SCRATCH = ".", "#"
+
+
+def drawn(
+    buffers: Iterable[Buffer], arena: Arena, steps: Sequence[str], scratch: Container[str] = (), *, columns: int = 64
+) -> list[str]:
+    """Draw where everything lies, a line a step: a column is 1 / `columns` of the arena.
+
+    Args:
+        buffers: that `arena` has places for. Each has a letter, in the order in which they begin; after z comes A,
+            if it is free again.
+        arena: their places.
+        steps: the steps by name.
+        scratch: the buffers that hold nothing from one step to the next; drawn as # instead.
+        columns: of the picture.
+
+    Returns:
+        a line for what the columns are, and one a step: its name, the arena, and what begins in it, with its bytes.
+    """
+    placed = sorted(buffers, key=lambda b: (b.first, b.name in scratch, arena.offsets[b.name]))
+    letter: dict[str, str] = {}
+    following = itertools.cycle(_LETTERS)
+    for b in (b for b in placed if b.name not in scratch):
+        taken = {letter[other.name] for other in placed if other.name in letter and other.meets(b)}
+        letter[b.name] = next((c for c in itertools.islice(following, len(_LETTERS)) if c not in taken), "?")
+    width = max((len(name) for name in steps), default=0)
+    lines = [f"{'':{width}}  {f'0 to {arena.n_bytes:,} bytes':{columns}}  begins".rstrip()]
+    for step, name in enumerate(steps):
+        row = [FREE] * columns
+        alive = [b for b in placed if b.first <= step <= b.last]
+        # The small last: what takes less than a column is not to be covered.
+        for b in sorted(alive, key=lambda b: -b.n_bytes):
+            start = arena.offsets[b.name]
+            # A column shows what lies in its middle; whatever is alive has one at least.
+            first = min(columns - 1, (2 * start * columns + arena.n_bytes) // (2 * arena.n_bytes))
+            end = max(first + 1, (2 * (start + b.n_bytes) * columns + arena.n_bytes) // (2 * arena.n_bytes))
+            row[first:end] = letter.get(b.name, SCRATCH) * (min(end, columns) - first)
+        begins = ", ".join(f"{letter.get(b.name, SCRATCH)} {b.n_bytes:,}" for b in alive if b.first == step)
+        lines.append(f"{name:{width}}  {''.join(row)}  {begins}".rstrip())
+    return lines

@@ -75,6 +75,7 @@ class Exported:
         companions: what is written beside it and cannot be told from it, by name: of C header and kernels.
         flash_bytes: what a device stores of it where that is not the file: of C the constants, without code. None: the
             file.
+        memory_plan: a picture of it, in lines of text; of C alone.
         stray_transposes: how many operators of a TFLite file bring images into another layout and back: those around a
             flatten or reshape, not the transpose that is a channel shuffle. 0 for ONNX, which has one layout.
     """
@@ -85,6 +86,7 @@ class Exported:
     at_rest: AtRest = AtRest.NATIVE
     companions: Mapping[str, bytes] = field(default_factory=dict)
     flash_bytes: int | None = None
+    memory_plan: str | None = None
     stray_transposes: int = 0
 
     @property

@@ -327,7 +327,8 @@ def build(
         }
         files = {name: contents for e in exported for name, contents in files_of(e).items()}
         files |= {bundle.GRAPH_FILE: bundle.to_bytes(spent.candidate.graph), PLAN_FILE: plan.to_json().encode()}
-        files[OVERVIEW] = overview(record, plan.made_by).encode()
+        memory_plan = next((e.memory_plan for e in exported if e.memory_plan is not None), None)
+        files[OVERVIEW] = overview(record, plan.made_by, memory_plan).encode()
         record["files"] = {name: hashlib.sha256(contents).hexdigest() for name, contents in sorted(files.items())}
         with new_folder(folder, force=force) as work:
             for name, contents in {**files, MANIFEST: write_json(record).encode()}.items():

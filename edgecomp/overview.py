@@ -62,7 +62,9 @@ there. Images are height x width x channels.
     static int32_t arena[..._ARENA_BYTES / 4];
     ..._run(input_codes, output_codes, arena);
 
-The first lines of network.c show which kernel runs each layer.
+The first lines of network.c show which kernel runs each layer. What lies where in the arena, call by call; # is scratch
+memory:
+
 """
 
 
@@ -164,12 +166,13 @@ def _measuring(record: Mapping[str, Any]) -> str:
     return "".join(f"    edgecomp {line}\n" for line in lines)
 
 
-def overview(record: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
+def overview(record: Mapping[str, Any], made_by: Mapping[str, str], memory_plan: str | None = None) -> str:
     """Write the page.
 
     Args:
         record: a manifest.
         made_by: what the plan says of its making, see `plan.CompressionPlan`.
+        memory_plan: a picture of it, of the network in C; None where there is none.
     """
     budget, n = record["budget"], record["float"]["n"]
     first_artifact = record["artifacts"][0]
@@ -183,6 +186,7 @@ def overview(record: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
     packed = _PACKED if any(name.endswith(", packed") for name in names) else ""
     packed += "".join(_MICRO.format_map(a) for a in record["artifacts"] if "arena_total_bytes" in a)
     packed += "".join(_FIRMWARE.format_map(a) for a in record["artifacts"] if a["format"] == "c")
+    packed += "".join(f"    {line}\n" for line in (memory_plan or "").splitlines())
     first = record["artifacts"][0]["path"]
     unmet = "" if budget["met"] else " (not met)"
     return f"""# {record["model"]}, compressed by edgecomp

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecomp.arena import Arena, Buffer, arrange
+from edgecomp.arena import Arena, Buffer, arrange, drawn
 from edgecomp.artifact import FILES, AtRest, Exported, StoredWeight
 from edgecomp.compress import border_codes
 from edgecomp.errors import ExportError
@@ -23,6 +23,8 @@ from .layout import stored_shape
 _, HEADER, *KERNELS = FILES["c"]
 """The header's name, and those of what every network needs beside it: the same files for all, written by hand."""
 _WIDTH = 116
+_SCRATCH = "scratch:"
+"""Before the number of the step whose memory it is, in the name of a buffer."""
 _NAME = re.compile(r"[^a-z0-9]+")
 
 
@@ -36,7 +38,8 @@ class Program:
         steps: in order.
         place: of every tensor, in C: an offset in the arena, or the caller's input or output.
         scratch: offset of the memory that a step has for itself, by its number.
-        arena: of all.
+        buffers: all that lies in the arena.
+        arena: their places.
         input_offset: where the input may lie in the arena, at no cost; None where it would make the arena larger.
         left_out: operators on real numbers that the caller has to do behind the output.
     """
@@ -46,6 +49,7 @@ class Program:
     steps: Sequence[Step]
     place: Mapping[str, str]
     scratch: Mapping[int, int]
+    buffers: Sequence[Buffer]
     arena: Arena
     input_offset: int | None
     left_out: Sequence[str]
@@ -83,6 +87,7 @@ def to_c(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
         at_rest=at_rest,
         companions={HEADER: header_text(program).encode(), **kernel_files()},
         flash_bytes=facts_of(program).constant_bytes,
+        memory_plan=memory_plan(program),
     )
 
 
@@ -110,14 +115,15 @@ def program_of(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Program:
     source, result = work.memory_of(graph.inputs[0]), own(graph.outputs[0])
     buffers = {b.name: b for b in _buffers(work, own) if b.name != result}
     taken = buffers.pop(source)
-    arena = arrange(buffers.values())
-    with_input = arrange([*buffers.values(), replace(taken, first=0)])
+    inside = list(buffers.values())
+    arena = arrange(inside)
+    with_input = arrange(both := [*inside, replace(taken, first=0)])
     input_offset = None
     if with_input.n_bytes == arena.n_bytes:
-        arena, input_offset = with_input, with_input.offsets[source]
+        inside, arena, input_offset = both, with_input, with_input.offsets[source]
     place = {source: "in", result: "out"}
-    place |= {name: f"memory + {arena.offsets[name]}" for name in buffers if not name.startswith("scratch:")}
-    scratch = {i: arena.offsets[f"scratch:{i}"] for i in range(len(work.steps)) if f"scratch:{i}" in buffers}
+    place |= {name: f"memory + {arena.offsets[name]}" for name in buffers if not name.startswith(_SCRATCH)}
+    scratch = {i: arena.offsets[f"{_SCRATCH}{i}"] for i in range(len(work.steps)) if f"{_SCRATCH}{i}" in buffers}
     names = {name for step in work.steps for name in step.pointers.values()}
     return Program(
         name=_NAME.sub("_", graph.name.lower()).strip("_") or "net",
@@ -125,6 +131,7 @@ def program_of(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Program:
         steps=work.steps,
         place={name: place[own(name)] for name in names},
         scratch=scratch,
+        buffers=inside,
         arena=arena,
         input_offset=input_offset,
         left_out=work.left_out,
@@ -184,7 +191,7 @@ def _buffers(work: Lowering, own: _Shared) -> list[Buffer]:
         spans[own(name)] = (min(before[0], first), max(before[1], last))
     found = [Buffer(name=n, n_bytes=own.size(n), first=first, last=last) for n, (first, last) in spans.items()]
     found += [
-        Buffer(name=f"scratch:{i}", n_bytes=step.scratch_bytes, first=i, last=i)
+        Buffer(name=f"{_SCRATCH}{i}", n_bytes=step.scratch_bytes, first=i, last=i)
         for i, step in enumerate(work.steps)
         if step.scratch_bytes
     ]
@@ -282,6 +289,10 @@ def source_text(program: Program) -> str:
 /* {_comment(program.graph.name)}, written by edgecomp; edit nothing here.
  *
 {_table(program)}
+ *
+ * The arena, call by call; # is scratch memory:
+ *
+{_picture(program)}
  */
 #include "{HEADER}"
 
@@ -333,6 +344,18 @@ def _table(program: Program) -> str:
     widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
     lines = (" * " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(lines)
+
+
+def memory_plan(program: Program) -> str:
+    """Draw what lies where in the arena, call by call."""
+    if not program.arena.n_bytes:
+        return "nothing"
+    scratch = {b.name for b in program.buffers if b.name.startswith(_SCRATCH)}
+    return "\n".join(drawn(program.buffers, program.arena, [_comment(s.name) for s in program.steps], scratch))
+
+
+def _picture(program: Program) -> str:
+    return "\n".join(f" * {line}".rstrip() for line in memory_plan(program).splitlines())
 
 
 def _constant(constant: Constant) -> str:

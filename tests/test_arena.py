@@ -7,13 +7,13 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecomp.arena import ALIGNMENT, Arena, Buffer, arrange
+from edgecomp.arena import ALIGNMENT, Arena, Buffer, arrange, drawn
 
 
 def buffers(most: int) -> st.SearchStrategy[list[Buffer]]:
     one = st.tuples(st.integers(1, 40), st.integers(0, 7), st.integers(0, 4))
     return st.lists(one, max_size=most).map(
-        lambda drawn: [Buffer(name=f"b{i}", n_bytes=n, first=f, last=f + k) for i, (n, f, k) in enumerate(drawn)]
+        lambda made: [Buffer(name=f"b{i}", n_bytes=n, first=f, last=f + k) for i, (n, f, k) in enumerate(made)]
     )
 
 
@@ -54,7 +54,7 @@ def test_places_are_legal_and_no_worse_than_greedy(wanted: list[Buffer]) -> None
     assert arrange(reversed(wanted)) == arena
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(buffers(3))
 def test_small_ones_are_optimal(wanted: list[Buffer]) -> None:
     """Every buffer at every place below the best found: nothing smaller is legal."""
@@ -84,3 +84,33 @@ def test_a_plan_that_greedy_misses() -> None:
 
 def test_nothing_needs_nothing() -> None:
     assert arrange([]) == Arena(offsets={}, n_bytes=0, least_bytes=0, optimal=True)
+
+
+def test_a_picture_drawn_by_hand() -> None:
+    buffers = [
+        Buffer(name="in", n_bytes=8, first=0, last=0),
+        Buffer(name="a", n_bytes=16, first=0, last=1),
+        Buffer(name="scratch", n_bytes=4, first=1, last=1),
+        Buffer(name="b", n_bytes=8, first=1, last=2),
+    ]
+    places = {"in": 16, "a": 0, "scratch": 28, "b": 16}
+    arena = Arena(offsets=places, n_bytes=32, least_bytes=28, optimal=False)
+    assert drawn(buffers, arena, ("first", "2nd", "x"), {"scratch"}, columns=8) == [
+        "       0 to 32 bytes  begins",
+        "first  AAAABB..  A 16, B 8",
+        "2nd    AAAACC.#  C 8, # 4",
+        "x      ....CC..",
+    ]
+
+
+def test_the_smallest_buffer_is_seen_and_letters_begin_again() -> None:
+    buffers = [Buffer(name=f"{i:02}", n_bytes=4, first=i, last=i) for i in range(53)]
+    buffers.append(Buffer(name="large", n_bytes=4000, first=0, last=52))
+    arena = arrange(buffers)
+    lines = drawn(buffers, arena, [str(i) for i in range(53)])[1:]
+    assert all(len(set(line[4:68])) == 2 for line in lines)
+    large, small = ("A", "B") if lines[0].endswith("A 4,000, B 4") else ("B", "A")
+    assert lines[0].endswith("A 4,000, B 4" if large == "A" else "A 4, B 4,000")
+    assert lines[50].endswith("  z 4")
+    assert lines[51].endswith(f"  {small} 4"), f"{large} still lives"
+    assert lines[52].endswith("  C 4")

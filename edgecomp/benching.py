@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgecomp import manifest, reference
+from edgecomp import manifest
 from edgecomp.artifact import FILES
-from edgecomp.compress import border_codes, compress
+from edgecomp.compress import border_codes, compress, run_codes
 from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.files import MANIFEST
 from edgecomp.folder import BuiltFolder, open_folder
@@ -267,11 +267,9 @@ def bench_target(
         raise UsageError(f"{path}: has no network in C, which is what {target} runs; build it with --format c")
     files = {name: folder.read(name) for name in FILES["c"]}
     quantized = compress(folder.graph, folder.plan)
-    first, last = border_codes(quantized)
-    shape = quantized.tensors[first].shape[1:]
+    shape = quantized.tensors[border_codes(quantized)[0]].shape[1:]
     codes = np.random.default_rng(seed).integers(-128, 128, size=(n_images, *shape), dtype=np.int8)
-    inner = replace(quantized, nodes=tuple(n for n in quantized.nodes if first not in n.outputs), inputs=(first,))
-    expected = reference.run(inner, {first: codes})[last]
+    expected = run_codes(quantized, codes)
     with stage(f"running in {target}", n_images) as advance, tempfile.TemporaryDirectory() as place:
         images, results = (x.transpose(0, 2, 3, 1) if x.ndim == 4 else x for x in (codes, expected))
         report: FirmwareReport = measure_firmware(files, target, known.cpu, images, results, Path(place), advance)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgecomp import quantmath
+from edgecomp import quantmath, reference
 from edgecomp.errors import GraphError, PlanError
 from edgecomp.graph import Array, Attribute, Graph, Node, Op, QuantParams
 from edgecomp.groups import is_depthwise, kept_numbers, number_channels
@@ -358,3 +358,19 @@ def border_codes(graph: Graph) -> tuple[str, str]:
     while graph.tensors[last].quant is None:
         last = producer[last].inputs[0]
     return first, last
+
+
+def run_codes(graph: Graph, codes: Array) -> Array:
+    """Compute what a quantized graph makes of codes, without what stands on real numbers around them.
+
+    Args:
+        graph: with one input and one output.
+        codes: int8 (N, C, H, W) or (N, F), at the first of `border_codes`.
+
+    Returns:
+        int8, at the last of them.
+    """
+    first, last = border_codes(graph)
+    nodes = tuple(node for node in graph.nodes if first not in node.outputs)
+    result: Array = reference.run(replace(graph, nodes=nodes, inputs=(first,)), {first: codes})[last]
+    return result

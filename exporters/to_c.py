@@ -12,9 +12,9 @@ import numpy as np
 
 from edgecomp.arena import Arena, Buffer, arrange, drawn
 from edgecomp.artifact import FILES, AtRest, Exported, StoredWeight
-from edgecomp.compress import border_codes
+from edgecomp.compress import border_codes, run_codes
 from edgecomp.errors import ExportError
-from edgecomp.graph import Graph, QuantParams
+from edgecomp.graph import Array, Graph, QuantParams
 
 from .c_facts import CodeBorder, NetworkFacts
 from .c_steps import Constant, Lowering, Step, lower
@@ -23,6 +23,7 @@ from .layout import stored_shape
 _, HEADER, *KERNELS = FILES["c"]
 """The header's name, and those of what every network needs beside it: the same files for all, written by hand."""
 _WIDTH = 116
+_LCG_FACTOR, _LCG_TERM = 1664525, 1013904223
 _SCRATCH = "scratch:"
 """Before the number of the step whose memory it is, in the name of a buffer."""
 _NAME = re.compile(r"[^a-z0-9]+")
@@ -269,6 +270,13 @@ int {n}_run(const int8_t *in, int8_t *out, void *arena);
 void {n}_quantize(const float *real, int8_t *in);
 void {n}_dequantize(const int8_t *out, float *real);
 
+#ifdef {upper}_SELF_TEST
+/* Run on fixed codes and compare with what the integer reference makes of them: 0 where all are equal, 1 where the
+ * arena is not on a multiple of 4, 2 where a code differs. in and out are written. Compile network.c with
+ * -D{upper}_SELF_TEST; it costs {y.n_bytes:,} bytes of flash and some code. */
+int {n}_self_test(int8_t *in, int8_t *out, void *arena);
+#endif
+
 #ifdef __cplusplus
 }}
 #endif
@@ -316,7 +324,40 @@ void {n}_dequantize(const int8_t *out, float *real) {{
   uint32_t i;
   for (i = 0; i < {y.n_bytes}u; i++) real[i] = (float)(out[i] - {_operand(y.zero_point)}) * {_c_float(y.scale)};
 }}
+
+#ifdef {n.upper()}_SELF_TEST
+{_constant(Constant(name="self_test_out", type="int8_t", values=golden_output(program)))}
+
+int {n}_self_test(int8_t *in, int8_t *out, void *arena) {{
+  uint32_t i, state = 1;
+  for (i = 0; i < {x.n_bytes}u; i++) {{
+    state = state * {_LCG_FACTOR}u + {_LCG_TERM}u;
+    in[i] = (int8_t)((int32_t)(state >> 24) - 128);
+  }}
+  if ({n}_run(in, out, arena)) return 1;
+  for (i = 0; i < {y.n_bytes}u; i++) {{
+    if (out[i] != self_test_out[i]) return 2;
+  }}
+  return 0;
+}}
+#endif
 """
+
+
+def golden_output(program: Program) -> Array:
+    """Give the codes, as the network lays them out, that the reference makes of the self-test's input.
+
+    That is the upper byte, less 128, of state = state * 1664525 + 1013904223 modulo 2**32, from 1 on (the generator of
+    Numerical Recipes): as good as random, and it takes no flash.
+    """
+    shape = facts_of(program).input.shape
+    state, codes = 1, []
+    for _ in range(math.prod(shape)):
+        state = (state * _LCG_FACTOR + _LCG_TERM) & 0xFFFF_FFFF
+        codes.append((state >> 24) - 128)
+    image = np.array(codes, dtype=np.int8).reshape(1, *shape)
+    result = run_codes(program.graph, image.transpose(0, 3, 1, 2) if image.ndim == 4 else image)
+    return (result.transpose(0, 2, 3, 1) if result.ndim == 4 else result).reshape(-1)
 
 
 def _operand(value: int) -> str:

@@ -45,6 +45,7 @@ def greedy_bytes(wanted: list[Buffer]) -> int:
     return max((at + rounded(b.n_bytes) for b, at in places), default=0)
 
 
+@settings(deadline=None)
 @given(buffers(12))
 def test_places_are_legal_and_no_worse_than_greedy(wanted: list[Buffer]) -> None:
     arena = arrange(wanted)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from edgecomp import quantmath, reference
 from edgecomp.artifact import AtRest
-from edgecomp.benchmarks.compiled_c import CompiledC
+from edgecomp.benchmarks.compiled_c import CompiledC, host_compiler
 from edgecomp.compress import border_codes, compress
 from edgecomp.errors import BundleError, ExportError
 from edgecomp.exporters import export, files_of
@@ -87,6 +87,35 @@ def test_no_step_outside_memory_and_no_undefined_behaviour(name: str, tmp_path: 
     assert done.stdout == outputs.tobytes()
 
 
+def self_tested(folder: Path, name: str, *, off: int = 0) -> int:
+    """What the self-test gives, with the arena `off` bytes behind a multiple of 16."""
+    upper = name.upper()
+    text = f"""
+#include "network.h"
+static int8_t in[{upper}_INPUT_BYTES], out[{upper}_OUTPUT_BYTES];
+static union {{ int64_t aligned; int8_t bytes[{upper}_ARENA_BYTES + 16]; }} arena;
+int main(void) {{ return {name}_self_test(in, out, arena.bytes + {off}); }}
+"""
+    (folder / "main.c").write_text(text)
+    sources = [str(folder / name) for name in ("main.c", "network.c", "edgecomp_kernels.c")]
+    options = [f"-D{upper}_SELF_TEST", "-std=c99", *STRICT, "-O1", "-o", str(folder / "run")]
+    subprocess.run([*host_compiler(), *options, *sources], check=True)
+    return subprocess.run([folder / "run"], check=False).returncode
+
+
+@pytest.mark.parametrize("name", ["residual", "gated"])
+def test_the_self_test_sees_a_changed_weight(name: str, tmp_path: Path) -> None:
+    source = written(mixed(name), tmp_path)["network.c"].decode()
+    network = read_facts(source.encode(), "network.c").name
+    assert self_tested(tmp_path, network) == 0
+    assert self_tested(tmp_path, network, off=2) == 1
+    head, table, rest = source.partition(" = {\n")
+    first = re.match(r" *(-?\d+),", rest)
+    assert first is not None
+    (tmp_path / "network.c").write_text(head + table + rest.replace(first[1], str(int(first[1]) ^ 127), 1))
+    assert self_tested(tmp_path, network) == 2
+
+
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
 @pytest.mark.parametrize("name", ["residual", "gated"])
 def test_nothing_is_read_before_it_is_written(name: str, tmp_path: Path) -> None:
@@ -105,10 +134,11 @@ def compilers() -> dict[str, list[str]]:
 @pytest.mark.parametrize("compiler", compilers())
 def test_strict_compilers_have_nothing_to_say(compiler: str, tmp_path: Path) -> None:
     for name in ("gated", "residual"):
-        written(mixed(name), tmp_path)
+        facts = read_facts(written(mixed(name), tmp_path)["network.c"], "network.c")
         for source in ("network.c", "edgecomp_kernels.c"):
             for language in (["-std=c99"], ["-x", "c++", "-std=c++17"]):
-                command = [*compilers()[compiler], *language, *STRICT, "-O2", "-c", "-o", str(tmp_path / "o")]
+                define = f"-D{facts.name.upper()}_SELF_TEST"
+                command = [*compilers()[compiler], *language, *STRICT, define, "-O2", "-c", "-o", str(tmp_path / "o")]
                 done = subprocess.run([*command, str(tmp_path / source)], capture_output=True, text=True, check=False)
                 assert (done.returncode, done.stderr) == (0, "")
 
@@ -123,7 +153,8 @@ def test_the_header_tells_the_truth(tmp_path: Path) -> None:
     assert f"{facts.constant_bytes:,} bytes" in header
     # The arrays of numbers, by their declarations.
     sizes = {"uint8_t": 1, "int8_t": 1, "uint16_t": 2, "int32_t": 4}
-    arrays = re.findall(r"static const (\w+) \w+\[(\d+)\]", files["network.c"].decode())
+    run, _, _ = files["network.c"].decode().partition("#ifdef RESIDUAL_SELF_TEST")
+    arrays = re.findall(r"static const (\w+) \w+\[(\d+)\]", run)
     assert sum(sizes[kind] * int(n) for kind, n in arrays) == facts.constant_bytes
     weights = export(graph, "c").weights
     assert [w.layer for w in weights] == [node.name for node in graph.layers()]

@@ -47,7 +47,7 @@ SECTIONS {{
   .rodata : {{ *(.rodata*) }} > FLASH
   .data : {{ *(.data*) }} > RAM AT> FLASH
   .bss : {{ *(.bss*) *(COMMON) }} > RAM
-  /DISCARD/ : {{ *(.ARM.exidx*) *(.ARM.extab*) *(.comment) *(.ARM.attributes) }}
+  /DISCARD/ : {{ *(.ARM.exidx*) *(.ARM.extab*) *(.comment) *(.ARM.attributes) *(.debug*) }}
 }}
 """
 # What a freestanding compiler without a C library must find: four functions are what it may always call.
@@ -261,19 +261,22 @@ def link(files: Mapping[str, bytes], core: Core, folder: Path) -> Firmware:
     if "ziglang" in command:
         (folder / "include").mkdir()
         (folder / "include" / "string.h").write_text(_STRING_H, "utf-8")
-        extra = ["-I", str(folder / "include"), "-lcompiler_rt"]
-    sources = [str(folder / name) for name in sorted(files) if name.endswith(".c")]
-    image = folder / "image.elf"
-    entry = (f"-Wl,-e,{facts.name}_run", "-T", str(folder / "image.ld"))
-    whole = [*command, *_OPTIONS, "-Wl,--gc-sections", *_WARNINGS, *extra, *entry, "-o", str(image), *sources]
+        extra = ["-I", "include", "-lcompiler_rt"]
+    sources = [name for name in sorted(files) if name.endswith(".c")]
+    entry = (f"-Wl,-e,{facts.name}_run", "-T", "image.ld")
+    whole = [*command, *_OPTIONS, "-Wl,--gc-sections", *_WARNINGS, *extra, *entry, "-o", "image.elf", *sources]
     try:
         # The compiler's own temporary files go with the folder, also when it is interrupted.
         env = {**os.environ, "TMPDIR": str(folder)}
-        done = subprocess.run(whole, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=env)
+        # From within it, and (image.ld) without what debuggers read, which names it: the image is the same anywhere.
+        done = subprocess.run(
+            whole, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=env, cwd=folder
+        )
     except (OSError, subprocess.TimeoutExpired) as e:
         raise TargetError(f"{compiler} fails: {e}") from e
     if done.returncode:
         raise TargetError(f"{compiler} ends with {done.returncode}: {' '.join(done.stderr.split())[:300]}")
+    image = folder / "image.elf"
     return Firmware(path=image, compiler=compiler, facts=facts, **_sizes(image))
 
 

@@ -6,6 +6,7 @@ nothing itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
@@ -41,6 +42,7 @@ __all__ = [
     "optimized",
     "runner_class",
 ]
+_KEPT_BYTES = 1 << 28
 
 
 class Reference:
@@ -57,6 +59,9 @@ class Reference:
         self.version = edgecomp.__version__
         self.input, self.output = self._border(model.inputs[0]), self._border(model.outputs[0])
         self._image = sample_image(self.input)
+        # The interpreter keeps every activation, and computes integers in 64 bits.
+        kept = 8 * sum(math.prod(t.shape[1:]) for t in model.tensors.values() if t.data is None)
+        self._at_once = max(1, _KEPT_BYTES // kept)
 
     def _border(self, name: str) -> Border:
         tensor = self._graph.tensors[name]
@@ -70,8 +75,11 @@ class Reference:
     def run_all(self, x: Array) -> dict[str, Array]:
         """Give every output by name for N images."""
         x = fitting(x, self.input, self._graph.name)
-        values = reference.run(self._graph, {self.input.name: x})
-        return {name: values[name] for name in self._graph.outputs}
+        parts = []
+        for start in range(0, max(1, len(x)), self._at_once):
+            values = reference.run(self._graph, {self.input.name: x[start : start + self._at_once]})
+            parts.append({name: values[name] for name in self._graph.outputs})
+        return {name: np.concatenate([part[name] for part in parts]) for name in self._graph.outputs}
 
     def infer_once(self) -> None:
         """Run one image."""

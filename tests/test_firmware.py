@@ -100,6 +100,24 @@ def test_sizes_are_those_of_the_image(tmp_path: Path) -> None:
     assert built.flash_bytes <= loaded < built.flash_bytes + 32
 
 
+@pytest.mark.parametrize("compiler", ["arm-none-eabi-gcc", "zig"])
+def test_two_builds_on_two_paths_give_the_same_image(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiler == "zig":
+        monkeypatch.setattr(firmware.shutil, "which", lambda name: None)
+    elif firmware.shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    images = []
+    for place in (tmp_path / "here", tmp_path / "quite" / "another place"):
+        place.mkdir(parents=True)
+        built = link(files("residual"), M4, place)
+        assert built.compiler.startswith(compiler)
+        images.append(built.path.read_bytes())
+    assert images[0] == images[1]
+    assert str(tmp_path).encode() not in images[0]
+
+
 def test_a_wrong_output_is_an_error(tmp_path: Path) -> None:
     x, y = codes("residual", 1)
     wrong = y.copy()

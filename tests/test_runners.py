@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,7 +18,8 @@ import pytest
 from ai_edge_litert.schema_py_generated import BuiltinOperator, TensorType
 from onnx import TensorProto, helper
 
-from edgecomp.benchmarks import runtime
+from edgecomp import reference
+from edgecomp.benchmarks import runners, runtime
 from edgecomp.benchmarks.runners import (
     RUNNERS,
     LiteRt,
@@ -29,6 +33,7 @@ from edgecomp.benchmarks.runners import (
 from edgecomp.errors import BundleError, DataError, TargetError, UsageError
 from edgecomp.graph import Graph, Node, Op, QuantParams, Tensor
 from tests.filemodels import conv_tflite, onnx_model, tflite_model
+from tests.graphs import GRAPHS, images
 
 RNG = np.random.default_rng(5)
 WEIGHT = RNG.normal(size=(4, 3, 3, 2)).astype(np.float32)
@@ -458,3 +463,20 @@ def test_a_fresh_process_is_silent(quiet, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (done.stderr == "") is quiet  # the plain interpreter chats, or this test would prove nothing
+
+
+def test_the_reference_takes_many_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = GRAPHS["residual"]()
+    x = images(graph, 5)
+    whole = reference.run(graph, {graph.inputs[0]: x})[graph.outputs[0]]
+    seen: list[int] = []
+
+    def run(graph: Graph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seen.append(len(inputs[graph.inputs[0]]))
+        return reference.run(graph, inputs)
+
+    monkeypatch.setattr(runners, "reference", SimpleNamespace(run=run))
+    one_image = 8 * sum(math.prod(t.shape[1:]) for t in graph.tensors.values() if t.data is None)
+    monkeypatch.setattr(runners, "_KEPT_BYTES", 2 * one_image)
+    np.testing.assert_allclose(runner_class("reference")(graph).run(x), whole, rtol=1e-5, atol=1e-6)
+    assert seen == [2, 2, 1]

@@ -35,8 +35,15 @@ def read_bytes(text: str) -> float:
     digits = text.strip().lower()
     for unit in sorted(units, key=len, reverse=True):
         if digits.endswith(unit) and digits != unit:
-            return read_number(digits.removesuffix(unit)) * units[unit]
-    return read_number(digits)
+            digits, factor = digits.removesuffix(unit), units[unit]
+            break
+    else:
+        factor = 1
+    try:
+        return read_number(digits) * factor
+    except argparse.ArgumentTypeError as e:
+        known = "K = 1024, kB = 1000, M = 1048576, MB = 1000000"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected bytes, e.g. 64000, 64K or 64kB ({known})") from e
 
 
 def read_formats(text: str) -> tuple[str, ...]:

@@ -99,9 +99,11 @@ def unpack_file(source: Path, target: Path, *, force: bool = False) -> dict[str,
 
     Raises:
         BundleError: as `load`.
-        UsageError: the target is there already.
+        UsageError: the target is there already, or is the source.
         OSError: it cannot be written.
     """
+    if source.exists() and target.exists() and target.samefile(source):
+        raise UsageError(f"{target}: is the file to unpack, and what comes out of it does not replace it; name another")
     if target.exists() and not force:
         raise UsageError(f"{target}: is there already; give --force to replace it, or another -o")
     n_before, data = source.stat().st_size if source.is_file() else 0, load(source)

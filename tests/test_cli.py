@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgecomp.arguments import read_bytes
 from edgecomp.check import at_chance
 from edgecomp.cli import main
 from edgecomp.errors import UsageError
@@ -323,3 +325,17 @@ def test_help_needs_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "VERB" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("64000", 64000), ("64K", 65536), ("64kB", 64000), ("1.5 MiB", 1572864), ("2MB", 2e6), ("7b", 7)],
+)
+def test_bytes_have_units(text: str, n_bytes: float) -> None:
+    assert read_bytes(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["40Q", "K", "", "4,000", "inf", "1e999K"])
+def test_bytes_that_are_none_name_the_units(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"expected bytes, e\.g\. 64000, 64K or 64kB .*kB = 1000"):
+        read_bytes(text)

@@ -191,6 +191,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert f"{target.stat().st_size}" in out
     assert main(["unpack", str(source), "-o", str(target)]) == 2
     assert "is there already; give --force" in capsys.readouterr().err
+    before = source.read_bytes()
+    assert main(["unpack", str(source), "-o", str(source), "--force"]) == 2
+    assert "is the file to unpack" in capsys.readouterr().err
+    assert source.read_bytes() == before
     assert main(["unpack", str(source), "-o", str(target), "--force"]) == 0
     damaged = tmp_path / "damaged.tflite"
     damaged.write_bytes(source.read_bytes()[:-700])

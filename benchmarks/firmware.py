@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
-import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,101 +19,18 @@ from typing import Any
 import numpy as np
 
 from edgecomp.errors import ParityError, TargetError
-from edgecomp.exporters.c_facts import NetworkFacts, read_facts
 from edgecomp.graph import Array
 from edgecomp.report import table
 
-_FLASH, _RAM, _END = 0x0800_0000, 0x2000_0000, 0x3000_0000
+from .cross_compile import FLASH, RAM, Core, Firmware, core_of, link, open_elf
+
+_END = 0x3000_0000
 _MAPPED_BYTES = 16 << 20
-_ARENA, _IN, _OUT, _STACK_TOP = _RAM, _RAM + (10 << 20), _RAM + (12 << 20), _RAM + (15 << 20)
+_ARENA, _IN, _OUT, _STACK_TOP = RAM, RAM + (10 << 20), RAM + (12 << 20), RAM + (15 << 20)
 _STACK_BYTES = 1 << 16
 _PAINT = 0xA5
 _TIMEOUT_S = 300
 _SLICE_US = 500_000
-_WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wpedantic", "-Werror")
-_OPTIONS = ("-std=c99", "-O2", "-mthumb", "-ffunction-sections", "-fdata-sections")
-_LINK_SCRIPT = f"""\
-MEMORY {{
-  FLASH (rx): ORIGIN = {_FLASH:#x}, LENGTH = 16M
-  RAM (rwx): ORIGIN = {_RAM:#x}, LENGTH = 8M
-}}
-SECTIONS {{
-  .text : {{ *(.text*) }} > FLASH
-  .rodata : {{ *(.rodata*) }} > FLASH
-  .data : {{ *(.data*) }} > RAM AT> FLASH
-  .bss : {{ *(.bss*) *(COMMON) }} > RAM
-  /DISCARD/ : {{ *(.ARM.exidx*) *(.ARM.extab*) *(.comment) *(.ARM.attributes) *(.debug*) }}
-}}
-"""
-# What a freestanding compiler without a C library must find: four functions are what it may always call.
-_STRING_H = """\
-#include <stddef.h>
-void *memcpy(void *, const void *, size_t);
-void *memmove(void *, const void *, size_t);
-void *memset(void *, int, size_t);
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Core:
-    """How a core is named.
-
-    Attributes:
-        gcc: options of arm-none-eabi-gcc.
-        zig: of zig cc, -mcpu.
-        unicorn: the name of its model.
-    """
-
-    gcc: tuple[str, ...]
-    zig: str
-    unicorn: str
-
-
-CORES: Mapping[str, Core] = {
-    "Cortex-M0+": Core(gcc=("-mcpu=cortex-m0plus",), zig="cortex_m0plus", unicorn="UC_CPU_ARM_CORTEX_M0"),
-    "Cortex-M4": Core(
-        gcc=("-mcpu=cortex-m4", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16"),
-        zig="cortex_m4",
-        unicorn="UC_CPU_ARM_CORTEX_M4",
-    ),
-    "Cortex-M7": Core(
-        gcc=("-mcpu=cortex-m7", "-mfloat-abi=hard", "-mfpu=fpv5-d16"), zig="cortex_m7", unicorn="UC_CPU_ARM_CORTEX_M7"
-    ),
-    "Cortex-M33": Core(
-        gcc=("-mcpu=cortex-m33", "-mfloat-abi=hard", "-mfpu=fpv5-sp-d16"),
-        zig="cortex_m33+dsp",
-        unicorn="UC_CPU_ARM_CORTEX_M33",
-    ),
-}
-"""By the name that a target's file gives its cpu."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Firmware:
-    """A linked image.
-
-    Attributes:
-        path: of the ELF file.
-        compiler: that made it, with its version.
-        facts: of the network.
-        code_bytes: in flash.
-        weight_bytes: packed codes and their levels, in flash.
-        constant_bytes: all other constants, in flash.
-        static_bytes: in RAM, beside arena and stack.
-    """
-
-    path: Path
-    compiler: str
-    facts: NetworkFacts
-    code_bytes: int
-    weight_bytes: int
-    constant_bytes: int
-    static_bytes: int
-
-    @property
-    def flash_bytes(self) -> int:
-        """Sum up what the image takes of flash."""
-        return self.code_bytes + self.weight_bytes + self.constant_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -201,108 +113,6 @@ class FirmwareReport:
         return {"source": "emulated", **asdict(self), "steps": dict(self.steps)}
 
 
-def core_of(cpu: str | None, target: str) -> Core:
-    """Look up how a target's core is named.
-
-    Raises:
-        TargetError: it is none that can be emulated here.
-    """
-    if cpu not in CORES:
-        known = ", ".join(name.lower().replace("+", "plus") for name in CORES)
-        raise TargetError(f"target {target}: {cpu or 'its core'} is not emulated; those that are: {known}")
-    return CORES[cpu]
-
-
-def cross_compiler(core: Core) -> tuple[list[str], str]:
-    """Find a compiler for a core: arm-none-eabi-gcc, else the one of the package ziglang.
-
-    Returns:
-        the command, and its name with the version.
-
-    Raises:
-        TargetError: there is none.
-    """
-    if found := shutil.which("arm-none-eabi-gcc"):
-        version = _said([found, "-dumpversion"])
-        return [found, *core.gcc, "--specs=nano.specs", "-nostartfiles"], f"arm-none-eabi-gcc {version}"
-    if importlib.util.find_spec("ziglang") is not None:
-        zig = [sys.executable, "-m", "ziglang"]
-        command = [*zig, "cc", "-target", "thumb-freestanding-eabi", f"-mcpu={core.zig}", "-nostdlib"]
-        return command, f"zig cc {_said([*zig, 'version'])}"
-    raise TargetError(
-        "no compiler for Cortex-M is here: install arm-none-eabi-gcc, or the package ziglang: "
-        "pip install 'edgecomp[firmware]'"
-    )
-
-
-def _said(command: Sequence[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.strip()
-
-
-def link(files: Mapping[str, bytes], core: Core, folder: Path) -> Firmware:
-    """Compile and link a network.
-
-    Args:
-        files: what `exporters.files_of` gives for C.
-        core: that it is for.
-        folder: an empty one, for all files.
-
-    Raises:
-        TargetError: no compiler is there, or it refuses the sources.
-        BundleError: the files hold no network in C.
-    """
-    source = next(name for name in files if name.startswith("network") and name.endswith(".c"))
-    facts = read_facts(files[source], source)
-    command, compiler = cross_compiler(core)
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    (folder / "image.ld").write_text(_LINK_SCRIPT, "utf-8")
-    extra: list[str] = []
-    if "ziglang" in command:
-        (folder / "include").mkdir()
-        (folder / "include" / "string.h").write_text(_STRING_H, "utf-8")
-        extra = ["-I", "include", "-lcompiler_rt"]
-    sources = [name for name in sorted(files) if name.endswith(".c")]
-    entry = (f"-Wl,-e,{facts.name}_run", "-T", "image.ld")
-    whole = [*command, *_OPTIONS, "-Wl,--gc-sections", *_WARNINGS, *extra, *entry, "-o", "image.elf", *sources]
-    try:
-        # The compiler's own temporary files go with the folder, also when it is interrupted.
-        env = {**os.environ, "TMPDIR": str(folder)}
-        # From within it, and (image.ld) without what debuggers read, which names it: the image is the same anywhere.
-        done = subprocess.run(
-            whole, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=env, cwd=folder
-        )
-    except (OSError, subprocess.TimeoutExpired) as e:
-        raise TargetError(f"{compiler} fails: {e}") from e
-    if done.returncode:
-        raise TargetError(f"{compiler} ends with {done.returncode}: {' '.join(done.stderr.split())[:300]}")
-    image = folder / "image.elf"
-    return Firmware(path=image, compiler=compiler, facts=facts, **_sizes(image))
-
-
-def _elf(path: Path) -> Any:
-    try:
-        module = importlib.import_module("elftools.elf.elffile")
-    except ImportError as e:
-        raise TargetError(f"{e.name} is missing; install it with: pip install 'edgecomp[firmware]'") from e
-    return module.ELFFile.load_from_path(path)
-
-
-def _sizes(image: Path) -> dict[str, int]:
-    with _elf(image) as elf:
-        sections = {s.name: s["sh_size"] for s in elf.iter_sections() if s["sh_flags"] & 2}
-        symbols = list(elf.get_section_by_name(".symtab").iter_symbols())
-    weights = sum(s["st_size"] for s in symbols if s.name.startswith("step") and s.name.endswith(("_codes", "_levels")))
-    ram = sections.pop(".bss", 0) + sections.get(".data", 0)
-    code = sections.pop(".text", 0)
-    return {
-        "code_bytes": code,
-        "weight_bytes": weights,
-        "constant_bytes": sum(sections.values()) - weights,
-        "static_bytes": ram,
-    }
-
-
 def emulate(firmware: Firmware, core: Core, images: Array, *, counting: bool = True) -> Emulated:
     """Run images, int8 (N, ...) as the network lays them out; counting takes a hundred times as long.
 
@@ -311,20 +121,20 @@ def emulate(firmware: Firmware, core: Core, images: Array, *, counting: bool = T
     """
     unicorn, arm = _unicorn()
     facts = firmware.facts
-    with _elf(firmware.path) as elf:
+    with open_elf(firmware.path) as elf:
         segments = [(s["p_vaddr"], s.data()) for s in elf.iter_segments() if s["p_type"] == "PT_LOAD" and s["p_filesz"]]
         (run,) = (s for s in elf.get_section_by_name(".symtab").iter_symbols() if s.name == f"{facts.name}_run")
         begin, size = run["st_value"] & ~1, run["st_size"]
     machine = unicorn.Uc(unicorn.UC_ARCH_ARM, unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS)
     machine.ctl_set_cpu_model(getattr(arm, core.unicorn))
-    for start in (_FLASH, _RAM):
+    for start in (FLASH, RAM):
         machine.mem_map(start, _MAPPED_BYTES)
     machine.mem_map(_END, 1 << 12)
     for address, data in segments:
         machine.mem_write(address, data)
     counted = _Counted()
     if counting:
-        machine.hook_add(unicorn.UC_HOOK_CODE, counted.instruction, begin=_FLASH, end=_FLASH + _MAPPED_BYTES)
+        machine.hook_add(unicorn.UC_HOOK_CODE, counted.instruction, begin=FLASH, end=FLASH + _MAPPED_BYTES)
         machine.hook_add(unicorn.UC_HOOK_CODE, counted.between_steps, begin=begin, end=begin + size - 1)
     outputs, stack_bytes = np.empty((len(images), *facts.output.shape), dtype=np.int8), 0
     for image, output in zip(images, outputs, strict=True):
@@ -440,6 +250,7 @@ def measure_firmware(
     expected: Array,
     folder: Path,
     progress: Callable[[int], object] = lambda n: None,
+    compiler: str | None = None,
 ) -> FirmwareReport:
     """Build a network for a core, run images, and compare every output byte.
 
@@ -451,6 +262,7 @@ def measure_firmware(
         expected: int8 (N, ...), the reference's outputs.
         folder: an empty one.
         progress: told how many images more are done.
+        compiler: of `cross_compile.COMPILERS`; None for the first that is there.
 
     Raises:
         ParityError: an output is not the reference's.
@@ -458,7 +270,7 @@ def measure_firmware(
     """
     core = core_of(cpu, target)
     emulator = emulator_name()
-    firmware = link(files, core, folder)
+    firmware = link(files, core, folder, compiler)
     stack = 0
     for i in range(len(images)):
         run = emulate(firmware, core, images[i : i + 1], counting=i == len(images) - 1)

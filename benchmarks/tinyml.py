@@ -32,6 +32,7 @@ from edgecomp.pytorch.networks import resnet8
 from edgecomp.report import table
 from edgecomp.targets import load
 
+from .cross_compile import COMPILERS
 from .firmware import FirmwareReport, measure_firmware
 
 BITS = (8, 4)
@@ -169,7 +170,7 @@ def quantized(name: str, bits: int) -> Graph:
     return compress(graph, plan)
 
 
-def measured(name: str, bits: int, target: str, n_images: int) -> FirmwareReport:
+def measured(name: str, bits: int, target: str, n_images: int, compiler: str | None) -> FirmwareReport:
     """Run a network on a core, on random codes.
 
     Raises:
@@ -180,7 +181,8 @@ def measured(name: str, bits: int, target: str, n_images: int) -> FirmwareReport
     wanted = reference.run(graph, {graph.inputs[0]: codes})[graph.outputs[0]]
     with tempfile.TemporaryDirectory() as folder:
         files = files_of(export(graph, "c"))
-        return measure_firmware(files, target, load(target).cpu, codes.transpose(0, 2, 3, 1), wanted, Path(folder))
+        images = codes.transpose(0, 2, 3, 1)
+        return measure_firmware(files, target, load(target).cpu, images, wanted, Path(folder), compiler=compiler)
 
 
 def row(name: str, bits: int, report: FirmwareReport) -> tuple[str, ...]:
@@ -209,12 +211,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--target", default="cortex-m4", help="a core of edgecomp targets; the goals are of the default"
     )
     parser.add_argument("--images", type=int, default=1, help="run so many and compare them with the reference")
+    parser.add_argument("--compiler", choices=COMPILERS, help="the goals are of gcc; default: the first that is there")
     args = parser.parse_args(argv)
     rows, report = [], None
     try:
         for name in NETWORKS:
             for bits in BITS:
-                report = measured(name, bits, args.target, max(1, args.images))
+                report = measured(name, bits, args.target, max(1, args.images), args.compiler)
                 rows.append(row(name, bits, report))
                 print(" | ".join(rows[-1]), flush=True)
     except EdgecompError as e:

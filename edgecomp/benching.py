@@ -236,7 +236,14 @@ def _run(
 
 
 def bench_target(
-    path: Path, target: str, *, n_images: int = 2, seed: int, stage: Stage, runtime: str | None = None
+    path: Path,
+    target: str,
+    *,
+    n_images: int = 2,
+    seed: int,
+    stage: Stage,
+    runtime: str | None = None,
+    compiler: str | None = None,
 ) -> FirmwareReport:
     """Run the network in C of a built folder on an emulated core, and compare its outputs with the reference's.
 
@@ -247,6 +254,7 @@ def bench_target(
         seed: of these.
         stage: shows how far the work is.
         runtime: none: a core has no choice of them.
+        compiler: "gcc", "zig" or "clang"; None for the first that is installed.
 
     Raises:
         BundleError: a file is missing, damaged, or not the one its manifest speaks of.
@@ -254,7 +262,8 @@ def bench_target(
         TargetError: the core is unknown or cannot be emulated, or a tool is missing.
         UsageError: the folder has no network in C, or a runtime is asked for.
     """
-    from edgecomp.benchmarks.firmware import core_of, measure_firmware
+    from edgecomp.benchmarks.cross_compile import core_of
+    from edgecomp.benchmarks.firmware import measure_firmware
     from edgecomp.targets import load
 
     if runtime is not None:
@@ -272,5 +281,7 @@ def bench_target(
     expected = run_codes(quantized, codes)
     with stage(f"running in {target}", n_images) as advance, tempfile.TemporaryDirectory() as place:
         images, results = (x.transpose(0, 2, 3, 1) if x.ndim == 4 else x for x in (codes, expected))
-        report: FirmwareReport = measure_firmware(files, target, known.cpu, images, results, Path(place), advance)
+        report: FirmwareReport = measure_firmware(
+            files, target, known.cpu, images, results, Path(place), advance, compiler
+        )
         return report

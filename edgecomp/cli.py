@@ -320,7 +320,14 @@ def _bench(args: argparse.Namespace) -> int:
     from edgecomp.benching import bench_artifact, bench_target
 
     if args.target is not None:
-        report = bench_target(args.artifact, args.target, seed=args.seed, stage=_stage, runtime=args.runtime)
+        report = bench_target(
+            args.artifact,
+            args.target,
+            seed=args.seed,
+            stage=_stage,
+            runtime=args.runtime,
+            compiler=args.compiler,
+        )
         print(json.dumps(report.to_json(), indent=1) if args.json else report.table())
         return 0
     comparisons = bench_artifact(

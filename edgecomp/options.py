@@ -12,6 +12,8 @@ SCORES = ("lrp", "magnitude", "taylor", "hessian", "wanda", "deeplift", "random"
 """What --score takes: `pytorch.scores.Score`, which is not imported before it is needed."""
 METHODS = ("edgecomp", "soroush2024", "ghavami2025")
 """What --method takes: `methods.METHODS`, likewise."""
+COMPILERS = ("gcc", "zig", "clang")
+"""What --compiler takes: `benchmarks.cross_compile.COMPILERS`, likewise."""
 
 
 def add_verbs(verbs: Any) -> None:
@@ -129,6 +131,7 @@ def _add_bench(verbs: Any) -> None:
     p.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a built folder, or an .onnx or .tflite file")
     p.add_argument("--runtime", metavar="R", help="onnxruntime, onnxruntime-lean, litert, tflite-micro and others")
     p.add_argument("--target", metavar="NAME", help="run the folder's network in C on an emulated core: cortex-m4, ...")
+    p.add_argument("--compiler", choices=COMPILERS, help="of --target; default: the first that is installed")
     p.add_argument("--threads", type=int, default=1, metavar="N")
     p.add_argument("--min-secs", type=float, default=2.0, metavar="S", help="measuring time for each model at least")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the runs")

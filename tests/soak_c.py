@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecomp.benchmarks.firmware import CORES, emulate, link
+from edgecomp.benchmarks.cross_compile import CORES, link
+from edgecomp.benchmarks.firmware import emulate
 from edgecomp.compress import compress
 from edgecomp.errors import ExportError
 from edgecomp.exporters import export, files_of

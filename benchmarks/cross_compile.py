@@ -212,9 +212,29 @@ def link(files: Mapping[str, bytes], core: Core, folder: Path, wanted: str | Non
     source = next(name for name in files if name.startswith("network") and name.endswith(".c"))
     facts = read_facts(files[source], source)
     compiler = cross_compiler(core, wanted)
+    image = linked(compiler, files, _LINK_SCRIPT, f"{facts.name}_run", folder)
+    return Firmware(path=image, compiler=compiler.name, facts=facts, **_sizes(image))
+
+
+def linked(compiler: Compiler, files: Mapping[str, bytes], script: str, entry: str, folder: Path) -> Path:
+    """Compile sources and link them.
+
+    Args:
+        compiler: for the core.
+        files: the sources, which end in .c, and what they include.
+        script: for the linker.
+        entry: the function that the image begins with.
+        folder: an empty one, for all files.
+
+    Returns:
+        the ELF file.
+
+    Raises:
+        TargetError: the compiler refuses the sources.
+    """
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    (folder / "image.ld").write_text(_LINK_SCRIPT, "utf-8")
+    (folder / "image.ld").write_text(script, "utf-8")
     extra: list[str] = []
     if compiler.bare:
         (folder / "include").mkdir()
@@ -225,10 +245,9 @@ def link(files: Mapping[str, bytes], core: Core, folder: Path, wanted: str | Non
         objects.append(f"{name}.o")
         whole = [*compiler.compile_command, *_OPTIONS, *_WARNINGS, *extra, "-c", "-o", objects[-1], name]
         _compile(compiler, whole, folder)
-    entry = (f"-Wl,-e,{facts.name}_run", "-Wl,--gc-sections", "-T", "image.ld")
-    _compile(compiler, [*compiler.link_command, *entry, "-o", "image.elf", *objects, *compiler.libraries], folder)
-    image = folder / "image.elf"
-    return Firmware(path=image, compiler=compiler.name, facts=facts, **_sizes(image))
+    options = (f"-Wl,-e,{entry}", "-Wl,--gc-sections", "-T", "image.ld")
+    _compile(compiler, [*compiler.link_command, *options, "-o", "image.elf", *objects, *compiler.libraries], folder)
+    return folder / "image.elf"
 
 
 def _compile(compiler: Compiler, command: Sequence[str], folder: Path) -> None:

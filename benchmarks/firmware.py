@@ -23,6 +23,7 @@ from edgecomp.graph import Array
 from edgecomp.report import table
 
 from .cross_compile import FLASH, RAM, Core, Firmware, core_of, link, open_elf
+from .qemu_arm import can_run, run_in_qemu
 
 _END = 0x3000_0000
 _MAPPED_BYTES = 16 << 20
@@ -64,6 +65,8 @@ class FirmwareReport:
         code_bytes, weight_bytes, constant_bytes: flash.
         arena_bytes, static_bytes, stack_bytes, border_bytes: RAM.
         border_name: what the last is: the output, and the input where that cannot lie in the arena.
+        qemu: the second emulator with its version, whose output is the same; None where it is not installed.
+        qemu_instructions: as it counts, by blocks of code: those skipped within an IT block too.
     """
 
     target: str
@@ -80,6 +83,8 @@ class FirmwareReport:
     stack_bytes: int
     border_bytes: int
     border_name: str
+    qemu: str | None = None
+    qemu_instructions: int | None = None
 
     @property
     def flash_bytes(self) -> int:
@@ -101,6 +106,8 @@ class FirmwareReport:
             f"instructions an image: {self.instructions:,}; outputs equal the reference's on {self.n_images} "
             f"image{'s' * (self.n_images != 1)}",
         )
+        if self.qemu is not None:
+            parts += (f"in {self.qemu}: {self.qemu_instructions:,}, by blocks; the same output",)
         rows = [
             (name, f"{n:,}", f"{100 * n / max(1, self.instructions):.1f} %")
             for name, n in sorted(self.steps.items(), key=lambda step: -step[1])
@@ -282,6 +289,12 @@ def measure_firmware(
             )
         progress(1)
     facts = firmware.facts
+    second = None
+    if can_run(cpu):
+        (folder / "qemu").mkdir()
+        second = run_in_qemu(files, facts, core, cpu, images[-1], folder / "qemu", compiler)
+        if not np.array_equal(second.output, expected[-1]):
+            raise ParityError(f"target {target}: in {second.emulator} the last image gives another output")
     names = facts.steps
     counts = dict.fromkeys(names, 0)
     for name, n in zip(names, run.step_instructions, strict=True):
@@ -301,4 +314,6 @@ def measure_firmware(
         stack_bytes=stack,
         border_bytes=facts.output.n_bytes + (facts.input.n_bytes if facts.input_offset is None else 0),
         border_name="input and output" if facts.input_offset is None else "output (the input lies in the arena)",
+        qemu=None if second is None else second.emulator,
+        qemu_instructions=None if second is None else second.instructions,
     )

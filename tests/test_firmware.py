@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -17,11 +18,13 @@ from edgecomp import options, reference
 from edgecomp.benchmarks import cross_compile
 from edgecomp.benchmarks.cross_compile import COMPILERS, CORES, core_of, link
 from edgecomp.benchmarks.firmware import emulate, emulator_name, measure_firmware
+from edgecomp.benchmarks.qemu_arm import run_in_qemu
 from edgecomp.benchmarks.runners import default_runtime
 from edgecomp.cli import main
 from edgecomp.compress import border_codes, compress
 from edgecomp.errors import ParityError, TargetError
 from edgecomp.exporters import export, files_of
+from edgecomp.exporters.c_facts import read_facts
 from edgecomp.graph import Array, Graph
 from edgecomp.targets import load, names
 from tests.graphs import GRAPHS, images, plan_for
@@ -68,6 +71,23 @@ def test_every_core_gives_the_references_bytes(name: str, cpu: str, tmp_path: Pa
     assert 0 < report.stack_bytes < 4096
     assert report.to_json()["source"] == "emulated"
     assert not [key for key in report.to_json() if "latency" in key or key.endswith("_ms")]
+
+
+@pytest.mark.skipif(shutil.which("qemu-system-arm") is None, reason="qemu-system-arm is not installed")
+@pytest.mark.parametrize("cpu", CORES)
+def test_a_second_emulator_gives_the_same(cpu: str, tmp_path: Path) -> None:
+    """From reset on a whole board; counted by blocks, so that what a condition skips is counted too."""
+    x, y = codes("gated", 1)
+    report = measure_firmware(files("gated"), "a core", cpu, x, y, tmp_path)
+    assert (report.qemu is None) == (cpu == "Cortex-M0+"), "of the M0 QEMU has no board with memory enough"
+    if report.qemu is not None:
+        assert report.qemu_instructions is not None
+        assert 1 <= report.qemu_instructions / report.instructions < 1.03
+        assert f"{report.qemu}: {report.qemu_instructions:,}, by blocks" in report.table()
+        again = tmp_path / "again"
+        again.mkdir()
+        facts = read_facts(files("gated")["network.c"], "network.c")
+        assert run_in_qemu(files("gated"), facts, CORES[cpu], cpu, x[0], again).output.tobytes() == y.tobytes()
 
 
 def test_counts_are_the_same_in_every_run_and_for_every_image(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """A network in C run from reset on a board that qemu-system-arm emulates: a second opinion beside Unicorn's.
 
 With -icount shift=0 each instruction takes a nanosecond of emulated time, which the board's SysTick counts at the clock
-of its core: the time of a run tells its instructions, to within one tick. QEMU counts by blocks of code: what a condition
-skips within an IT block is counted too. The input is a constant of the image; output and count come back through
+of its core: the time of a run tells its instructions, to within one tick. QEMU counts by blocks of code, with what a
+condition skips within an IT block. The input is a constant of the image; output and count come back through
 semihosting, as a file.
 """
 

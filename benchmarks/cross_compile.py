@@ -50,12 +50,12 @@ class Core:
     Attributes:
         gcc: options of arm-none-eabi-gcc and clang.
         zig: of zig cc, -mcpu.
-        unicorn: the name of its model.
+        unicorn: the name of its model; None where only QEMU has the core.
     """
 
     gcc: tuple[str, ...]
     zig: str
-    unicorn: str
+    unicorn: str | None
 
 
 CORES: Mapping[str, Core] = {
@@ -73,6 +73,7 @@ CORES: Mapping[str, Core] = {
         zig="cortex_m33+dsp",
         unicorn="UC_CPU_ARM_CORTEX_M33",
     ),
+    "Cortex-M55": Core(gcc=("-mcpu=cortex-m55", "-mfloat-abi=hard"), zig="cortex_m55", unicorn=None),
 }
 """By the name that a target's file gives its cpu."""
 

@@ -23,7 +23,7 @@ from edgecomp.graph import Array
 from edgecomp.report import table
 
 from .cross_compile import FLASH, RAM, Core, Firmware, core_of, link, open_elf
-from .qemu_arm import can_run, run_in_qemu
+from .qemu_arm import QemuRun, can_run, qemu_name, run_in_qemu
 
 _END = 0x3000_0000
 _MAPPED_BYTES = 16 << 20
@@ -60,8 +60,8 @@ class FirmwareReport:
         compiler: with its version.
         emulator: with its version.
         n_images: that were run; every output equals the reference's.
-        instructions: executed for an image.
-        steps: instructions by layer.
+        instructions: executed for an image; in QEMU alone by blocks, see `qemu_arm`.
+        steps: instructions by layer; of QEMU alone none.
         code_bytes, weight_bytes, constant_bytes: flash.
         arena_bytes, static_bytes, stack_bytes, border_bytes: RAM.
         border_name: what the last is: the output, and the input where that cannot lie in the arena.
@@ -113,7 +113,8 @@ class FirmwareReport:
             for name, n in sorted(self.steps.items(), key=lambda step: -step[1])
         ]
         title = f"{self.target}, emulated by {self.emulator}, compiled by {self.compiler}"
-        return "\n".join((title, "", *parts, "", table(rows, ("layer", "instructions", "share"))))
+        layers = ("", table(rows, ("layer", "instructions", "share"))) if rows else ()
+        return "\n".join((title, "", *parts, *layers))
 
     def to_json(self) -> dict[str, object]:
         """Give it for machines."""
@@ -133,6 +134,7 @@ def emulate(firmware: Firmware, core: Core, images: Array, *, counting: bool = T
         (run,) = (s for s in elf.get_section_by_name(".symtab").iter_symbols() if s.name == f"{facts.name}_run")
         begin, size = run["st_value"] & ~1, run["st_size"]
     machine = unicorn.Uc(unicorn.UC_ARCH_ARM, unicorn.UC_MODE_THUMB | unicorn.UC_MODE_MCLASS)
+    assert core.unicorn is not None
     machine.ctl_set_cpu_model(getattr(arm, core.unicorn))
     for start in (FLASH, RAM):
         machine.mem_map(start, _MAPPED_BYTES)
@@ -276,35 +278,47 @@ def measure_firmware(
         TargetError: a tool is missing, or fails.
     """
     core = core_of(cpu, target)
-    emulator = emulator_name()
+    emulator = qemu_name(cpu) if core.unicorn is None else emulator_name()
     firmware = link(files, core, folder, compiler)
-    stack = 0
-    for i in range(len(images)):
-        run = emulate(firmware, core, images[i : i + 1], counting=i == len(images) - 1)
-        stack = max(stack, run.stack_bytes)
-        if not np.array_equal(run.outputs[0], expected[i]):
-            raise ParityError(
-                f"target {target}: image {i} does not give the reference's output: the files were changed, or it is a "
-                "defect of edgecomp or of the compiler"
-            )
-        progress(1)
     facts = firmware.facts
-    second = None
-    if can_run(cpu):
-        (folder / "qemu").mkdir()
-        second = run_in_qemu(files, facts, core, cpu, images[-1], folder / "qemu", compiler)
-        if not np.array_equal(second.output, expected[-1]):
-            raise ParityError(f"target {target}: in {second.emulator} the last image gives another output")
-    names = facts.steps
-    counts = dict.fromkeys(names, 0)
-    for name, n in zip(names, run.step_instructions, strict=True):
-        counts[name] += n
+
+    def in_qemu(i: int) -> QemuRun:
+        place = folder / f"qemu{i}"
+        place.mkdir()
+        return run_in_qemu(files, facts, core, cpu, images[i], place, compiler)
+
+    def check(i: int, output: Array, where: str) -> None:
+        if not np.array_equal(output, expected[i]):
+            raise ParityError(
+                f"target {target}: image {i} does not give the reference's output in {where}: the files were changed, "
+                "or it is a defect of edgecomp or of the compiler"
+            )
+
+    stack, instructions, second = 0, 0, None
+    counts: dict[str, int] = {}
+    for i in range(len(images)):
+        if core.unicorn is None:
+            alone = in_qemu(i)
+            check(i, alone.output, emulator)
+            instructions, stack = alone.instructions, max(stack, alone.stack_bytes)
+        else:
+            run = emulate(firmware, core, images[i : i + 1], counting=i == len(images) - 1)
+            check(i, run.outputs[0], emulator)
+            instructions, stack = run.instructions, max(stack, run.stack_bytes)
+        progress(1)
+    if core.unicorn is not None:
+        counts = dict.fromkeys(facts.steps, 0)
+        for name, n in zip(facts.steps, run.step_instructions, strict=True):
+            counts[name] += n
+        if can_run(cpu):
+            second = in_qemu(len(images) - 1)
+            check(len(images) - 1, second.output, second.emulator)
     return FirmwareReport(
         target=target,
         compiler=firmware.compiler,
         emulator=emulator,
         n_images=len(images),
-        instructions=run.instructions,
+        instructions=instructions,
         steps=counts,
         code_bytes=firmware.code_bytes,
         weight_bytes=firmware.weight_bytes,

@@ -36,20 +36,21 @@ class _Board:
     Attributes:
         machine: its name there.
         flash: where the core looks for its first words.
-        ram: where 4 MB of memory lie.
+        ram: where 2 MB of memory lie.
         tick_ns: of its SysTick.
     """
 
     machine: str
     flash: int
     ram: int
-    tick_ns: int
+    tick_ns: float
 
 
 _BOARDS: Mapping[str, _Board] = {
     "Cortex-M4": _Board(machine="mps2-an386", flash=0, ram=0x2000_0000, tick_ns=40),
     "Cortex-M7": _Board(machine="mps2-an500", flash=0, ram=0x2000_0000, tick_ns=40),
     "Cortex-M33": _Board(machine="mps2-an505", flash=0x1000_0000, ram=0x3800_0000, tick_ns=50),
+    "Cortex-M55": _Board(machine="mps3-an547", flash=0, ram=0x3100_0000, tick_ns=31.25),
 }
 """By the name that a target's file gives its cpu; of the Cortex-M0 QEMU has none with memory enough."""
 
@@ -62,11 +63,13 @@ class QemuRun:
         emulator: with its version.
         output: int8, as the network lays it out.
         instructions: of `NAME_run`, to within one tick of the board's SysTick.
+        stack_bytes: that it takes: what a painted memory has lost its paint of.
     """
 
     emulator: str
     output: Array
     instructions: int
+    stack_bytes: int
 
 
 def can_run(cpu: str | None) -> bool:
@@ -97,9 +100,8 @@ def run_in_qemu(
     Raises:
         TargetError: a tool is missing or fails, or the network does not end.
     """
-    if cpu is None or not can_run(cpu):
-        raise TargetError(f"{cpu or 'the core'} cannot be run by {_PROGRAM}: it is not installed, or has no such board")
-    board = _BOARDS[cpu]
+    emulator = qemu_name(cpu)
+    board = _BOARDS[str(cpu)]
     sources = {**files, "main.c": _main(facts, board, image).encode()}
     elf = linked(cross_compiler(core, compiler), sources, _script(board), "reset", folder)
     command = [_PROGRAM, "-machine", board.machine, "-display", "none", "-monitor", "none", "-serial", "none"]
@@ -121,12 +123,20 @@ def run_in_qemu(
         said = " ".join((done.stderr or "it gives no result").split())[:300]
         raise TargetError(f"{_PROGRAM} ends with {done.returncode}: {said}")
     data = result.read_bytes()
-    (ticks,) = struct.unpack("<I", data[:4])
-    output = np.frombuffer(data[4:], dtype=np.int8).reshape(facts.output.shape)
-    return QemuRun(emulator=_version(), output=output, instructions=ticks * board.tick_ns)
+    ticks, stack = struct.unpack("<2I", data[:8])
+    output = np.frombuffer(data[8:], dtype=np.int8).reshape(facts.output.shape)
+    return QemuRun(emulator=emulator, output=output, instructions=round(ticks * board.tick_ns), stack_bytes=stack)
 
 
-def _version() -> str:
+def qemu_name(cpu: str | None) -> str:
+    """Name the emulator with its version.
+
+    Raises:
+        TargetError: it is not installed, or has no board with that core.
+    """
+    if not can_run(cpu):
+        what = f"{cpu or 'the core'} is run by {_PROGRAM}, which is not installed"
+        raise TargetError(f"{what}; on Debian: apt install {_PROGRAM}")
     said = subprocess.run([_PROGRAM, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
     found = re.search(r"version (\S+)", said)
     return f"{_PROGRAM} {found[1] if found else ''}, -icount"
@@ -135,8 +145,8 @@ def _version() -> str:
 def _script(board: _Board) -> str:
     return f"""\
 MEMORY {{
-  FLASH (rx): ORIGIN = {board.flash:#x}, LENGTH = 4M
-  RAM (rwx): ORIGIN = {board.ram:#x}, LENGTH = 4M
+  FLASH (rx): ORIGIN = {board.flash:#x}, LENGTH = 512K
+  RAM (rwx): ORIGIN = {board.ram:#x}, LENGTH = 2M
 }}
 SECTIONS {{
   .vectors : {{ KEEP(*(.vectors)) }} > FLASH
@@ -162,6 +172,8 @@ def _main(facts: NetworkFacts, board: _Board, image: Array) -> str:
 #include "network.h"
 
 #define SYSTICK ((volatile uint32_t *)0xE000E010u) /* control, reload, now: it counts down */
+#define PAINT 0xA5A5A5A5u
+#define PAINTED 4096 /* words below the stack pointer */
 #define CPACR ((volatile uint32_t *)0xE000ED88u)
 
 extern uint32_t stack_top[];
@@ -173,7 +185,7 @@ static const int8_t image[{upper}_INPUT_BYTES] = {{{codes}}};
 static int8_t in[{upper}_INPUT_BYTES];
 static int32_t arena[{upper}_ARENA_BYTES / 4 + 1];
 static struct {{
-  uint32_t ticks;
+  uint32_t ticks, stack;
   int8_t out[{upper}_OUTPUT_BYTES];
 }} result;
 
@@ -193,9 +205,10 @@ void reset(void) {{
     int32_t file;
     const void *data;
     int32_t n;
-  }} write = {{0, &result, 4 + {upper}_OUTPUT_BYTES}};
+  }} write = {{0, &result, 8 + {upper}_OUTPUT_BYTES}};
   int8_t *place = {start};
   uint32_t start;
+  volatile uint32_t *paint, *top;
   *CPACR |= 0xFu << 20; /* the floating-point unit, where there is one */
   memcpy(place, image, sizeof image);
   SYSTICK[1] = 0xFFFFFFu;
@@ -203,9 +216,14 @@ void reset(void) {{
   SYSTICK[0] = 5;
   while (SYSTICK[2] == 0) {{
   }}
+  __asm volatile("mov %0, sp" : "=r"(top));
+  for (paint = top - PAINTED; paint < top; paint++) *paint = PAINT;
   start = SYSTICK[2];
   if ({name}_run(place, result.out, arena) == 0) {{
     result.ticks = (start - SYSTICK[2]) & 0xFFFFFFu;
+    for (paint = top - PAINTED; paint < top && *paint == PAINT; paint++) {{
+    }}
+    result.stack = (uint32_t)((const volatile char *)top - (const volatile char *)paint);
     write.file = semihost(1, &open);
     semihost(5, &write);
     semihost(2, &write.file);

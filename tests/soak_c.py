@@ -46,7 +46,7 @@ def check(case: Case, rng: np.random.Generator) -> str:
         assert done.stdout == outputs.tobytes(), "the program's output is not the reference's"
     if rng.random() >= _EMULATED_SHARE:
         return "network in C"
-    core = CORES[str(rng.choice(list(CORES)))]
+    core = CORES[str(rng.choice([cpu for cpu, core in CORES.items() if core.unicorn is not None]))]
     with tempfile.TemporaryDirectory() as name:
         got = emulate(link(files, core, Path(name)), core, inputs, counting=False).outputs
     assert np.array_equal(got, outputs), f"the emulated output ({core.unicorn}) is not the reference's"

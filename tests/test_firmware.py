@@ -58,8 +58,11 @@ def no_gcc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_compile.shutil, "which", lambda name: None)
 
 
+QEMU_ALONE = "Cortex-M55"
+
+
 @pytest.mark.usefixtures("no_gcc")
-@pytest.mark.parametrize("cpu", CORES)
+@pytest.mark.parametrize("cpu", [cpu for cpu in CORES if cpu != QEMU_ALONE])
 @pytest.mark.parametrize("name", ["residual", "separable", "gated"])
 def test_every_core_gives_the_references_bytes(name: str, cpu: str, tmp_path: Path) -> None:
     x, y = codes(name, 2)
@@ -74,7 +77,35 @@ def test_every_core_gives_the_references_bytes(name: str, cpu: str, tmp_path: Pa
 
 
 @pytest.mark.skipif(shutil.which("qemu-system-arm") is None, reason="qemu-system-arm is not installed")
-@pytest.mark.parametrize("cpu", CORES)
+@pytest.mark.parametrize("compiler", [name for name, find in COMPILERS.items() if name != "clang" and find(M4)])
+def test_a_core_that_only_qemu_has(compiler: str, tmp_path: Path) -> None:
+    x, y = codes("residual", 2)
+    report = measure_firmware(files("residual"), "a core", QEMU_ALONE, x, y, tmp_path, compiler=compiler)
+    assert report.emulator.startswith("qemu-system-arm ")
+    (tmp_path / "m33").mkdir()
+    near = measure_firmware(files("residual"), "a core", "Cortex-M33", x, y, tmp_path / "m33", compiler=compiler)
+    assert near.qemu_instructions is not None
+    # Loops without overhead and Helium are few here; the same C is not far off.
+    assert report.instructions == pytest.approx(near.qemu_instructions, rel=0.2)
+    assert report.stack_bytes == pytest.approx(near.stack_bytes, abs=400)
+    assert (report.steps, report.qemu) == ({}, None)
+    assert "| layer" not in report.table()
+    wrong = y.copy()
+    wrong[1, 0] ^= 1
+    (tmp_path / "wrong").mkdir()
+    with pytest.raises(ParityError, match=r"image 1 does not give the reference's output in qemu"):
+        measure_firmware(files("residual"), "a", QEMU_ALONE, x, wrong, tmp_path / "wrong", compiler=compiler)
+
+
+def test_a_core_that_only_qemu_has_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_compile.shutil, "which", lambda name: None)
+    x, y = codes("residual", 1)
+    with pytest.raises(TargetError, match="apt install qemu-system-arm"):
+        measure_firmware(files("residual"), "a core", QEMU_ALONE, x, y, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("qemu-system-arm") is None, reason="qemu-system-arm is not installed")
+@pytest.mark.parametrize("cpu", [cpu for cpu in CORES if cpu != QEMU_ALONE])
 def test_a_second_emulator_gives_the_same(cpu: str, tmp_path: Path) -> None:
     """From reset on a whole board; counted by blocks, so that what a condition skips is counted too."""
     x, y = codes("gated", 1)
@@ -201,7 +232,7 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_targets_that_are_emulated_say_so() -> None:
     emulated = [name for name in names() if load(name).runtimes == ("c",)]
-    assert emulated == ["cortex-m0plus", "cortex-m33", "cortex-m4", "cortex-m7"]
+    assert emulated == ["cortex-m0plus", "cortex-m33", "cortex-m4", "cortex-m55", "cortex-m7"]
     assert sorted(load(name).cpu or "" for name in emulated) == sorted(CORES)
     with pytest.raises(TargetError, match="rpi4: Cortex-A72 is not emulated"):
         core_of(load("rpi4").cpu, "rpi4")

@@ -15,9 +15,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from edgecomp import __version__, errors, launched, options
+from edgecomp import __version__, errors, launched, options, pipelines
 
 if TYPE_CHECKING:
     from edgecomp.preprocessing import Preprocessing
@@ -143,6 +144,17 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class _Print(argparse.Action):
+    """Prints a path and leaves; argparse's own way of printing a text breaks it into lines."""
+
+    def __init__(self, *, const: Path, **given: Any) -> None:
+        super().__init__(nargs=0, const=const, **given)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(self.const)
+        raise SystemExit(0)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="edgecomp",
@@ -152,6 +164,10 @@ def _parser() -> argparse.ArgumentParser:
         "6 runtime or device, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"edgecomp {__version__}")
+    where = "print the folder of the CMake package: -Dedgecomp_DIR=$(edgecomp --cmake-dir)"
+    parser.add_argument("--cmake-dir", action=_Print, const=pipelines.CMAKE_DIR, help=where)
+    where = "print the file to include in a Makefile: include $(shell edgecomp --make-include)"
+    parser.add_argument("--make-include", action=_Print, const=pipelines.MAKE_INCLUDE, help=where)
     options.add_verbs(parser.add_subparsers(dest="verb", required=True, metavar="VERB"))
     return parser
 
@@ -327,10 +343,22 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _gate(args: argparse.Namespace) -> int:
+    from edgecomp.files import write_file
     from edgecomp.gating import Limits, gate
 
     limits = Limits(flash_bytes=args.max_flash, ram_bytes=args.max_ram, drop_points=args.max_drop)
-    print(gate(args.folder, limits, target=args.target, baseline=args.baseline, stage=_stage))
+    judged = gate(
+        args.folder,
+        limits,
+        target=args.target,
+        baseline=args.baseline,
+        manifest=args.manifest,
+        stage=_stage,
+    )
+    if args.report is None:
+        print(judged)
+    else:
+        write_file(args.report, f"{judged}\n".encode())
     return 0
 
 

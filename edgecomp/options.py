@@ -135,12 +135,18 @@ def _add_bench(verbs: Any) -> None:
 
 def _add_gate(verbs: Any) -> None:
     p = verbs.add_parser("gate", help="fail where a folder's network in C breaks a budget; for build pipelines")
-    p.add_argument("folder", type=Path, metavar="DIR")
+    p.add_argument("folder", type=Path, metavar="DIR", help="that build wrote, or export --format c")
     p.add_argument("--max-flash", type=read_bytes, metavar="BYTES", help="of weights, scales; with --target code too")
     p.add_argument("--max-ram", type=read_bytes, metavar="BYTES", help="of the arena; with --target of the stack too")
     p.add_argument("--max-drop", type=read_number, metavar="P", help="points of accuracy below the float network's")
     p.add_argument("--target", metavar="NAME", help="the core to build and run it for: cortex-m4, ...")
-    p.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier manifest.json: what has grown since?")
+    p.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="an earlier manifest.json or network.c: what has grown since?"
+    )
+    about = "manifest.json of the build that an exported folder is of: it knows the accuracy"
+    p.add_argument("--manifest", type=Path, metavar="FILE", help=about)
+    about = "write the table there instead, when all is kept: what make takes for done"
+    p.add_argument("--report", type=Path, metavar="FILE", help=about)
 
 
 def _add_inspect(verbs: Any) -> None:

@@ -6,7 +6,6 @@ wrote: that is C alone, and the first line of its source says what there is to s
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -55,6 +54,7 @@ class _Network:
         arena_bytes: that the caller gives.
         weight_bytes: of every layer.
         peak_step: the layer that needs most of the arena at once.
+        graph_digest: of what it computes.
         accuracy_percent: of the float network and of this one; None where nothing says.
     """
 
@@ -62,6 +62,7 @@ class _Network:
     arena_bytes: int
     weight_bytes: Mapping[str, int]
     peak_step: str = ""
+    graph_digest: str = ""
     accuracy_percent: tuple[float, float] | None = None
 
 
@@ -145,18 +146,18 @@ def _built(path: Path) -> _Network:
 
 
 def _exported(path: Path, manifest: Path | None) -> _Network:
-    source = _read(path / _SOURCE)
-    network = _of_source(source, path / _SOURCE)
+    network = _of_source(_read(path / _SOURCE), path / _SOURCE)
     if manifest is None:
         return network
     record = read_manifest(_text(manifest), str(manifest))
-    entry, digest = _entry(record), hashlib.sha256(source).hexdigest()
+    entry = _entry(record)
     if entry is None:
         raise BundleError(f"{manifest}: knows no network in C, so not how accurate it is; build it with --format c")
-    if digest != entry["sha256"]:
+    measured, own = str(entry.get("graph_digest", "unknown")), network.graph_digest
+    if measured != own:
         raise BundleError(
-            f"{manifest}: is about another {_SOURCE}, of sha256 {entry['sha256'][:12]}…, than {path / _SOURCE}, "
-            f"{digest[:12]}…; how accurate this one is was not measured: build again with this edgecomp"
+            f"{manifest}: is about another network (digest {measured[:12]}) than {path / _SOURCE} ({own[:12]}), whose "
+            "accuracy was not measured: name the manifest of its build, or build again with this edgecomp"
         )
     return replace(network, accuracy_percent=_of_manifest(record, entry).accuracy_percent)
 
@@ -187,6 +188,7 @@ def _of_source(source: bytes, where: Path) -> _Network:
         arena_bytes=facts.arena_bytes,
         weight_bytes=dict(facts.weight_bytes),
         peak_step=facts.peak_step,
+        graph_digest=facts.graph_digest,
     )
 
 

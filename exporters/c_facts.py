@@ -43,6 +43,7 @@ class NetworkFacts:
 
     Attributes:
         name: what its functions begin with.
+        graph_digest: of the quantized graph that it computes, to the last bit: whatever the C looks like.
         input: of images.
         output: of results.
         arena_bytes: memory that the caller gives.
@@ -55,6 +56,7 @@ class NetworkFacts:
     """
 
     name: str
+    graph_digest: str
     input: CodeBorder
     output: CodeBorder
     arena_bytes: int
@@ -92,7 +94,7 @@ def read_facts(source: bytes, where: str) -> NetworkFacts:
 
 
 def _facts(found: Mapping[str, Any]) -> NetworkFacts:
-    expected = {"name", *_BORDERS, *_COUNTS, "input_offset", "steps", "peak_step", "weight_bytes"}
+    expected = {"name", "graph_digest", *_BORDERS, *_COUNTS, "input_offset", "steps", "peak_step", "weight_bytes"}
     if set(found) != expected:
         raise ValueError(f"its first line says {sorted(found)!r:.80}, expected {sorted(expected)}")
     name = found["name"]
@@ -110,6 +112,7 @@ def _facts(found: Mapping[str, Any]) -> NetworkFacts:
             raise ValueError(f"weight_bytes of {layer!r:.60} is {n_bytes!r:.60}")
     return NetworkFacts(
         name=name,
+        graph_digest=str(found["graph_digest"]),
         input=_read_border(found["input"]),
         output=_read_border(found["output"]),
         **{key: found[key] for key in _COUNTS},

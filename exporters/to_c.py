@@ -208,6 +208,7 @@ def facts_of(program: Program) -> NetworkFacts:
     first, last = border_codes(graph)
     return NetworkFacts(
         name=program.name,
+        graph_digest=graph.digest(),
         input=_border(graph, first),
         output=_border(graph, last),
         arena_bytes=program.arena.n_bytes,

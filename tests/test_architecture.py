@@ -47,7 +47,7 @@ LEVELS = (
      "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml"),
     ("check", "spending", "pruning", "recovering", "intake", "build", "verifying", "inspecting", "benching",
      "boards", "gating",
-     "arguments", "options", "cli", "__main__"),
+     "pipelines", "arguments", "options", "cli", "__main__"),
     ("benchmarks.compression", "benchmarks.compression.results", "benchmarks.compression.table",
      "benchmarks.compression.plot", "benchmarks.compression.peer_entry", "benchmarks.compression.peer_ort",
      "benchmarks.compression.peer_nncf", "benchmarks.compression.peer_mct", "benchmarks.compression.peer_torch_pruning",

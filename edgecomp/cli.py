@@ -281,6 +281,7 @@ def _export(args: argparse.Namespace) -> int:
     from edgecomp.build import rewritten
     from edgecomp.errors import PlanError, UsageError
     from edgecomp.exporters import files_of
+    from edgecomp.exporters.c_layouts import layout_files, layout_names
     from edgecomp.files import check_new_files, write_files
     from edgecomp.plan import CompressionPlan
     from edgecomp.report import table
@@ -292,14 +293,24 @@ def _export(args: argparse.Namespace) -> int:
     at_rest = AtRest(args.weights_at_rest)
     if at_rest is AtRest.PACKED and "tflite" not in args.format:
         raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
+    if args.layout != "flat" and "c" not in args.format:
+        raise UsageError(f"--layout {args.layout} is of C; add c to --format")
     graph = bundle.load(args.graph)
-    check_new_files(args.output, [name for each in args.format for name in FILES[each]], force=args.force)
+    # What a layout adds is called after the network, which is not known before it is written.
+    names = [name for each in args.format for name in (layout_names(args.layout) if each == "c" else FILES[each])]
+    check_new_files(args.output, names, force=args.force)
     exported = [rewritten(plan, graph, form_of(name, at_rest)) for name in args.format]
-    write_files(args.output, {name: data for file in exported for name, data in files_of(file).items()})
-    rows = [
-        (str(args.output / file.name), len(file.data), sum(w.stored_bytes for w in file.weights), file.sha256())
-        for file in exported
-    ]
+    written: dict[str, bytes] = {}
+    rows = []
+    for file in exported:
+        files = files_of(file)
+        if file.format == "c":
+            files = layout_files(files, args.layout)
+        (path,) = (name for name in files if name.rpartition("/")[2] == file.name)
+        rows.append((str(args.output / path), len(file.data), sum(w.stored_bytes for w in file.weights), file.sha256()))
+        written |= files
+    check_new_files(args.output, written, force=args.force)
+    write_files(args.output, written)
     print(table(rows, ("file", "bytes", "weight bytes", "sha256")))
     return 0
 

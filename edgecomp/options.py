@@ -10,6 +10,8 @@ from edgecomp.arguments import read_bytes, read_formats, read_number, read_numbe
 
 SCORES = ("lrp", "magnitude", "taylor", "hessian", "wanda", "deeplift", "random")
 """What --score takes: `pytorch.scores.Score`, which is not imported before it is needed."""
+LAYOUTS = ("flat", "arduino", "platformio", "zephyr")
+"""What --layout takes: `exporters.c_layouts.LAYOUTS`, likewise."""
 METHODS = ("edgecomp", "soroush2024", "ghavami2025")
 """What --method takes: `methods.METHODS`, likewise."""
 
@@ -92,6 +94,8 @@ def _add_export(verbs: Any) -> None:
     p.add_argument("--graph", type=Path, required=True, metavar="FILE", help="graph.edgecomp, beside the plan")
     p.add_argument("--format", type=read_formats, required=True, metavar="F", help="onnx, tflite, tflm, c, with commas")
     _add_at_rest(p, ("native", "int8", "packed"))
+    about = "of C: a library for Arduino and PlatformIO, a Zephyr module, or (default) flat, only sources"
+    p.add_argument("--layout", choices=LAYOUTS, default="flat", help=about)
     p.add_argument("--force", action="store_true", help="replace files in DIR")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
 

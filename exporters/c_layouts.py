@@ -1,4 +1,4 @@
-"""The network in C in the folders that other build systems expect: an Arduino or PlatformIO library, a Zephyr module."""
+"""Networks in C as other build systems expect them: libraries for Arduino and PlatformIO, Zephyr modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from edgecomp import __version__
-from edgecomp.artifact import FILES, Exported
+from edgecomp.artifact import FILES
 
 from .c_facts import NetworkFacts, read_facts
 
@@ -52,7 +52,7 @@ def _described(facts: NetworkFacts) -> dict[str, str]:
         "name": f"edgecomp_{facts.name}"[:_LONGEST_NAME],
         "version": version[0] if version else "0.0.0",
         "sentence": f"The neural network {facts.name}, as C99 with packed weights.",
-        "paragraph": f"{facts.constant_bytes:,} bytes of flash for weights, {facts.arena_bytes:,} of RAM for the arena.",
+        "paragraph": f"{facts.constant_bytes:,} bytes of weights in flash, {facts.arena_bytes:,} of RAM for the arena.",
     }
 
 

@@ -218,6 +218,7 @@ def test_a_build_from_scratch_links_nothing_that_breaks_a_budget(project: Projec
     assert not {"libfirst.a", "app.elf", GATE} & broken.files
 
 
+@pytest.mark.parametrize("project", ["Ninja"], indirect=True)
 def test_what_has_grown(project: Project) -> None:
     write_model(project.folder / "old", "residual", bits=3)
     lists = project.folder / "CMakeLists.txt"
@@ -232,6 +233,7 @@ def test_what_has_grown(project: Project) -> None:
     assert [f"grown most: {name} +{n:,}" in line for line in broken.said()] == [True]
 
 
+@pytest.mark.parametrize("project", ["Ninja"], indirect=True)
 def test_accuracy_that_is_not_known(project: Project) -> None:
     (project.folder / "model" / "manifest.json").unlink()
     broken = project.again(MORE="MAX_DROP;5")
@@ -244,6 +246,7 @@ def test_accuracy_that_is_not_known(project: Project) -> None:
     assert "other/manifest.json: is about another network" in line
 
 
+@pytest.mark.parametrize("project", ["Ninja"], indirect=True)
 def test_a_broken_plan(project: Project) -> None:
     assert project.again().code == 0
     plan = project.folder / "model" / "plan.json"

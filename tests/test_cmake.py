@@ -210,6 +210,8 @@ def test_budgets_that_are_broken(project: Project) -> None:
         assert project.build().code != 0, "it stays broken"
     kept = project.again(FLASH=str(flash), RAM=str(ram), MORE="MAX_DROP;2.5")
     assert (kept.code, kept.files) == (0, {GATE})
+    (project.folder / "model" / "manifest.json").touch()
+    assert project.build().files == {GATE}, "judged by another manifest"
 
 
 def test_a_build_from_scratch_links_nothing_that_breaks_a_budget(project: Project) -> None:

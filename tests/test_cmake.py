@@ -172,7 +172,7 @@ def test_another_version_writes_again(project: Project, site: Path) -> None:
     init.write_text(text.replace(f'"{__version__}"', '"9.8.7"'))
     # By itself: nobody has to configure first.
     assert {*SOURCES, *OBJECTS, *LINKED, GATE} <= project.build().files
-    assert "edgecomp 9.8.7" in (project.binary / "edgecomp" / "first.export.txt").read_text()
+    assert "9.8.7" in (project.binary / "edgecomp" / "first.export.txt").read_text()
     assert project.build().files == frozenset()
 
 
@@ -217,7 +217,38 @@ def test_budgets_that_are_broken(project: Project) -> None:
 def test_a_build_from_scratch_links_nothing_that_breaks_a_budget(project: Project) -> None:
     broken = project.again(FLASH="100")
     assert broken.code != 0
-    assert not {"libfirst.a", "app.elf", GATE} & broken.files
+    assert SOURCES <= broken.files
+    assert not {*OBJECTS, "libfirst.a", "app.elf", GATE} & broken.files
+
+
+@pytest.mark.parametrize("project", ["Ninja"], indirect=True)
+def test_with_a_core_the_code_counts_too(project: Project) -> None:
+    assert project.again().code == 0
+    facts = read_facts((project.binary / "edgecomp/first/network.c").read_bytes(), "network.c")
+    flash = facts.constant_bytes + 500
+    assert project.again(FLASH=str(flash)).code == 0
+    broken = project.again(FLASH=str(flash), MORE="CORE;cortex-m4")
+    assert broken.code != 0
+    assert [f"more than --max-flash {flash:,}" in line for line in broken.said()] == [True]
+    assert project.again(FLASH="64K", MORE="CORE;cortex-m4").files == {GATE}
+    assert "all, on cortex-m4" in (project.binary / GATE).read_text()
+
+
+@pytest.mark.parametrize("project", ["Ninja"], indirect=True)
+def test_a_network_in_another_folder_than_where_the_package_is_found(project: Project) -> None:
+    lists = project.folder / "CMakeLists.txt"
+    text = lists.read_text()
+    for name, lines in (("finding", [2]), ("building", range(3, 7))):
+        (project.folder / name).mkdir()
+        (project.folder / name / "CMakeLists.txt").write_text("\n".join(text.splitlines()[i] for i in lines))
+    for name in ("model", "exported", "main.c"):
+        (project.folder / name).rename(project.folder / "building" / name)
+    head = "\n".join(text.splitlines()[:2])
+    lists.write_text(f"{head}\nadd_subdirectory(finding)\nadd_subdirectory(building)\n")
+    built = project.again()
+    assert built.code == 0, built.output
+    assert "building/app.elf" in built.files
+    assert project.build().files == frozenset()
 
 
 @pytest.mark.parametrize("project", ["Ninja"], indirect=True)

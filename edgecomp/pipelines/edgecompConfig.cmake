@@ -22,8 +22,6 @@
 cmake_minimum_required(VERSION 3.20)
 
 get_filename_component(_edgecomp_package "${CMAKE_CURRENT_LIST_DIR}/.." REALPATH)
-file(STRINGS "${_edgecomp_package}/__init__.py" _edgecomp_line REGEX "^__version__ = ")
-string(REGEX REPLACE "^__version__ = \"(.*)\"$" "\\1" edgecomp_VERSION "${_edgecomp_line}")
 
 if(NOT EDGECOMP_COMMAND)
   # First of all the command of the environment that this file was installed into.
@@ -52,9 +50,6 @@ if(NOT _edgecomp_result EQUAL 0 OR NOT _edgecomp_dir STREQUAL _edgecomp_own)
   return()
 endif()
 
-set(_edgecomp_init "${_edgecomp_package}/__init__.py")
-set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${_edgecomp_init}")
-
 # Write a file only where it says something else, so that what depends on it is made again only then.
 function(_edgecomp_note file)
   set(text "${ARGN}\n")
@@ -69,6 +64,10 @@ endfunction()
 
 function(edgecomp_add_model)
   set(paths PLAN FOLDER GRAPH MANIFEST BASELINE)
+  # Found out here, and not where the package is found: another folder of the project may call this.
+  get_filename_component(init "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../__init__.py" REALPATH)
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${init}")
+  file(STRINGS "${init}" version REGEX "^__version__ = ")
   cmake_parse_arguments(
     PARSE_ARGV 0 arg "" "TARGET;${paths};BUDGET_FLASH;BUDGET_RAM;MAX_DROP;CORE;WEIGHTS_AT_REST" "")
   set(us "edgecomp_add_model(TARGET ${arg_TARGET} ...)")
@@ -114,11 +113,11 @@ function(edgecomp_add_model)
     endif()
     set(command ${EDGECOMP_COMMAND} export "${arg_PLAN}" --graph "${arg_GRAPH}" --format c --weights-at-rest
                 "${arg_WEIGHTS_AT_REST}" --force -o "${folder}")
-    _edgecomp_note("${ours}/${arg_TARGET}.export.txt" "edgecomp ${edgecomp_VERSION}: ${command}")
+    _edgecomp_note("${ours}/${arg_TARGET}.export.txt" "${version} ${command}")
     add_custom_command(
       OUTPUT ${files}
       COMMAND ${command}
-      DEPENDS "${arg_PLAN}" "${arg_GRAPH}" "${ours}/${arg_TARGET}.export.txt" "${_edgecomp_init}"
+      DEPENDS "${arg_PLAN}" "${arg_GRAPH}" "${ours}/${arg_TARGET}.export.txt" "${init}"
       COMMENT "edgecomp: ${arg_TARGET} in C"
       VERBATIM)
   endif()
@@ -162,7 +161,7 @@ function(edgecomp_add_model)
     endif()
   endforeach()
   # A changed budget is judged anew, and nothing else is done: the library only waits for the judgement.
-  _edgecomp_note("${ours}/${arg_TARGET}.budget.txt" "edgecomp ${edgecomp_VERSION}: ${budgets}")
+  _edgecomp_note("${ours}/${arg_TARGET}.budget.txt" "${version} ${budgets}")
   add_custom_command(
     OUTPUT "${ours}/${arg_TARGET}.gate.txt"
     COMMAND ${EDGECOMP_COMMAND} gate "${folder}" ${budgets} --report "${ours}/${arg_TARGET}.gate.txt"

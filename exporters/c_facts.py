@@ -67,6 +67,16 @@ class NetworkFacts:
     peak_step: str
     weight_bytes: Mapping[str, int]
 
+    @property
+    def border_name(self) -> str:
+        """Name what the caller gives beside the arena."""
+        return "input and output" if self.input_offset is None else "output (the input lies in the arena)"
+
+    @property
+    def border_bytes(self) -> int:
+        """Count its bytes."""
+        return self.output.n_bytes + (self.input.n_bytes if self.input_offset is None else 0)
+
     def to_line(self) -> str:
         """Give the comment that `read_facts` reads."""
         values = asdict(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,15 @@ def test_lost_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
 def test_with_a_core_the_code_counts_too(capsys: pytest.CaptureFixture[str]) -> None:
     flash = entry("small")["flash_bytes"]
     text = said(["small", "--max-flash", str(flash + 500), "--target", "cortex-m4"], 3, capsys)
-    assert "more than --max-flash" in text
+    parts = re.fullmatch(
+        r"edgecomp: small: flash is (.*) bytes, .* more than --max-flash .* = "
+        r"code (.*) \+ weights (.*) \+ other constants (.*); the largest weights: .*\n",
+        text,
+    )
+    assert parts is not None, text
+    whole, *shares = (int(n.replace(",", "")) for n in parts.groups())
+    assert whole == sum(shares)
+    assert shares[1] + shares[2] >= flash
     assert "all, on cortex-m4" in said(["small", "--max-flash", "64K", "--target", "cortex-m4"], 0, capsys)
 
 

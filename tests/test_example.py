@@ -94,8 +94,8 @@ def test_two_clean_builds_on_two_paths_are_equal(toolchain: str, tree: Path, tmp
 @pytest.mark.parametrize(
     ("budget", "found"),
     [
-        ({"FLASH": "10K"}, "flash is "),
-        ({"RAM": "28K"}, "RAM is "),
+        ({"FLASH": "1K"}, "flash is "),
+        ({"RAM": "1K"}, "RAM is "),
         ({"DROP": "5"}, "points below the float network's; --max-drop allows 5"),
     ],
 )
@@ -114,7 +114,7 @@ def test_by_make(tree: Path) -> None:
     assert built.code == 0, built.output
     assert run(tree, "build-make/firmware.elf") == expected(tree)
     assert make_and_watch(command, tree, tree).files == frozenset()
-    broken = make_and_watch([*command, "FLASH=10K"], tree, tree)
+    broken = make_and_watch([*command, "FLASH=1K"], tree, tree)
     assert broken.code != 0
     assert len(broken.said()) == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 
 def read_number(text: str) -> float:
@@ -37,6 +38,13 @@ def read_bytes(text: str) -> float:
         if digits.endswith(unit) and digits != unit:
             return read_number(digits.removesuffix(unit)) * units[unit]
     return read_number(digits)
+
+
+def read_c_name(text: str) -> str:
+    """Read what functions in C begin with; macros have the same in capitals."""
+    if not re.fullmatch("[a-z][a-z0-9_]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a name for C, of a-z, 0-9 and _, a letter first")
+    return text
 
 
 def read_formats(text: str) -> tuple[str, ...]:

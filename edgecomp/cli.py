@@ -293,13 +293,15 @@ def _export(args: argparse.Namespace) -> int:
     at_rest = AtRest(args.weights_at_rest)
     if at_rest is AtRest.PACKED and "tflite" not in args.format:
         raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
-    if args.layout != "flat" and "c" not in args.format:
-        raise UsageError(f"--layout {args.layout} is of C; add c to --format")
+    for option, given in (("--layout", args.layout != "flat"), ("--name", args.name is not None)):
+        if given and "c" not in args.format:
+            raise UsageError(f"{option} is of C; add c to --format")
     graph = bundle.load(args.graph)
     # What a layout adds is called after the network, which is not known before it is written.
     names = [name for each in args.format for name in (layout_names(args.layout) if each == "c" else FILES[each])]
     check_new_files(args.output, names, force=args.force)
-    exported = [rewritten(plan, graph, form_of(name, at_rest)) for name in args.format]
+    named = {"c": replace(graph, name=args.name or graph.name)}
+    exported = [rewritten(plan, named.get(each, graph), form_of(each, at_rest)) for each in args.format]
     written: dict[str, bytes] = {}
     rows = []
     for file in exported:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgecomp.arguments import read_bytes, read_formats, read_number, read_numbers, read_shape
+from edgecomp.arguments import read_bytes, read_c_name, read_formats, read_number, read_numbers, read_shape
 
 SCORES = ("lrp", "magnitude", "taylor", "hessian", "wanda", "deeplift", "random")
 """What --score takes: `pytorch.scores.Score`, which is not imported before it is needed."""
@@ -96,6 +96,8 @@ def _add_export(verbs: Any) -> None:
     _add_at_rest(p, ("native", "int8", "packed"))
     about = "of C: a library for Arduino and PlatformIO, a Zephyr module, or (default) flat, only sources"
     p.add_argument("--layout", choices=LAYOUTS, default="flat", help=about)
+    about = "what the functions in C begin with, where a firmware has two networks of one name"
+    p.add_argument("--name", type=read_c_name, metavar="NAME", help=about)
     p.add_argument("--force", action="store_true", help="replace files in DIR")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
 

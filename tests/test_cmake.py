@@ -252,6 +252,23 @@ def test_a_network_in_another_folder_than_where_the_package_is_found(project: Pr
 
 
 @pytest.mark.parametrize("project", ["Ninja"], indirect=True)
+def test_two_networks_of_one_name(project: Project) -> None:
+    """Without another name for one, the linker would take the first for both, and say nothing."""
+    write_model(project.folder / "third", "residual", bits=8)
+    lists = project.folder / "CMakeLists.txt"
+    text = lists.read_text().replace("second FOLDER exported", "second PLAN third/plan.json NAME plain MAX_DROP 50")
+    lists.write_text(text)
+    built = project.again()
+    assert built.code == 0, built.output
+    graphs = [quantized("residual", bits) for bits in (4, 8)]
+    pairs = [codes_for(graph, images(graph, 1)) for graph in graphs]
+    assert not np.array_equal(pairs[0][1], pairs[1][1])
+    inputs = b"".join(x.tobytes() for x, _ in pairs)
+    ran = subprocess.run([project.binary / "app.elf"], input=inputs, capture_output=True, timeout=60, check=True)
+    assert ran.stdout == b"".join(y.tobytes() for _, y in pairs)
+
+
+@pytest.mark.parametrize("project", ["Ninja"], indirect=True)
 def test_what_has_grown(project: Project) -> None:
     write_model(project.folder / "old", "residual", bits=3)
     lists = project.folder / "CMakeLists.txt"
@@ -300,7 +317,7 @@ WRONG = {
     "no name": ("edgecomp_add_model(PLAN p)", "expected TARGET"),
     "no network": ("edgecomp_add_model(TARGET x)", "expected either PLAN, to write the C from, or FOLDER"),
     "two networks": ("edgecomp_add_model(TARGET x PLAN p FOLDER f)", "expected either PLAN"),
-    "a graph for C": ("edgecomp_add_model(TARGET x FOLDER f GRAPH g)", "GRAPH and WEIGHTS_AT_REST are for PLAN"),
+    "a graph for C": ("edgecomp_add_model(TARGET x FOLDER f GRAPH g)", "GRAPH, NAME and WEIGHTS_AT_REST are for PLAN"),
 }
 
 

@@ -226,6 +226,17 @@ def test_the_sources_are_the_same(models: Path, tmp_path: Path) -> None:
         assert main(["gate", str(folder / "src"), "--max-ram", "64K"]) == 0
 
 
+def test_another_name(models: Path, tmp_path: Path) -> None:
+    flat = exported(models, "plain", "flat", tmp_path / "flat")
+    other = exported(models, "plain", "arduino", tmp_path / "other", "--name", "digits")
+    facts = [read_facts(path.read_bytes(), "network.c") for path in (flat / "network.c", other / "src" / "network.c")]
+    assert [f.name for f in facts] == ["plain", "digits"]
+    assert facts[0].graph_digest == facts[1].graph_digest, "it computes the same"
+    assert (other / "src" / "digits.h").is_file()
+    argv = ["gate", str(other / "src"), "--max-drop", "50", "--manifest", str(models / "plain" / "manifest.json")]
+    assert main(argv) == 0
+
+
 def test_bad_use(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exported(models, "plain", "zephyr", tmp_path / "lib")
     before = {name: (tmp_path / "lib" / name).stat().st_mtime_ns for name in files(tmp_path / "lib")}
@@ -234,12 +245,17 @@ def test_bad_use(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     for more, found in (
         (["--format", "c", "--layout", "zephyr"], "src/network.c: is there already; give --force"),
-        (["--format", "onnx", "--layout", "zephyr"], "--layout zephyr is of C; add c to --format"),
+        (["--format", "onnx", "--layout", "zephyr"], "--layout is of C; add c to --format"),
+        (["--format", "onnx", "--name", "a"], "--name is of C; add c to --format"),
     ):
         assert main([*argv, *more]) == 2
         error = capsys.readouterr().err
         assert found in error
         assert error.count("\n") == 1
+    with pytest.raises(SystemExit) as left:
+        main([*argv, "--format", "c", "--name", "My net"])
+    assert left.value.code == 2
+    assert "'My net': expected a name for C" in capsys.readouterr().err
     # What is called after the network is not replaced unasked either.
     for path in (tmp_path / "lib" / "src").glob("*k*"):
         path.unlink()

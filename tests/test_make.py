@@ -83,6 +83,9 @@ def test_nothing_is_built_again_without_cause(project: Path) -> None:
     assert make(project, "FLASH=60K").files == {GATE}
     assert make(project, "FLASH=60K").files == frozenset()
     assert {*SOURCES, *OBJECTS, GATE} <= make(project, "FLASH=60K", "first_WEIGHTS_AT_REST=int8").files
+    named = make(project, "first_NAME=other", "edgecomp-build/libfirst.a")
+    assert {*SOURCES, *OBJECTS, GATE} <= named.files
+    assert "int other_run(" in (project / "edgecomp-build/first/network.h").read_text()
 
 
 def test_another_version_writes_again(project: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@
 # NAME_LIB is a static library, which is not made where a budget is broken. The header is "network.h", and
 # "digits/network.h" where there are several networks. Compilers and options are CC, AR, CFLAGS, as everywhere in make.
 # What else may be set, NAME_ before each; edgecompConfig.cmake, beside this file, says what they mean:
-# FOLDER (with C that is there, in the place of PLAN), GRAPH, MAX_DROP, MANIFEST, BASELINE, CORE, WEIGHTS_AT_REST.
+# FOLDER (with C that is there, in the place of PLAN), GRAPH, MAX_DROP, MANIFEST, BASELINE, CORE, NAME, WEIGHTS_AT_REST.
 #
 # EDGECOMP is the command, EDGECOMP_BUILD the folder for all that is written.
 EDGECOMP ?= edgecomp
@@ -27,7 +27,7 @@ _edgecomp_note = $(shell mkdir -p $(dir $(1)) && echo '$(subst ','\'',$(2))' | c
 _edgecomp_dir = $(if $($(1)_FOLDER),$($(1)_FOLDER),$(EDGECOMP_BUILD)/$(1))
 _edgecomp_graph = $(if $($(1)_GRAPH),$($(1)_GRAPH),$(dir $($(1)_PLAN))graph.edgecomp)
 _edgecomp_manifest = $(if $($(1)_MANIFEST),$($(1)_MANIFEST),$(if $($(1)_PLAN),$(if $($(1)_MAX_DROP),$(wildcard $(dir $($(1)_PLAN))manifest.json))))
-_edgecomp_export = $($(1)_PLAN) --graph $(_edgecomp_graph) --format c --weights-at-rest $(if $($(1)_WEIGHTS_AT_REST),$($(1)_WEIGHTS_AT_REST),native) --force -o $(_edgecomp_dir)
+_edgecomp_export = $($(1)_PLAN) --graph $(_edgecomp_graph) --format c --weights-at-rest $(if $($(1)_WEIGHTS_AT_REST),$($(1)_WEIGHTS_AT_REST),native) $(if $($(1)_NAME),--name $($(1)_NAME)) --force -o $(_edgecomp_dir)
 _edgecomp_limits = $(if $($(1)_BUDGET_FLASH),--max-flash $($(1)_BUDGET_FLASH)) $(if $($(1)_BUDGET_RAM),--max-ram $($(1)_BUDGET_RAM)) $(if $($(1)_MAX_DROP),--max-drop $($(1)_MAX_DROP))
 _edgecomp_known = $(_edgecomp_manifest) $($(1)_BASELINE) $(if $($(1)_FOLDER),$(wildcard $($(1)_FOLDER)/manifest.json))
 _edgecomp_gate = $(_edgecomp_limits) $(if $($(1)_CORE),--target $($(1)_CORE)) $(if $($(1)_BASELINE),--baseline $($(1)_BASELINE)) $(if $(_edgecomp_manifest),--manifest $(_edgecomp_manifest))

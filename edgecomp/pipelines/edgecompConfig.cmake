@@ -16,6 +16,7 @@
 #   BASELINE file       an earlier manifest.json or network.c: what has grown since?
 #   CORE name           budgets are of code and stack, too: the network is linked for that core, e.g. cortex-m4, and run
 #                       in an emulator; needs edgecomp[firmware]
+#   NAME name           what the functions in C begin with, where two networks have the same
 #   WEIGHTS_AT_REST x   native or int8, as `edgecomp export` takes it
 #
 # EDGECOMP_COMMAND may say how edgecomp is called, e.g. -DEDGECOMP_COMMAND='python3;-m;edgecomp'.
@@ -69,7 +70,7 @@ function(edgecomp_add_model)
   set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${init}")
   file(STRINGS "${init}" version REGEX "^__version__ = ")
   cmake_parse_arguments(
-    PARSE_ARGV 0 arg "" "TARGET;${paths};BUDGET_FLASH;BUDGET_RAM;MAX_DROP;CORE;WEIGHTS_AT_REST" "")
+    PARSE_ARGV 0 arg "" "TARGET;${paths};BUDGET_FLASH;BUDGET_RAM;MAX_DROP;CORE;NAME;WEIGHTS_AT_REST" "")
   set(us "edgecomp_add_model(TARGET ${arg_TARGET} ...)")
   if(DEFINED arg_UNPARSED_ARGUMENTS OR DEFINED arg_KEYWORDS_MISSING_VALUES)
     message(FATAL_ERROR "${us}: cannot read '${arg_UNPARSED_ARGUMENTS}${arg_KEYWORDS_MISSING_VALUES}'; the words it takes "
@@ -81,8 +82,8 @@ function(edgecomp_add_model)
   if((arg_PLAN AND arg_FOLDER) OR NOT (arg_PLAN OR arg_FOLDER))
     message(FATAL_ERROR "${us}: expected either PLAN, to write the C from, or FOLDER, where it is")
   endif()
-  if(arg_FOLDER AND (arg_GRAPH OR arg_WEIGHTS_AT_REST))
-    message(FATAL_ERROR "${us}: GRAPH and WEIGHTS_AT_REST are for PLAN; the C in FOLDER is compiled as it is")
+  if(arg_FOLDER AND (arg_GRAPH OR arg_NAME OR arg_WEIGHTS_AT_REST))
+    message(FATAL_ERROR "${us}: GRAPH, NAME and WEIGHTS_AT_REST are for PLAN; the C in FOLDER is compiled as it is")
   endif()
   get_property(languages GLOBAL PROPERTY ENABLED_LANGUAGES)
   if(NOT "C" IN_LIST languages)
@@ -113,6 +114,9 @@ function(edgecomp_add_model)
     endif()
     set(command ${EDGECOMP_COMMAND} export "${arg_PLAN}" --graph "${arg_GRAPH}" --format c --weights-at-rest
                 "${arg_WEIGHTS_AT_REST}" --force -o "${folder}")
+    if(arg_NAME)
+      list(APPEND command --name "${arg_NAME}")
+    endif()
     _edgecomp_note("${ours}/${arg_TARGET}.export.txt" "${version} ${command}")
     add_custom_command(
       OUTPUT ${files}

@@ -326,8 +326,8 @@ def measure_firmware(
         arena_bytes=facts.arena_bytes,
         static_bytes=firmware.static_bytes,
         stack_bytes=stack,
-        border_bytes=facts.output.n_bytes + (facts.input.n_bytes if facts.input_offset is None else 0),
-        border_name="input and output" if facts.input_offset is None else "output (the input lies in the arena)",
+        border_bytes=facts.border_bytes,
+        border_name=facts.border_name,
         qemu=None if second is None else second.emulator,
         qemu_instructions=None if second is None else second.instructions,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 
 def read_number(text: str) -> float:
@@ -44,6 +45,13 @@ def read_bytes(text: str) -> float:
     except argparse.ArgumentTypeError as e:
         known = "K = 1024, kB = 1000, M = 1048576, MB = 1000000"
         raise argparse.ArgumentTypeError(f"{text!r}: expected bytes, e.g. 64000, 64K or 64kB ({known})") from e
+
+
+def read_c_name(text: str) -> str:
+    """Read what functions in C begin with; macros have the same in capitals."""
+    if not re.fullmatch("[a-z][a-z0-9_]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a name for C, of a-z, 0-9 and _, a letter first")
+    return text
 
 
 def read_formats(text: str) -> tuple[str, ...]:

@@ -15,9 +15,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from edgecomp import __version__, errors, launched, options
+from edgecomp import __version__, errors, launched, options, pipelines
 
 if TYPE_CHECKING:
     from edgecomp.preprocessing import Preprocessing
@@ -146,6 +147,17 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class _Print(argparse.Action):
+    """Prints a path and leaves; argparse's own way of printing a text breaks it into lines."""
+
+    def __init__(self, *, const: Path, **given: Any) -> None:
+        super().__init__(nargs=0, const=const, **given)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(self.const)
+        raise SystemExit(0)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="edgecomp",
@@ -155,6 +167,10 @@ def _parser() -> argparse.ArgumentParser:
         "6 runtime or device, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"edgecomp {__version__}")
+    where = "print the folder of the CMake package: -Dedgecomp_DIR=$(edgecomp --cmake-dir)"
+    parser.add_argument("--cmake-dir", action=_Print, const=pipelines.CMAKE_DIR, help=where)
+    where = "print the file to include in a Makefile: include $(shell edgecomp --make-include)"
+    parser.add_argument("--make-include", action=_Print, const=pipelines.MAKE_INCLUDE, help=where)
     options.add_verbs(parser.add_subparsers(dest="verb", required=True, metavar="VERB"))
     return parser
 
@@ -268,6 +284,7 @@ def _export(args: argparse.Namespace) -> int:
     from edgecomp.build import rewritten
     from edgecomp.errors import PlanError, UsageError
     from edgecomp.exporters import files_of
+    from edgecomp.exporters.c_layouts import layout_files, layout_names
     from edgecomp.files import check_new_files, write_files
     from edgecomp.plan import CompressionPlan
     from edgecomp.report import table
@@ -279,14 +296,26 @@ def _export(args: argparse.Namespace) -> int:
     at_rest = AtRest(args.weights_at_rest)
     if at_rest is AtRest.PACKED and "tflite" not in args.format:
         raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
+    for option, given in (("--layout", args.layout != "flat"), ("--name", args.name is not None)):
+        if given and "c" not in args.format:
+            raise UsageError(f"{option} is of C; add c to --format")
     graph = bundle.load(args.graph)
-    check_new_files(args.output, [name for each in args.format for name in FILES[each]], force=args.force)
-    exported = [rewritten(plan, graph, form_of(name, at_rest)) for name in args.format]
-    write_files(args.output, {name: data for file in exported for name, data in files_of(file).items()})
-    rows = [
-        (str(args.output / file.name), len(file.data), sum(w.stored_bytes for w in file.weights), file.sha256())
-        for file in exported
-    ]
+    # What a layout adds is called after the network, which is not known before it is written.
+    names = [name for each in args.format for name in (layout_names(args.layout) if each == "c" else FILES[each])]
+    check_new_files(args.output, names, force=args.force)
+    named = {"c": replace(graph, name=args.name or graph.name)}
+    exported = [rewritten(plan, named.get(each, graph), form_of(each, at_rest)) for each in args.format]
+    written: dict[str, bytes] = {}
+    rows = []
+    for file in exported:
+        files = files_of(file)
+        if file.format == "c":
+            files = layout_files(files, args.layout)
+        (path,) = (name for name in files if name.rpartition("/")[2] == file.name)
+        rows.append((str(args.output / path), len(file.data), sum(w.stored_bytes for w in file.weights), file.sha256()))
+        written |= files
+    check_new_files(args.output, written, force=args.force)
+    write_files(args.output, written)
     print(table(rows, ("file", "bytes", "weight bytes", "sha256")))
     return 0
 
@@ -339,10 +368,22 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _gate(args: argparse.Namespace) -> int:
+    from edgecomp.files import write_file
     from edgecomp.gating import Limits, gate
 
     limits = Limits(flash_bytes=args.max_flash, ram_bytes=args.max_ram, drop_points=args.max_drop)
-    print(gate(args.folder, limits, target=args.target, baseline=args.baseline, stage=_stage))
+    judged = gate(
+        args.folder,
+        limits,
+        target=args.target,
+        baseline=args.baseline,
+        manifest=args.manifest,
+        stage=_stage,
+    )
+    if args.report is None:
+        print(judged)
+    else:
+        write_file(args.report, f"{judged}\n".encode())
     return 0
 
 

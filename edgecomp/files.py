@@ -42,24 +42,26 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
     Args:
         folder: made when missing.
-        files: name -> content.
+        files: name -> content; a name may be a path within the folder, with "/" between.
 
     Raises:
         OSError: as the system reports it; nothing is left behind.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    made = [place for place in (folder, *((folder / name).parent for name in files)) if not place.exists()]
     beside = {name: folder / f"{name}{_UNFINISHED}{os.getpid()}" for name in files}
     try:
+        for place in (folder, *made):
+            place.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             write_file(beside[name], data)
         for name, path in beside.items():
             path.replace(folder / name)
     except BaseException:
         for path in beside.values():
-            path.unlink(missing_ok=True)
-        if made:
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
+        for place in made:
+            shutil.rmtree(place, ignore_errors=True)
         raise
 
 

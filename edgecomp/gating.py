@@ -1,14 +1,24 @@
-"""Judge a built folder's network in C by budgets, for a build pipeline: one line says what is too much."""
+"""Judge a network in C by budgets, for a build pipeline: one line says what is too much.
+
+It lies in a folder that `edgecomp build` wrote, whose manifest knows its accuracy, or in one that `edgecomp export`
+wrote: that is C alone, and the first line of its source says what there is to say.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from edgecomp.artifact import FILES
 from edgecomp.benching import bench_target
 from edgecomp.errors import BudgetError, BundleError, ParityError, UsageError
+from edgecomp.exporters.c_facts import BEGIN, read_facts
+from edgecomp.files import MANIFEST
 from edgecomp.folder import open_folder
 from edgecomp.manifest import read_manifest
 from edgecomp.report import table
@@ -17,6 +27,7 @@ if TYPE_CHECKING:
     from edgecomp.check import Stage
 
 _SHOWN = 3
+_SOURCE = FILES["c"][0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,15 +45,45 @@ class Limits:
     drop_points: float | None = None
 
 
-def gate(path: Path, limits: Limits, *, target: str | None, baseline: Path | None, stage: Stage) -> str:
-    """Check a folder that was built with format c.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Network:
+    """What is known of a network in C before it runs.
+
+    Attributes:
+        flash_bytes: of weights and scales.
+        arena_bytes: that the caller gives.
+        weight_bytes: of every layer.
+        peak_step: the layer that needs most of the arena at once.
+        graph_digest: of what it computes.
+        accuracy_percent: of the float network and of this one; None where nothing says.
+    """
+
+    flash_bytes: int
+    arena_bytes: int
+    weight_bytes: Mapping[str, int]
+    peak_step: str = ""
+    graph_digest: str = ""
+    accuracy_percent: tuple[float, float] | None = None
+
+
+def gate(
+    path: Path,
+    limits: Limits,
+    *,
+    target: str | None,
+    baseline: Path | None,
+    stage: Stage,
+    manifest: Path | None = None,
+) -> str:
+    """Check the network in C of a folder.
 
     Args:
-        path: the folder.
+        path: the folder, built or exported with format c.
         limits: at least one.
         target: a core, to build and run the network for; None to judge what is the same on all.
-        baseline: an earlier manifest, to say what has grown since.
+        baseline: an earlier manifest or network.c, to say what has grown since.
         stage: shows how far the work is.
+        manifest: of an exported folder: that of the build whose network it is, which knows its accuracy.
 
     Returns:
         a table of what was judged.
@@ -50,40 +91,106 @@ def gate(path: Path, limits: Limits, *, target: str | None, baseline: Path | Non
     Raises:
         BudgetError: flash or RAM is above its limit.
         ParityError: too much accuracy is lost.
-        BundleError: the folder or the earlier manifest is damaged.
+        BundleError: the folder or the earlier file is damaged, or the manifest is another network's.
         TargetError: as `bench_target`.
-        UsageError: there is nothing to judge.
+        UsageError: there is nothing to judge, or nothing says how accurate an exported network is.
     """
     if limits == Limits():
         raise UsageError("gate: expected a budget: --max-flash, --max-ram or --max-drop")
+    exported = (path / _SOURCE).is_file() and not (path / MANIFEST).exists()
+    if manifest is not None and not exported:
+        raise UsageError(f"{path}: --manifest is for a folder with nothing but C; a built one has its own")
+    network = _exported(path, manifest) if exported else _built(path)
+    if limits.drop_points is not None and network.accuracy_percent is None:
+        raise UsageError(
+            f"{path}: --max-drop: nothing here says how accurate the network is; name the {MANIFEST} of its build with "
+            "--manifest, or leave --max-drop out"
+        )
+    before = None if baseline is None else _before(baseline)
+    flash, ram = {"weights and scales": network.flash_bytes}, {"arena": network.arena_bytes}
+    if target is not None:
+        flash, ram = _on_core(path, target, stage) if exported else _benched(path, target, stage)
+    for what, taken, option, limit, where in (
+        ("flash", flash, "--max-flash", limits.flash_bytes, _where(network, before)),
+        ("RAM", ram, "--max-ram", limits.ram_bytes, _grown(network, before)),
+    ):
+        if limit is not None and sum(taken.values()) > limit:
+            raise BudgetError(f"{path}: {_above(what, taken, option, limit)}; {where}")
+    lost = "-"
+    if network.accuracy_percent is not None:
+        of_float, own = network.accuracy_percent
+        drop, lost = of_float - own, f"{of_float - own:.2f}"
+        if limits.drop_points is not None and round(drop, 4) > limits.drop_points:
+            raise ParityError(
+                f"{path}: accuracy is {own:.2f} %, {drop:.2f} points below the float network's; "
+                f"--max-drop allows {limits.drop_points:g}"
+            )
+    code = "weights and scales" if target is None else f"all, on {target}"
+    rows = [
+        (f"flash bytes ({code})", f"{sum(flash.values()):,}", _limit(limits.flash_bytes)),
+        (f"RAM bytes ({'arena' if target is None else code})", f"{sum(ram.values()):,}", _limit(limits.ram_bytes)),
+        ("points of accuracy lost", lost, _limit(limits.drop_points)),
+    ]
+    return table(rows, ("what", "is", "allowed"))
+
+
+# ---- where a network is described ------------------------------------------------------------------------------------
+
+
+def _built(path: Path) -> _Network:
     folder = open_folder(path)
     entry = _entry(folder.record)
     if entry is None:
         raise UsageError(f"{path}: has no network in C, whose flash and RAM are judged; build it with --format c")
-    folder.read(entry["path"])
-    before = None if baseline is None else _read(baseline)
-    flash, ram = entry["flash_bytes"], entry["arena_bytes"]
-    if target is not None:
-        report = bench_target(path, target, n_images=1, seed=0, stage=stage)
-        flash, ram = report.flash_bytes, report.ram_bytes
-    drop = folder.record["float"]["accuracy"] - entry["accuracy"]["value"]
-    if limits.flash_bytes is not None and flash > limits.flash_bytes:
-        where = _where(folder.record, before)
-        raise BudgetError(f"{path}: {_above('flash', flash, '--max-flash', limits.flash_bytes)}; {where}")
-    if limits.ram_bytes is not None and ram > limits.ram_bytes:
-        raise BudgetError(f"{path}: {_above('RAM', ram, '--max-ram', limits.ram_bytes)}{_grown(entry, before)}")
-    if limits.drop_points is not None and round(drop, 4) > limits.drop_points:
-        raise ParityError(
-            f"{path}: accuracy is {entry['accuracy']['value']:.2f} %, {drop:.2f} points below the float network's; "
-            f"--max-drop allows {limits.drop_points:g}"
+    source = folder.read(entry["path"])
+    return replace(_of_manifest(folder.record, entry), peak_step=read_facts(source, str(path / _SOURCE)).peak_step)
+
+
+def _exported(path: Path, manifest: Path | None) -> _Network:
+    network = _of_source(_read(path / _SOURCE), path / _SOURCE)
+    if manifest is None:
+        return network
+    record = read_manifest(_text(manifest), str(manifest))
+    entry = _entry(record)
+    if entry is None:
+        raise BundleError(f"{manifest}: knows no network in C, so not how accurate it is; build it with --format c")
+    measured, own = str(entry.get("graph_digest", "unknown")), network.graph_digest
+    if measured != own:
+        raise BundleError(
+            f"{manifest}: is about another network (digest {measured[:12]}) than {path / _SOURCE} ({own[:12]}), whose "
+            "accuracy was not measured: name the manifest of its build, or build again with this edgecomp"
         )
-    code = "weights and scales" if target is None else f"all, on {target}"
-    rows = [
-        (f"flash bytes ({code})", f"{flash:,}", _limit(limits.flash_bytes)),
-        (f"RAM bytes ({'arena' if target is None else code})", f"{ram:,}", _limit(limits.ram_bytes)),
-        ("points of accuracy lost", f"{drop:.2f}", _limit(limits.drop_points)),
-    ]
-    return table(rows, ("what", "is", "allowed"))
+    return replace(network, accuracy_percent=_of_manifest(record, entry).accuracy_percent)
+
+
+def _before(path: Path) -> _Network | None:
+    """Read an earlier manifest, or an earlier source; None where the manifest has no network in C."""
+    data = _read(path)
+    if data.startswith(BEGIN.encode()):
+        return _of_source(data, path)
+    record = read_manifest(_text(path), str(path))
+    entry = _entry(record)
+    return None if entry is None else _of_manifest(record, entry)
+
+
+def _of_manifest(record: Mapping[str, Any], entry: Mapping[str, Any]) -> _Network:
+    return _Network(
+        flash_bytes=entry["flash_bytes"],
+        arena_bytes=entry["arena_bytes"],
+        weight_bytes={layer["name"]: int(layer["stored_bytes_by_format"].get("c", 0)) for layer in record["layers"]},
+        accuracy_percent=(record["float"]["accuracy"], entry["accuracy"]["value"]),
+    )
+
+
+def _of_source(source: bytes, where: Path) -> _Network:
+    facts = read_facts(source, str(where))
+    return _Network(
+        flash_bytes=facts.constant_bytes,
+        arena_bytes=facts.arena_bytes,
+        weight_bytes=dict(facts.weight_bytes),
+        peak_step=facts.peak_step,
+        graph_digest=facts.graph_digest,
+    )
 
 
 def _entry(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -93,41 +200,77 @@ def _entry(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return found
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> bytes:
     try:
-        return read_manifest(path.read_text("utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as e:
-        raise BundleError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or 'it is no text'}") from e
+        return path.read_bytes()
+    except OSError as e:
+        raise BundleError(f"{path}: cannot be read: {e.strerror}") from e
+
+
+def _text(path: Path) -> str:
+    try:
+        return _read(path).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise BundleError(f"{path}: cannot be read: it is no text") from e
+
+
+# ---- on a core -------------------------------------------------------------------------------------------------------
+
+
+def _benched(path: Path, target: str, stage: Stage) -> tuple[dict[str, int], dict[str, int]]:
+    """Give what takes flash, and what takes RAM, of a built network: its outputs are the reference's."""
+    report = bench_target(path, target, n_images=1, seed=0, stage=stage)
+    flash = {"code": report.code_bytes, "weights": report.weight_bytes, "other constants": report.constant_bytes}
+    ram = {"arena": report.arena_bytes, "static": report.static_bytes, "stack": report.stack_bytes}
+    return flash, {**ram, report.border_name: report.border_bytes}
+
+
+def _on_core(path: Path, target: str, stage: Stage) -> tuple[dict[str, int], dict[str, int]]:
+    """Give the same of an exported network: without its plan, outputs are compared with nothing."""
+    from edgecomp.benchmarks.cross_compile import core_of, link
+    from edgecomp.benchmarks.firmware import emulate
+    from edgecomp.targets import load
+
+    core = core_of(load(target).cpu, target)
+    files = {name: _read(path / name) for name in FILES["c"]}
+    with stage(f"running in {target}", 1) as advance, tempfile.TemporaryDirectory() as place:
+        linked = link(files, core, Path(place))
+        image = np.random.default_rng(0).integers(-128, 128, size=(1, *linked.facts.input.shape), dtype=np.int8)
+        stack_bytes = emulate(linked, core, image, counting=False).stack_bytes
+        advance(1)
+    flash = {"code": linked.code_bytes, "weights": linked.weight_bytes, "other constants": linked.constant_bytes}
+    facts = linked.facts
+    ram = {"arena": facts.arena_bytes, "static": linked.static_bytes, "stack": stack_bytes}
+    return flash, {**ram, facts.border_name: facts.border_bytes}
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
 
 
 def _limit(value: float | None) -> str:
     return "-" if value is None else f"{value:,g}" if value != int(value) else f"{int(value):,}"
 
 
-def _above(what: str, got: int, option: str, limit: float) -> str:
-    return f"{what} is {got:,} bytes, {got - int(limit):,} more than {option} {int(limit):,}"
+def _above(what: str, taken: Mapping[str, int], option: str, limit: float) -> str:
+    got = sum(taken.values())
+    parts = "" if len(taken) == 1 else f" = {' + '.join(f'{name} {n:,}' for name, n in taken.items())}"
+    return f"{what} is {got:,} bytes, {got - int(limit):,} more than {option} {int(limit):,}{parts}"
 
 
-def _layers(record: Mapping[str, Any]) -> dict[str, int]:
-    return {layer["name"]: int(layer["stored_bytes_by_format"].get("c", 0)) for layer in record["layers"]}
-
-
-def _where(record: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
+def _where(now: _Network, before: _Network | None) -> str:
     """Say which layers take most, or have grown most."""
-    now = _layers(record)
     if before is None:
-        largest = sorted(now.items(), key=lambda layer: -layer[1])[:_SHOWN]
+        largest = sorted(now.weight_bytes.items(), key=lambda layer: -layer[1])[:_SHOWN]
         return "the largest weights: " + ", ".join(f"{name} {n:,}" for name, n in largest)
-    then = _layers(before)
-    grown = {name: n - then.get(name, 0) for name, n in now.items() if n > then.get(name, 0)}
+    then = before.weight_bytes
+    grown = {name: n - then.get(name, 0) for name, n in now.weight_bytes.items() if n > then.get(name, 0)}
     if not grown:
         return "no layer's weights have grown"
     most = sorted(grown.items(), key=lambda layer: -layer[1])[:_SHOWN]
     return "grown most: " + ", ".join(f"{name} +{n:,}" for name, n in most)
 
 
-def _grown(entry: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
-    then = None if before is None else _entry(before)
-    if then is None:
-        return ""
-    return f"; the arena was {then['arena_bytes']:,} bytes, now it is {entry['arena_bytes']:,}"
+def _grown(now: _Network, before: _Network | None) -> str:
+    if before is None:
+        return f"the arena is {now.arena_bytes:,}, most is needed in {now.peak_step}"
+    return f"the arena was {before.arena_bytes:,} bytes, now it is {now.arena_bytes:,}"

@@ -72,6 +72,8 @@ def artifact_entry(exported: Exported, graph: Graph, measured: Mapping[str, obje
         "weights_at_rest": exported.at_rest.value,
         "bytes": len(exported.data),
         **({} if exported.flash_bytes is None else {"flash_bytes": exported.flash_bytes}),
+        # Whatever the C looks like, it computes this graph to the last bit.
+        **({"graph_digest": graph.digest()} if exported.format == "c" else {}),
         "weight_bytes": weight_bytes,
         "conv_weight_bytes": sum(w.stored_bytes for w in exported.weights if w.layer in convolutions),
         "mean_bits": round(8 * weight_bytes / n_weights, 4),

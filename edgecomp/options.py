@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgecomp.arguments import read_bytes, read_formats, read_number, read_numbers, read_shape
+from edgecomp.arguments import read_bytes, read_c_name, read_formats, read_number, read_numbers, read_shape
 
 SCORES = ("lrp", "magnitude", "taylor", "hessian", "wanda", "deeplift", "random")
 """What --score takes: `pytorch.scores.Score`, which is not imported before it is needed."""
+LAYOUTS = ("flat", "arduino", "platformio", "zephyr")
+"""What --layout takes: `exporters.c_layouts.LAYOUTS`, likewise."""
 METHODS = ("edgecomp", "soroush2024", "ghavami2025")
 """What --method takes: `methods.METHODS`, likewise."""
 COMPILERS = ("gcc", "zig", "clang")
@@ -95,6 +97,10 @@ def _add_export(verbs: Any) -> None:
     p.add_argument("--graph", type=Path, required=True, metavar="FILE", help="graph.edgecomp, beside the plan")
     p.add_argument("--format", type=read_formats, required=True, metavar="F", help="onnx, tflite, tflm, c, with commas")
     _add_at_rest(p, ("native", "int8", "packed"))
+    about = "of C: a library for Arduino and PlatformIO, a Zephyr module, or (default) flat, only sources"
+    p.add_argument("--layout", choices=LAYOUTS, default="flat", help=about)
+    about = "what the functions in C begin with, where a firmware has two networks of one name"
+    p.add_argument("--name", type=read_c_name, metavar="NAME", help=about)
     p.add_argument("--force", action="store_true", help="replace files in DIR")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
 
@@ -140,12 +146,18 @@ def _add_bench(verbs: Any) -> None:
 
 def _add_gate(verbs: Any) -> None:
     p = verbs.add_parser("gate", help="fail where a folder's network in C breaks a budget; for build pipelines")
-    p.add_argument("folder", type=Path, metavar="DIR")
+    p.add_argument("folder", type=Path, metavar="DIR", help="that build wrote, or export --format c")
     p.add_argument("--max-flash", type=read_bytes, metavar="BYTES", help="of weights, scales; with --target code too")
     p.add_argument("--max-ram", type=read_bytes, metavar="BYTES", help="of the arena; with --target of the stack too")
     p.add_argument("--max-drop", type=read_number, metavar="P", help="points of accuracy below the float network's")
     p.add_argument("--target", metavar="NAME", help="the core to build and run it for: cortex-m4, ...")
-    p.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier manifest.json: what has grown since?")
+    p.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="an earlier manifest.json or network.c: what has grown since?"
+    )
+    about = "manifest.json of the build that an exported folder is of: it knows the accuracy"
+    p.add_argument("--manifest", type=Path, metavar="FILE", help=about)
+    about = "write the table there instead, when all is kept: what make takes for done"
+    p.add_argument("--report", type=Path, metavar="FILE", help=about)
 
 
 def _add_inspect(verbs: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgecomp.errors import BundleError
 
-_BEGIN, _END = "/* edgecomp-network ", " */"
+BEGIN, _END = "/* edgecomp-network ", " */"
 _COUNTS = ("arena_bytes", "constant_bytes", "macs")
 _BORDERS = ("input", "output")
 
@@ -43,6 +43,7 @@ class NetworkFacts:
 
     Attributes:
         name: what its functions begin with.
+        graph_digest: of the quantized graph that it computes, to the last bit: whatever the C looks like.
         input: of images.
         output: of results.
         arena_bytes: memory that the caller gives.
@@ -50,9 +51,12 @@ class NetworkFacts:
         constant_bytes: weights and scales, in flash.
         macs: multiplications a run.
         steps: the calls of kernels, by the names of their layers.
+        peak_step: the one that needs most of the arena at once.
+        weight_bytes: of every layer's weights as they are stored, without scales; a part of constant_bytes.
     """
 
     name: str
+    graph_digest: str
     input: CodeBorder
     output: CodeBorder
     arena_bytes: int
@@ -60,6 +64,18 @@ class NetworkFacts:
     constant_bytes: int
     macs: int
     steps: tuple[str, ...]
+    peak_step: str
+    weight_bytes: Mapping[str, int]
+
+    @property
+    def border_name(self) -> str:
+        """Name what the caller gives beside the arena."""
+        return "input and output" if self.input_offset is None else "output (the input lies in the arena)"
+
+    @property
+    def border_bytes(self) -> int:
+        """Count its bytes."""
+        return self.output.n_bytes + (self.input.n_bytes if self.input_offset is None else 0)
 
     def to_line(self) -> str:
         """Give the comment that `read_facts` reads."""
@@ -68,7 +84,7 @@ class NetworkFacts:
             values[key]["scale"] = float(values[key]["scale"])
         # Nothing in a name may end the comment.
         text = json.dumps(values, separators=(",", ":")).replace("/", "\\u002f")
-        return f"{_BEGIN}{text}{_END}"
+        return f"{BEGIN}{text}{_END}"
 
 
 def read_facts(source: bytes, where: str) -> NetworkFacts:
@@ -79,16 +95,16 @@ def read_facts(source: bytes, where: str) -> NetworkFacts:
     """
     line = source.split(b"\n", 1)[0].decode("utf-8", errors="replace")
     try:
-        if not (line.startswith(_BEGIN) and line.endswith(_END)):
+        if not (line.startswith(BEGIN) and line.endswith(_END)):
             raise ValueError("it does not begin with a comment edgecomp-network")
-        found = json.loads(line[len(_BEGIN) : -len(_END)])
+        found = json.loads(line[len(BEGIN) : -len(_END)])
         return _facts(found)
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise BundleError(f"{where}: is no network in C by edgecomp, or damaged: {e}") from e
 
 
 def _facts(found: Mapping[str, Any]) -> NetworkFacts:
-    expected = {"name", *_BORDERS, *_COUNTS, "input_offset", "steps"}
+    expected = {"name", "graph_digest", *_BORDERS, *_COUNTS, "input_offset", "steps", "peak_step", "weight_bytes"}
     if set(found) != expected:
         raise ValueError(f"its first line says {sorted(found)!r:.80}, expected {sorted(expected)}")
     name = found["name"]
@@ -100,13 +116,20 @@ def _facts(found: Mapping[str, Any]) -> NetworkFacts:
     offset, n_input = found["input_offset"], _read_border(found["input"]).n_bytes
     if offset is not None and not (isinstance(offset, int) and 0 <= offset <= found["arena_bytes"] - n_input):
         raise ValueError(f"input_offset is {offset!r:.60}")
+    weights = found["weight_bytes"]
+    for layer, n_bytes in weights.items():
+        if not isinstance(n_bytes, int) or not 0 <= n_bytes <= found["constant_bytes"]:
+            raise ValueError(f"weight_bytes of {layer!r:.60} is {n_bytes!r:.60}")
     return NetworkFacts(
         name=name,
+        graph_digest=str(found["graph_digest"]),
         input=_read_border(found["input"]),
         output=_read_border(found["output"]),
         **{key: found[key] for key in _COUNTS},
         input_offset=offset,
         steps=tuple(str(step) for step in found["steps"]),
+        peak_step=str(found["peak_step"]),
+        weight_bytes=weights,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Program:
         arena: their places.
         input_offset: where the input may lie in the arena, at no cost; None where it would make the arena larger.
         left_out: operators on real numbers that the caller has to do behind the output.
+        peak_step: the layer of the step that needs most of the arena at once.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Program:
     arena: Arena
     input_offset: int | None
     left_out: Sequence[str]
+    peak_step: str
 
 
 def to_c(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
@@ -136,7 +138,13 @@ def program_of(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Program:
         arena=arena,
         input_offset=input_offset,
         left_out=work.left_out,
+        peak_step=_peak_step(work, buffers.values()),
     )
+
+
+def _peak_step(work: Lowering, buffers: Collection[Buffer]) -> str:
+    needs = [sum(b.n_bytes for b in buffers if b.first <= i <= b.last) for i in range(len(work.steps))]
+    return work.steps[needs.index(max(needs))].name if needs else ""
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -208,6 +216,7 @@ def facts_of(program: Program) -> NetworkFacts:
     first, last = border_codes(graph)
     return NetworkFacts(
         name=program.name,
+        graph_digest=graph.digest(),
         input=_border(graph, first),
         output=_border(graph, last),
         arena_bytes=program.arena.n_bytes,
@@ -215,6 +224,8 @@ def facts_of(program: Program) -> NetworkFacts:
         constant_bytes=sum(constant.n_bytes for step in program.steps for constant in step.constants),
         macs=sum(step.macs for step in program.steps),
         steps=tuple(_comment(step.name) for step in program.steps),
+        weight_bytes={step.layer: step.weights.n_bytes for step in program.steps if step.weights is not None},
+        peak_step=_comment(program.peak_step),
     )
 
 

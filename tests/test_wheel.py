@@ -81,6 +81,7 @@ def test_nothing_else_is_at_the_top(names: set[str]) -> None:
 
 def test_data_files_are_inside(names: set[str]) -> None:
     assert {"edgecomp/py.typed", "edgecomp/exporters/edgecomp_unpack.hpp"} <= names
+    assert {f"edgecomp/pipelines/{name}" for name in ("edgecompConfig.cmake", "edgecomp.mk")} <= names
     assert sum(name.startswith("edgecomp/targets/") and name.endswith(".toml") for name in names) >= 4
     for suffix in (".safetensors", ".npz", ".json", "README.md", "LICENSE.fashion-mnist"):
         assert any(name.startswith("edgecomp/samples/") and name.endswith(suffix) for name in names), suffix
@@ -116,6 +117,9 @@ assert len(edgecomp.targets.names()) >= 4
 for name in edgecomp.targets.names():
     edgecomp.targets.load(name)
 edgecomp.samples.sample_files()
+from edgecomp import pipelines
+assert "site" in str(pipelines.CMAKE_DIR)
+assert (pipelines.CMAKE_DIR / "edgecompConfig.cmake").is_file() and pipelines.MAKE_INCLUDE.is_file()
 from edgecomp.cli import main
 assert main(["targets"]) == 0
 from edgecomp.provenance import tools

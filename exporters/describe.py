@@ -21,6 +21,7 @@ from edgecomp.manifest import read_manifest
 from edgecomp.plan import PLAN_SCHEMA, CompressionPlan, check_keys, load_strict_json
 from edgecomp.report import COMPARISON_SCHEMA, REPORT_SCHEMA, BenchReport, Comparison, table
 
+from .c_facts import BEGIN, CodeBorder, read_facts
 from .modelfacts import MEANT_BY_DAMAGED, model_facts, weight_row
 from .read_onnx import read_onnx
 from .read_tflite import read_tflite
@@ -33,7 +34,8 @@ def describe(path: Path) -> dict[str, object]:
     """Say what a file holds, in values that JSON knows.
 
     Args:
-        path: an ONNX or TFLite file from anywhere, or a file of edgecomp: graph, plan, manifest, bench report.
+        path: an ONNX or TFLite file from anywhere, or a file of edgecomp: graph, plan, manifest, bench report,
+            network.c.
 
     Returns:
         kind, bytes and sha256; for a model also producer, format_version, inputs and outputs (name, shape, dtype, and
@@ -116,14 +118,16 @@ def _reader(data: bytes, path: Path) -> Callable[[bytes, str], dict[str, object]
         return read_tflite
     if data[4:9] == b"\0\0\0\0{":
         return _graph
+    if data.startswith(BEGIN.encode()):
+        return _network
     if data[:64].lstrip()[:1] in (b"{", b"["):
         return _json
     # Every writer of protobuf puts field 1, ir_version, first.
     if data[:1] == b"\x08" or path.suffix == ".onnx":
         return read_onnx
     raise BundleError(
-        f"{path}: is damaged or of no known kind; expected an ONNX or TFLite file, a plan, manifest, bench report or "
-        "graph of edgecomp"
+        f"{path}: is damaged or of no known kind; expected an ONNX or TFLite file, a plan, manifest, bench report, "
+        "graph or network.c of edgecomp"
     )
 
 
@@ -198,6 +202,30 @@ def _plan(text: str, where: str) -> dict[str, object]:
         "preprocessing": plan.preprocessing.to_json(),
         "made_by": dict(plan.made_by),
         "layers": layers,
+    }
+
+
+def _network(data: bytes, where: str) -> dict[str, object]:
+    """Say what a network in C says of itself, in its first line."""
+    facts = read_facts(data, where)
+
+    def border(name: str, codes: CodeBorder) -> dict[str, object]:
+        quant = {"scale": float(codes.scale), "zero_point": codes.zero_point}
+        return {"name": name, "shape": list(codes.shape), "dtype": "int8", **quant}
+
+    return {
+        "kind": "network in C",
+        "model": facts.name,
+        "graph_digest": facts.graph_digest,
+        "inputs": [border("in", facts.input)],
+        "outputs": [border("out", facts.output)],
+        "arena_bytes": facts.arena_bytes,
+        "input_offset": facts.input_offset,
+        "peak_step": facts.peak_step,
+        "constant_bytes": facts.constant_bytes,
+        "macs": facts.macs,
+        "steps": list(facts.steps),
+        "weights": [{"name": layer, "stored_bytes": n_bytes} for layer, n_bytes in facts.weight_bytes.items()],
     }
 
 

@@ -214,7 +214,7 @@ def test_no_behaviour_comes_from_the_environment() -> None:
     # The first hands it on to its child process, the second switches a tool's telemetry off, the third is told there
     # by torchrun which process it is.
     # Two more hand it on to a compiler, with another place for its temporary files.
-    compiling = ("benchmarks.compiled_c", "benchmarks.firmware")
+    compiling = ("benchmarks.compiled_c", "benchmarks.cross_compile")
     allowed = ("benchmarks.memory", f"{PEER}nncf", "launched", *compiling, *SCRIPT)
     for name, path in modules().items():
         used = {ast.unparse(n) for n in ast.walk(tree(path)) if isinstance(n, ast.Attribute)}

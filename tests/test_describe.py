@@ -22,6 +22,7 @@ from edgecomp.errors import BundleError, ExportError
 from edgecomp.exporters import describe as module
 from edgecomp.exporters import flatbuffer
 from edgecomp.exporters.describe import describe, describe_tables
+from edgecomp.exporters.to_c import to_c
 from edgecomp.exporters.to_onnx import to_onnx
 from edgecomp.exporters.to_tflite import to_tflite
 from edgecomp.graph import Graph
@@ -331,6 +332,7 @@ def samples() -> dict[str, bytes]:
         "foreign onnx": conv_onnx(np.ones((2, 3, 3, 3), dtype=np.float32), 8),
         "tflite": to_tflite(quantized).data,
         "foreign tflite": conv_tflite(np.ones((2, 3, 3, 3), dtype=np.float32), 8, 8),
+        "network in C": to_c(quantized).data,
         "graph": bundle.to_bytes(graph),
         "plan": plan.to_json().encode(),
         "manifest": manifest_text(quantized).encode(),

@@ -10,12 +10,15 @@ import onnx
 import pytest
 
 from edgecomp.artifact import AtRest
+from edgecomp.cli import main
 from edgecomp.compress import compress
+from edgecomp.errors import BundleError
+from edgecomp.exporters.to_c import to_c
 from edgecomp.exporters.to_tflite import to_tflite, to_tflm
 from edgecomp.graph import Op
 from edgecomp.inspecting import inspect
 from edgecomp.plan import Io
-from tests.graphs import Build, plan_for
+from tests.graphs import GRAPHS, Build, plan_for
 from tests.test_to_onnx import file_of
 
 
@@ -83,3 +86,23 @@ def test_a_tflite_file_for_tflite_micro_is_not_run_in_litert(tmp_path: Path) -> 
     found = inspect(path, execution=True)
     assert str(found["execution"]).startswith("unknown: model.tflite: litert cannot load it: ")
     assert "left_operators" not in found
+
+
+def test_a_network_in_c(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = GRAPHS["plain"]()
+    quantized = compress(graph, plan_for(graph, 3))
+    exported, path = to_c(quantized), tmp_path / "network.c"
+    path.write_bytes(exported.data)
+    found = inspect(path)
+    assert (found["kind"], found["model"], found["graph_digest"]) == ("network in C", "plain", quantized.digest())
+    assert found["weights"] == [{"name": w.layer, "stored_bytes": w.stored_bytes} for w in exported.weights]
+    assert found["constant_bytes"] == exported.flash_bytes
+    ((given,), (got,)) = found["inputs"], found["outputs"]
+    assert (given["dtype"], given["shape"], got["shape"]) == ("int8", [8, 8, 3], [10])
+    assert main(["inspect", str(path)]) == 0
+    assert "network in C" in capsys.readouterr().out
+    text = exported.data.decode()
+    for part in ("/* edgecomp-network {}", text[:60], text.replace('"macs":', '"maks":', 1)):
+        path.write_text(part)
+        with pytest.raises(BundleError, match="is no network in C by edgecomp, or damaged"):
+            inspect(path)

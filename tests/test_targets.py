@@ -71,9 +71,22 @@ def test_an_unknown_board_gets_a_hint():
         load("rpi-4")
     with pytest.raises(TargetError, match=r"'toaster' is unknown; there are cortex-m0plus, .*host, rpi-zero2w"):
         load("toaster")
-    for name in ("../targets/rpi4", "", "rpi4.toml", "__init__"):
+    for name in ("../targets/rpi4", "", "__init__"):
         with pytest.raises(TargetError, match="is unknown"):
             load(name)
+
+
+def test_a_users_own_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    with pytest.raises(TargetError, match=r"mine\.toml: no such file; expected the facts of a board"):
+        load(str(path))
+    path.write_text(GOOD)
+    assert load(str(path)) == parse(GOOD, "box.toml")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(TargetError, match="cannot be read as text"):
+        load(str(path))
+    with pytest.raises(TargetError, match="cannot be read as text"):
+        load(str(tmp_path) + "/\0.toml")
 
 
 def test_a_file_becomes_a_value():

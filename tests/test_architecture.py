@@ -24,7 +24,7 @@ LEVELS = (
     ("edgecomp", "errors", "launched"),
     ("graph", "quantmath", "curves", "packing", "words", "coding", "atrest", "target", "preprocessing", "imagefolder",
      "data"),
-    ("ops", "verify", "reference", "groups", "plan", "selection"),
+    ("ops", "verify", "reference", "groups", "plan", "selection", "work"),
     ("artifact", "arena", "files", "compress", "channels", "methods", "sparsity", "planner", "bundle", "report",
      "manifest", "folder", "overview", "samples"),
     ("pytorch", "pytorch.torchvision_ops", "pytorch.pt2", "pytorch.load", "pytorch.networks", "pytorch.calls",
@@ -44,7 +44,7 @@ LEVELS = (
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
      "benchmarks.tflm", "benchmarks.compiled_c", "benchmarks.firmware",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
-     "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml"),
+     "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml", "benchmarks.published"),
     ("check", "spending", "pruning", "recovering", "intake", "build", "verifying", "inspecting", "benching",
      "boards", "gating",
      "arguments", "options", "cli", "__main__"),
@@ -58,7 +58,7 @@ RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name
 
 # Packages beside the standard library and numpy: the modules that may import them, and whether at the top of the file.
 # Run by hand; nobody imports them.
-SCRIPT = ("samples.train", "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml")
+SCRIPT = ("samples.train", "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml", "benchmarks.published")
 PEER = "benchmarks.compression.peer_"  # scripts that run in environments of other tools; nobody imports them
 COMPARING = ("benchmarks.compression.context", "benchmarks.compression.ours")
 THIRD_PARTY = {

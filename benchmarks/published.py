@@ -1,8 +1,8 @@
 """The networks whose latency others have published, as the work of their layers.
 
 Described by hand from the sources named below, so that the estimator can be fitted without any framework. Totals are
-compared with those of ../shared/latency/models/macs.csv in the tests. The ncnn networks follow the files of that name in
-Tencent/ncnn:benchmark, which differ in places from the papers'.
+compared with those of ../shared/latency/models/macs.csv in the tests. The ncnn networks follow the files of those names
+in Tencent/ncnn:benchmark, which differ in places from the papers'.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def regnety_400m() -> Net:
     return net
 
 
-# ---- detectors, as in Tencent/ncnn:benchmark/*.param ------------------------------------------------------------------
+# ---- detectors, as in Tencent/ncnn:benchmark/*.param -----------------------------------------------------------------
 
 
 def mobilenet_ssd() -> Net:

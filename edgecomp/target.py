@@ -29,7 +29,8 @@ class Target:
         l1_bytes: data cache of a core.
         l2_bytes: second-level cache that one core can fill.
         l3_bytes: likewise.
-        memory_bytes_per_s: what one thread copies in main memory.
+        memory_copy_bytes_per_s: what one thread copies in main memory.
+        memory_fill_bytes_per_s: what one thread writes, about what all threads can move together.
         ram_bytes: main memory, of the smallest version on sale.
         flash_bytes: program memory of a microcontroller; None on a board that boots from a card or disk.
         runtimes: names from `benchmarks.runners.RUNNERS` that run there.
@@ -47,7 +48,8 @@ class Target:
     l1_bytes: int | None = None
     l2_bytes: int | None = None
     l3_bytes: int | None = None
-    memory_bytes_per_s: int | None = None
+    memory_copy_bytes_per_s: int | None = None
+    memory_fill_bytes_per_s: int | None = None
     ram_bytes: int | None = None
     flash_bytes: int | None = None
     runtimes: tuple[str, ...]
@@ -60,8 +62,8 @@ class Target:
 
 _TEXTS = ("name", "description", "cpu")
 _COUNTS = (
-    "cores", "clock_hz", "fp32_macs_per_cycle", "l1_bytes", "l2_bytes", "l3_bytes", "memory_bytes_per_s", "ram_bytes",
-    "flash_bytes",
+    "cores", "clock_hz", "fp32_macs_per_cycle", "l1_bytes", "l2_bytes", "l3_bytes", "memory_copy_bytes_per_s",
+    "memory_fill_bytes_per_s", "ram_bytes", "flash_bytes",
 )  # fmt: skip
 _LISTS = ("isa", "runtimes", "wheels")
 _REQUIRED = ("name", "description", "runtimes")

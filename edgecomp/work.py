@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from edgecomp.graph import WEIGHTED, Graph, Node, Op
+from edgecomp.ops import ints
 
 _IMAGE_CHANNELS = 4
 _WINOGRAD_CHANNELS = 16
@@ -123,8 +124,7 @@ def _counted(graph: Graph, node: Node) -> Work:
         found, written = (graph.tensors[name].shape for name in (node.inputs[0], node.outputs[0]))
         if node.op is Op.LINEAR:
             return linear_work(node.name, weight[1], weight[0])
-        strides, groups = node.attrs["stride"], node.attrs["groups"]
-        assert isinstance(strides, tuple)
+        strides, groups = ints(node.attrs, "stride"), node.attrs["groups"]
         assert isinstance(groups, int)
         return conv_work(
             node.name,

@@ -43,7 +43,7 @@ class Work:
         weights: elements of the weight.
         inputs: elements of all activations that are read.
         outputs: elements that are written.
-        in_channels: of a group, which one output sums over.
+        summands: that one output sums up.
         out_channels: of a group.
     """
 
@@ -53,7 +53,7 @@ class Work:
     weights: int
     inputs: int
     outputs: int
-    in_channels: int
+    summands: int
     out_channels: int
 
 
@@ -87,7 +87,7 @@ def conv_work(
         weights=weights,
         inputs=math.prod(in_shape),
         outputs=math.prod(out_shape),
-        in_channels=inputs,
+        summands=inputs * taps,
         out_channels=outputs,
     )
 
@@ -101,7 +101,7 @@ def linear_work(name: str, inputs: int, outputs: int) -> Work:
         weights=inputs * outputs,
         inputs=inputs,
         outputs=outputs,
-        in_channels=inputs,
+        summands=inputs,
         out_channels=outputs,
     )
 
@@ -109,7 +109,7 @@ def linear_work(name: str, inputs: int, outputs: int) -> Work:
 def other_work(name: str, inputs: int, outputs: int) -> Work:
     """Count an operator without weights."""
     return Work(
-        name=name, kind=Kind.OTHER, macs=0, weights=0, inputs=inputs, outputs=outputs, in_channels=0, out_channels=0
+        name=name, kind=Kind.OTHER, macs=0, weights=0, inputs=inputs, outputs=outputs, summands=0, out_channels=0
     )
 
 

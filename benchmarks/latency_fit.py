@@ -7,19 +7,22 @@ python -m edgecomp.benchmarks.latency_fit reads ../shared/latency (--data), prin
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from edgecomp.errors import DataError
+from edgecomp.errors import DataError, EdgecompError
+from edgecomp.files import write_file
 from edgecomp.graph import Array
-from edgecomp.latency import QUANTITIES, Case, Layout, constants_of
+from edgecomp.latency import QUANTITIES, SCHEMA, Case, Layout, class_of, constants_of
 from edgecomp.processor import Processor, processor_of
+from edgecomp.report import table
 from edgecomp.target import Target
 from edgecomp.targets import load, names
 from edgecomp.work import Kind, Work
@@ -42,9 +45,10 @@ _ERAS: Mapping[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     "x-cube-ai": (((" v7.", " v8."), "9"),),
     "tflite-micro": (((" v2.3",), "2021"),),
 }
-"""What an older version's name holds, and the version before which it was: its constants are told apart from today's."""
+"""What an older version's name holds, and before which version it was: its constants are told apart from today's."""
 _MB = 1_000_000
-# Copying and filling main memory, MB/s: ThomasKaiser/sbc-bench:Results.md, boards of the same chip.
+# Copying and filling main memory, MB/s: ThomasKaiser/sbc-bench:Results.md, boards of the same chip; of the last five,
+# boards whose cores and kind of memory (LPDDR4, DDR3) are the same.
 _MEMORY: Mapping[str, tuple[int, int]] = {
     "RK3399": (3_700, 8_400),
     "RK3328": (1_340, 5_700),
@@ -55,6 +59,11 @@ _MEMORY: Mapping[str, tuple[int, int]] = {
     "H2+": (850, 3_450),
     "Raspberry Pi 2B": (1_000, 1_180),
     "Raspberry Pi Zero W": (415, 1_630),
+    "Arduino UNO Q": (1_600, 5_370),
+    "AX630C": (1_600, 5_370),
+    "RDK X3": (1_600, 5_370),
+    "AX620A": (1_500, 5_370),
+    "Orange Pi Zero 2": (1_070, 3_680),
 }
 _TARGETS: Mapping[str, str] = {
     "Raspberry Pi Zero 2 W": "rpi-zero2w",
@@ -113,7 +122,10 @@ def read_rows(folder: Path) -> list[Row]:
 
 def _runtime(text: str) -> str:
     runtime = next((ours for theirs, ours in RUNTIME_OF if text.startswith(theirs)), "other")
-    return next((f"{runtime} before {era}" for marks, era in _ERAS.get(runtime, ()) if any(m in text for m in marks)), runtime)
+    for marks, era in _ERAS.get(runtime, ()):
+        if any(mark in text for mark in marks):
+            return f"{runtime} before {era}"
+    return runtime
 
 
 def _processor(r: Mapping[str, str], threads: int) -> Processor:
@@ -148,7 +160,7 @@ def _processor(r: Mapping[str, str], threads: int) -> Processor:
     )
 
 
-# ---- the fit -----------------------------------------------------------------------------------------------------------
+# ---- the fit ---------------------------------------------------------------------------------------------------------
 
 _KINDS: Mapping[str, Mapping[Kind, float]] = {
     "a": {Kind.FIRST: 30, Kind.DENSE3X3: 0.6, Kind.DENSE: 2, Kind.POINTWISE: 1.5, Kind.DEPTHWISE: 6, Kind.LINEAR: 1.5},
@@ -167,6 +179,7 @@ _PRIORS: Mapping[str, tuple[float, float]] = {
     "a outputs": (4, 1),
     "a power": (2, 0.5),
     "a weights": (0.5, 0.7),
+    "a gain": (0.5, 0.5),
     "a narrow": (1.1, 0.2),
     "m other": (3, 1),
     "m bytes": (1, 1),
@@ -180,6 +193,7 @@ _PRIORS: Mapping[str, tuple[float, float]] = {
     "m outputs": (4, 1),
     "m power": (1.5, 0.1),
     "m weights": (1, 0.1),
+    "m gain": (1, 0.1),
 }
 _SCATTER = 0.2
 """What a row is off by, as a logarithm, beside what a fit can know: sets how much rows weigh against priors."""
@@ -281,12 +295,194 @@ class Fit:
         bent = 2 * _ROBUST**2 * (np.sqrt(1 + (residual / _ROBUST) ** 2) - 1)
         return float(np.sum(bent) + np.sum(((x - self.mean) / self.spread) ** 2))
 
-    def held_out(self, group_of: Callable[[Row], str], start: Array, advance: Callable[[str], object]) -> Array:
-        """Estimate every row by constants fitted without its group: residuals as of `residuals`, float64 (R,)."""
-        groups = np.array([group_of(row) for row in self.rows])
+    def held_out(self, groups: Array, start: Array) -> Array:
+        """Estimate every row by constants fitted without its group: residuals as of `residuals`, float64 (R,).
+
+        Args:
+            groups: str (R,).
+            start: constants of the whole fit, to begin with.
+        """
         found = np.zeros(len(self.rows))
         for group in sorted(set(groups)):
             left_out = groups == group
-            advance(group)
             found[left_out] = self.residuals(self.solve(~left_out, start, steps=8))[left_out]
         return found
+
+
+# ---- what is held out ------------------------------------------------------------------------------------------------
+
+
+def board_of(row: Row) -> str:
+    """Name the board: sources spell one in several ways."""
+    return row.device.upper().removesuffix("-P")
+
+
+def body_of(row: Row) -> str:
+    """Tell networks apart by all but their last layers: published ones go by several names."""
+    return str(sum(w.macs for w in row.case.work if w.kind is not Kind.LINEAR) or row.model)
+
+
+GROUPINGS: Mapping[str, Callable[[Row], str]] = {
+    "board": board_of,
+    "network": body_of,
+    "core": lambda row: row.case.processor.core,
+    "runtime": lambda row: row.case.runtime.partition(" before ")[0],
+}
+_SHARE = 0.9
+"""Of the rows that are to lie in the printed range."""
+_MARGIN = 1.25
+"""How much wider the range is than the rows it is taken from ask for: rows are many, but boards are few."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A fit, and how far off rows are that it did not see.
+
+    Attributes:
+        fit: the rows.
+        constants: fitted on all of them, float64 (C,).
+        residuals: by grouping, published over estimated without the row's group, logarithms, float64 (R,).
+        classes: of the rows' processors, str (R,).
+    """
+
+    fit: Fit
+    constants: Array
+    residuals: Mapping[str, Array]
+    classes: Array
+
+    def groups(self, grouping: str) -> Array:
+        """Name each row's group: str (R,)."""
+        return np.array([GROUPINGS[grouping](row) for row in self.fit.rows])
+
+    def inside(self, grouping: str) -> Array:
+        """Tell which rows lie in a range that was taken from the other groups' rows alone: bool (R,)."""
+        residuals, groups = self.residuals[grouping], self.groups(grouping)
+        found = np.zeros(len(residuals), dtype=bool)
+        for group in set(groups):
+            others = groups != group
+            spreads = spreads_of({name: self.residuals[name][others] for name in _RANGED}, self.classes[others])
+            for i in np.flatnonzero(~others):
+                low, high = spreads[self.classes[i]]
+                found[i] = -low <= residuals[i] <= high
+        return found
+
+
+_RANGED = ("board", "network")
+
+
+def find(rows: Sequence[Row], groupings: Sequence[str] = tuple(GROUPINGS)) -> Found:
+    """Fit all rows, and each grouping's with one group left out."""
+    fit = Fit(rows)
+    constants = fit.solve()
+    residuals = {
+        name: fit.held_out(np.array([GROUPINGS[name](row) for row in rows]), constants) for name in groupings
+    }
+    classes = np.array([class_of(row.case.processor) for row in rows])
+    return Found(fit=fit, constants=constants, residuals=residuals, classes=classes)
+
+
+def spreads_of(residuals: Mapping[str, Array], classes: Array) -> dict[str, tuple[float, float]]:
+    """Give, by class, how far published lies below and above an estimate at most, in nine of ten rows: logarithms."""
+    spreads = {}
+    for name in sorted(set(classes)):
+        chosen = classes == name
+        ends = [_ends(_MARGIN * each[chosen]) for each in residuals.values()]
+        spreads[str(name)] = (max(low for low, _ in ends), max(high for _, high in ends))
+    return spreads
+
+
+def _ends(residuals: Array) -> tuple[float, float]:
+    low, high = np.quantile(residuals, ((1 - _SHARE) / 2, (1 + _SHARE) / 2))
+    return -float(low), float(high)
+
+
+def to_json(found: Found) -> str:
+    """Give what latency.json holds: rounded, sorted, the same for the same rows."""
+    spreads = spreads_of({name: found.residuals[name] for name in _RANGED}, found.classes)
+    usual = _ends(_MARGIN * np.concatenate([found.residuals[name] for name in _RANGED]))
+    for grouping in ("core", "runtime"):
+        # What a group that was never seen adds to what any row may be off by.
+        ends = _ends(_MARGIN * found.residuals[grouping])
+        low, high = (math.sqrt(max(0.0, end**2 - least**2)) for end, least in zip(ends, usual, strict=True))
+        spreads[f"another {grouping}"] = (low, high)
+    value = {
+        "schema": SCHEMA,
+        "rows": len(found.fit.rows),
+        "constants": {
+            name: round(float(v), 3)
+            for name, v in zip(found.fit.names, found.constants, strict=True)
+            if round(float(v), 3) and " before " not in name
+        },
+        "spreads": {name: [round(low, 3), round(high, 3)] for name, (low, high) in sorted(spreads.items())},
+    }
+    return json.dumps(value, indent=1) + "\n"
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def error_percent(residuals: Array) -> float:
+    """Give the median of |estimated - published| over published, in percent."""
+    return float(100 * np.median(np.abs(np.expm1(-residuals))))
+
+
+def tables(found: Found) -> str:
+    """Show how far off estimates are, in Markdown: in all and by runtime, then by board and by network."""
+    rows = found.fit.rows
+    kinds = np.array([f"{GROUPINGS['runtime'](row)}, {row.case.precision}" for row in rows])
+    inside = {name: found.inside(name) for name in _RANGED}
+
+    def line(name: str, chosen: Array) -> tuple[str, ...]:
+        cells = [name, str(int(chosen.sum()))]
+        for grouping in _RANGED:
+            cells += [
+                f"{error_percent(found.residuals[grouping][chosen]):.0f} %",
+                f"{100 * inside[grouping][chosen].mean():.0f} %",
+            ]
+        return tuple(cells)
+
+    every = np.ones(len(rows), dtype=bool)
+    parts = [
+        table(
+            [
+                line("all", every),
+                *(line(name, found.classes == name) for name in sorted(set(found.classes))),
+                *(line(name, kinds == name) for name in sorted(set(kinds))),
+            ],
+            ("rows", "n", "board left out: off by", "in range", "network left out: off by", "in range"),
+        )
+    ]
+    for grouping in ("board", "network", "core", "runtime"):
+        groups = found.groups(grouping)
+        named = {group: row.model if grouping == "network" else group for group, row in zip(groups, rows, strict=True)}
+        lines = [
+            (
+                named[name],
+                str(int((groups == name).sum())),
+                f"{error_percent(found.residuals[grouping][groups == name]):.0f} %",
+                f"{math.exp(-float(np.median(found.residuals[grouping][groups == name]))):.2f}",
+            )
+            for name in sorted(set(groups))
+        ]
+        whole = ("all", str(len(rows)), f"{error_percent(found.residuals[grouping]):.0f} %", "")
+        parts.append(table([whole, *lines], (f"{grouping} left out", "n", "off by", "estimated / published")))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Fit, print the tables, and write the constants where that is asked for."""
+    parser = argparse.ArgumentParser(description="fit the latency estimator to published figures")
+    parser.add_argument("--data", type=Path, default=Path("../shared/latency"), metavar="DIR")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="edgecomp/latency.json")
+    args = parser.parse_args()
+    try:
+        found = find(read_rows(args.data))
+    except EdgecompError as e:
+        raise SystemExit(f"latency_fit: {e}") from e
+    print(tables(found))
+    if args.write is not None:
+        write_file(args.write, to_json(found).encode())
+
+
+if __name__ == "__main__":
+    main()

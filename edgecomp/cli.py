@@ -343,6 +343,25 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _estimate(args: argparse.Namespace) -> int:
+    from edgecomp.estimating import estimate_model
+    from edgecomp.targets import load
+
+    sys.path.insert(0, os.getcwd())  # package.module:factory is looked for where the user stands
+    found = estimate_model(
+        args.model,
+        target=load(args.target),
+        runtime=args.runtime,
+        precision=args.precision,
+        threads=args.threads,
+        weights=args.weights,
+        input_shape=args.input_shape,
+        stage=_stage,
+    )
+    print(json.dumps(found.to_json(), indent=1) if args.json else found.table())
+    return 0
+
+
 def _targets(args: argparse.Namespace) -> int:
     from edgecomp.boards import board_facts, board_table, boards_table
 
@@ -359,5 +378,6 @@ _VERBS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "bench": _bench,
     "gate": _gate,
     "inspect": _inspect,
+    "estimate": _estimate,
     "targets": _targets,
 }

@@ -14,8 +14,9 @@ come from (`work`, `processor`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -27,22 +28,27 @@ from edgecomp.graph import Array
 from edgecomp.processor import Processor
 from edgecomp.work import Kind, Work
 
+SCHEMA = "edgecomp-latency/1"
 PRECISIONS: Mapping[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 """Bytes of an element."""
 KINDS = tuple(Kind)
 _FIRST, _DENSE, _OTHER = (KINDS.index(kind) for kind in (Kind.FIRST, Kind.DENSE, Kind.OTHER))
-_PHYSICS = ("bytes", "layer", "fork", "serial", "copy", "fill", "winograd", "inputs", "outputs", "power", "weights", "whole")
+_PHYSICS = (
+    "bytes", "layer", "fork", "serial", "copy", "fill", "winograd", "inputs", "outputs", "power", "weights", "whole",
+    "gain",
+)  # fmt: skip
 QUANTITIES = (*(f"kind {kind}" for kind in KINDS), *_PHYSICS)
 """What a layer's time is made of; each is the exponential of a sum of fitted constants.
 
-kind K: cycles that a multiply-add takes, times the core's peak; of FIRST, what an output takes beside its multiply-adds,
-which are as those of DENSE; of OTHER, cycles a byte. bytes: cycles a byte of
-activations. layer: cycles a layer. fork: those that threads add. serial: share that threads do not share. copy, fill: what
-one thread, and what all can move, over what the board's own figures say. winograd: times the activations that Winograd's
-algorithm moves. inputs, outputs: how many channels more a layer seems to have, for loops that do not fill. power: p - 1/2.
-weights: times the bytes of fully connected weights, which are read in order. whole: what a board that was fitted takes more
-or less than others of its kind.
+kind K: cycles that a multiply-add takes, times the core's peak; of FIRST, what an output takes beside its
+multiply-adds, which are as those of DENSE; of OTHER, cycles a byte. bytes: cycles a byte of activations. layer: cycles
+a layer. fork: those that threads add. serial: share that threads do not share. copy, fill: what one thread, and what
+all can move, over what the board's own figures say. winograd: times the activations that Winograd's algorithm moves.
+inputs, outputs: how many channels more a layer seems to have, for loops that do not fill. power: p - 1/2. weights:
+times the bytes of fully connected weights, which are read in order. whole: what a board that was fitted takes more or
+less than others of its kind. gain: the power of the board's own bandwidth, over a usual one.
 """
+_COPY, _FILL = 2.5e9, 5e9
 _WINOGRAD = frozenset({"ncnn"})
 """Runtimes that compute 3x3 convolutions by Winograd's algorithm; elsewhere they are as other dense ones."""
 
@@ -142,8 +148,10 @@ class Layout:
         compute = cycles / self.clock * shared
         traffic = np.where(self.kind == KINDS.index(Kind.DENSE3X3), q["winograd"], 1) * self.act_bytes_moved
         traffic += np.where(self.kind == KINDS.index(Kind.LINEAR), q["weights"], 1) * self.weight_bytes_moved
+        # A board of twice the bandwidth does not gain as much: kernels read ahead, and not all comes from memory.
         # Bandwidths add up like resistors: what the threads ask for, and what the memory gives.
-        memory = traffic * (1 / (self.threads * self.copy * q["copy"]) + 1 / (self.fill * q["fill"]))
+        one, all_ = (usual * (rate / usual) ** q["gain"] for rate, usual in ((self.copy, _COPY), (self.fill, _FILL)))
+        memory = traffic * (1 / (self.threads * one * q["copy"]) + 1 / (all_ * q["fill"]))
         power = 0.5 + q["power"]
         fixed = (q["layer"] + np.where(self.threads > 1, q["fork"], 0)) / self.clock
         seconds: Array = q["whole"] * ((compute**power + memory**power + 1e-30) ** (1 / power) + fixed)
@@ -165,12 +173,45 @@ def log_quantities(names: Mapping[str, Sequence[str]], constants: Mapping[str, f
     return np.array([sum(constants.get(name, 0.0) for name in names[q]) for q in QUANTITIES])
 
 
-# ---- the fitted estimator ----------------------------------------------------------------------------------------------
+# ---- the fitted estimator --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """A runtime that estimates are made for.
+
+    Attributes:
+        like: the fitted runtime whose constants it takes; its own name where published figures were fitted.
+        times: what its time is of that one's.
+        because: where `times` comes from, for people.
+    """
+
+    like: str
+    times: float = 1.0
+    because: str = ""
+
+
+_LITERT = Runtime(like="litert", because="the same kernels (XNNPACK)")
+_ASSUMED = Runtime(like="litert", because="no published figure of it was fitted")
+RUNTIMES: Mapping[str, Runtime] = {
+    "litert": Runtime(like="litert"),
+    "tflite-runtime": _LITERT,
+    "ncnn": Runtime(like="ncnn"),
+    "onnxruntime": _ASSUMED,
+    "onnxruntime-lean": _ASSUMED,
+    "tflite-micro": Runtime(like="tflite-micro"),
+    "x-cube-ai": Runtime(like="x-cube-ai"),
+    "c": Runtime(
+        like="tflite-micro", times=0.62, because="the mean share of its instructions on three emulated networks"
+    ),
+}
+"""By the name that --runtime takes. litert is XNNPACK; tflite-micro has CMSIS-NN's kernels; c is edgecomp's own."""
+MICRO_RUNTIMES = ("tflite-micro", "x-cube-ai", "c")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """Milliseconds: p50 is the estimate; of published rows that it had not seen, nine of ten lay from p10 to p90."""
+    """Milliseconds. p50 is the estimate; from p10 to p90 lay nine of ten published rows that the fit had not seen."""
 
     p10: float
     p50: float
@@ -193,18 +234,87 @@ class Estimate:
 
     Attributes:
         latency_ms: of the whole network.
-        layers: in running order; their p50 sum up to the whole's, their ranges do not.
-        basis: what the range was taken from, for people.
+        layers: in running order; their p50 sum up to the whole's, as do the ends of their ranges.
+        basis: what the constants and the range were taken from, for people.
     """
 
     latency_ms: Range
     layers: tuple[LayerEstimate, ...]
-    basis: str
+    basis: tuple[str, ...]
 
 
 @cache
 def fitted() -> Mapping[str, Any]:
-    """Read latency.json: constants, and logarithms of published over estimated by class."""
+    """Read latency.json: the constants, and the ranges of published over estimated, as logarithms, by class."""
     text = resources.files(__package__).joinpath("latency.json").read_text("utf-8")
     found: Mapping[str, Any] = json.loads(text)
+    assert found["schema"] == SCHEMA, "latency.json is of another version than the code beside it"
     return found
+
+
+def class_of(processor: Processor) -> str:
+    """Name the class of processors whose held-out rows give the range."""
+    if processor.micro:
+        return "microcontroller"
+    return "with fp16 or dotprod" if processor.fp16 or processor.dotprod else "without fp16 and dotprod"
+
+
+def check_case(case: Case) -> None:
+    """Refuse what no estimate can be made for.
+
+    Raises:
+        UsageError: runtime, precision or threads are unknown or out of range, or do not fit the processor.
+    """
+    if case.runtime not in RUNTIMES:
+        raise UsageError(f"runtime {case.runtime!r:.80} is not known to the estimator; expected {', '.join(RUNTIMES)}")
+    if case.processor.micro != (case.runtime in MICRO_RUNTIMES):
+        fitting = [name for name in RUNTIMES if case.processor.micro == (name in MICRO_RUNTIMES)]
+        raise UsageError(f"{case.runtime} is not for a {case.processor.core}; expected {', '.join(fitting)}")
+    if case.precision not in PRECISIONS:
+        raise UsageError(f"precision {case.precision!r:.80}; expected {', '.join(PRECISIONS)}")
+    if not 1 <= case.threads <= 1024:
+        raise UsageError(f"threads {case.threads}: expected 1 to 1024")
+    if not case.work:
+        raise UsageError("the network has no layer that takes time")
+
+
+def estimate(case: Case) -> Estimate:
+    """Estimate a network's latency on a processor.
+
+    Raises:
+        UsageError: as `check_case`.
+    """
+    check_case(case)
+    runtime = RUNTIMES[case.runtime]
+    taken = replace(case, runtime=runtime.like)
+    layout = Layout([taken])
+    logs = log_quantities(constants_of(taken), fitted()["constants"])[None, :]
+    ms = layout.layer_seconds(logs) * (1e3 * runtime.times)
+    low, high, basis = _spread(case, runtime)
+
+    def ranged(p50: float) -> Range:
+        return Range(p10=p50 * low, p50=p50, p90=p50 * high)
+
+    layers = tuple(
+        LayerEstimate(name=w.name, kind=w.kind, macs=w.macs, latency_ms=ranged(float(t)))
+        for w, t in zip(case.work, ms, strict=True)
+    )
+    return Estimate(latency_ms=ranged(float(ms.sum())), layers=layers, basis=basis)
+
+
+def _spread(case: Case, runtime: Runtime) -> tuple[float, float, tuple[str, ...]]:
+    """Give the range as factors, and what it rests on; each part that is not known widens it by itself."""
+    spreads, processor = fitted()["spreads"], case.processor
+    parts = [spreads[class_of(processor)]]
+    basis = [f"range: nine of ten published rows of boards or networks not fitted, {class_of(processor)}"]
+    if runtime.like != case.runtime:
+        basis.append(f"{case.runtime}: {runtime.times:g} x {runtime.like}, {runtime.because}")
+        if runtime is not _LITERT:
+            parts.append(spreads["another runtime"])
+    if f"{'m' if processor.micro else 'a'} core {processor.core} {case.precision}" not in fitted()["constants"]:
+        basis.append(f"no published row of a {processor.core} in {case.precision} was fitted; range widened")
+        parts.append(spreads["another core"])
+    if processor.assumed:
+        basis.append(f"not given by the target, usual for the core: {', '.join(processor.assumed)}")
+    low, high = (math.sqrt(sum(part[i] ** 2 for part in parts)) for i in (0, 1))
+    return math.exp(-low), math.exp(high), tuple(basis)

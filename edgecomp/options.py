@@ -24,6 +24,7 @@ def add_verbs(verbs: Any) -> None:
         _add_bench,
         _add_gate,
         _add_inspect,
+        _add_estimate,
         _add_targets,
     ):
         add(verbs)
@@ -150,7 +151,20 @@ def _add_inspect(verbs: Any) -> None:
     p.add_argument("--json", action="store_true")
 
 
+def _add_estimate(verbs: Any) -> None:
+    p = verbs.add_parser("estimate", help="latency on a board that is not at hand: estimated, with its range")
+    about = "a built folder or a file in it, a graph.edgecomp, torchvision:NAME, package.module:factory, or a .pt2 file"
+    p.add_argument("model", metavar="MODEL", help=about)
+    p.add_argument("--target", required=True, metavar="NAME", help="see edgecomp targets; or a file of yours, FILE.toml")
+    p.add_argument("--runtime", metavar="R", help="litert, onnxruntime, ncnn; tflite-micro, x-cube-ai, c on Cortex-M")
+    p.add_argument("--precision", choices=("int8", "fp32", "fp16"), default="int8", help="default int8")
+    p.add_argument("--threads", type=int, default=1, metavar="N")
+    p.add_argument("--weights", type=Path, metavar="FILE", help="of a model; not needed where untrained will do")
+    p.add_argument("--input-shape", type=read_shape, metavar="C,H,W", help="of a model (torchvision: 3,224,224)")
+    p.add_argument("--json", action="store_true")
+
+
 def _add_targets(verbs: Any) -> None:
     p = verbs.add_parser("targets", help="the boards edgecomp knows")
-    p.add_argument("name", nargs="?", metavar="NAME")
+    p.add_argument("name", nargs="?", metavar="NAME", help="or a file of yours, FILE.toml")
     p.add_argument("--json", action="store_true")

@@ -1,4 +1,4 @@
-"""What decides how fast a board computes: the facts of its target, and what is usual for its core where they are silent.
+"""What decides how fast a board computes: facts of its target, and what is usual for its core where they are silent.
 
 Not here: how long a network takes on it (`latency`).
 """
@@ -34,8 +34,8 @@ class Core:
     int8_macs_per_cycle: float = 0.0
     bits: int = 64
     l2_bytes: int = 512 * _KIB
-    copy_bytes_per_s: int = 2_000 * _MB
-    fill_bytes_per_s: int = 8_000 * _MB
+    copy_bytes_per_s: int = 1_400 * _MB
+    fill_bytes_per_s: int = 4_000 * _MB
     fp16: bool = False
     dotprod: bool = False
 
@@ -70,7 +70,7 @@ def _micro(int8_peak: float, fp32_peak: float, *, helium: bool = False) -> Core:
 CORES: Mapping[str, Core] = {
     "ARM1176JZF-S": _old(0.5, 415, 1_630),
     "Cortex-A5": _old(0.5, 500, 1_500),
-    "Cortex-A7": _old(1, 1_000, 4_000),
+    "Cortex-A7": _old(1, 900, 2_500),
     "Cortex-A8": _old(1, 500, 1_500),
     "Cortex-A9": _old(1, 900, 2_500),
     "Cortex-A15": _old(4, 2_000, 4_500),
@@ -97,9 +97,9 @@ CORES: Mapping[str, Core] = {
     "Cortex-M55": _micro(8, 1, helium=True),
     "Cortex-M85": _micro(8, 2, helium=True),
 }
-"""Peak rates of A53, A55, A72 and A76 are measured (pigirons/cpufp, MegEngine/MegPeak); so is A7's. The others are what
-the widths of their pipelines allow; bandwidths are middling ones of ThomasKaiser/sbc-bench's tables. A target's own facts
-stand above all of these."""
+"""Peak rates of A7, A53, A55, A72 and A76 are measured (pigirons/cpufp, MegEngine/MegPeak). The others are what the
+widths of their pipelines allow, those of microcontrollers too; bandwidths are middling ones of ThomasKaiser/sbc-bench's
+tables. A target's own facts stand above all of these."""
 
 _UNKNOWN_64, _UNKNOWN_32 = Core(fp32_macs_per_cycle=4), _old(1, 900, 2_500)
 _UNKNOWN_DOTPROD = _wide(8, 6_000, 12_000, 1_024, dotprod=True)

@@ -26,7 +26,7 @@ LEVELS = (
      "data"),
     ("ops", "verify", "reference", "groups", "plan", "selection", "work"),
     ("artifact", "arena", "files", "compress", "channels", "methods", "sparsity", "planner", "bundle", "report",
-     "manifest", "folder", "overview", "samples"),
+     "manifest", "folder", "overview", "samples", "processor", "latency"),
     ("pytorch", "pytorch.torchvision_ops", "pytorch.pt2", "pytorch.load", "pytorch.networks", "pytorch.calls",
      "pytorch.aten", "pytorch.capture", "pytorch.network", "pytorch.sharing", "pytorch.checkpoint", "pytorch.rules",
      "pytorch.propagate", "pytorch.sums", "pytorch.relevance", "pytorch.scores", "pytorch.calibrate",
@@ -44,9 +44,10 @@ LEVELS = (
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
      "benchmarks.tflm", "benchmarks.compiled_c", "benchmarks.firmware",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
-     "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml", "benchmarks.published"),
+     "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml",
+     "benchmarks.netshapes", "benchmarks.published", "benchmarks.latency_fit"),
     ("check", "spending", "pruning", "recovering", "intake", "build", "verifying", "inspecting", "benching",
-     "boards", "gating",
+     "boards", "gating", "estimating",
      "arguments", "options", "cli", "__main__"),
     ("benchmarks.compression", "benchmarks.compression.results", "benchmarks.compression.table",
      "benchmarks.compression.plot", "benchmarks.compression.peer_entry", "benchmarks.compression.peer_ort",
@@ -58,7 +59,10 @@ RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name
 
 # Packages beside the standard library and numpy: the modules that may import them, and whether at the top of the file.
 # Run by hand; nobody imports them.
-SCRIPT = ("samples.train", "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml", "benchmarks.published")
+SCRIPT = (
+    "benchmarks.latency_fit", "samples.train", "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats",
+    "benchmarks.tinyml",
+)  # fmt: skip
 PEER = "benchmarks.compression.peer_"  # scripts that run in environments of other tools; nobody imports them
 COMPARING = ("benchmarks.compression.context", "benchmarks.compression.ours")
 THIRD_PARTY = {

@@ -216,7 +216,7 @@ def prior(name: str) -> tuple[float, float]:
         return 0.0, 0.2
     if first == "runtime":
         return 0.0, 0.4 if rest.count(" ") == 0 else 0.25
-    return 0.0, 0.5 if rest.startswith("group") else 0.25
+    return 0.0, 0.5 if rest.startswith(("group", "reorders")) else 0.2
 
 
 class Fit:
@@ -408,6 +408,7 @@ def to_json(found: Found) -> str:
     value = {
         "schema": SCHEMA,
         "rows": len(found.fit.rows),
+        "seen": sorted({f"{row.case.processor.core} {row.case.precision}" for row in found.fit.rows}),
         "constants": {
             name: round(float(v), 3)
             for name, v in zip(found.fit.names, found.constants, strict=True)

@@ -1,4 +1,4 @@
-"""Estimate the latency of a network on a board: whatever the user names, read into its layers. Nothing here is measured."""
+"""Estimate the latency of a network on a board, whatever the user names it by. Nothing here is measured."""
 
 from __future__ import annotations
 

@@ -80,10 +80,13 @@ def constants_of(case: Case) -> dict[str, tuple[str, ...]]:
     group = f"{precision} dotprod" if precision == "int8" and processor.dotprod else precision
     shared = [
         f"{family} group {group}",
+        f"{family} core {processor.core}",
         f"{family} core {processor.core} {precision}",
         f"runtime {runtime}",
         f"runtime {runtime} {precision}",
     ]
+    if processor.reorders:
+        shared.append(f"{family} reorders")
     if era:
         shared += [f"runtime {case.runtime}", f"runtime {case.runtime} {precision}"]
     if processor.narrow:
@@ -311,7 +314,7 @@ def _spread(case: Case, runtime: Runtime) -> tuple[float, float, tuple[str, ...]
         basis.append(f"{case.runtime}: {runtime.times:g} x {runtime.like}, {runtime.because}")
         if runtime is not _LITERT:
             parts.append(spreads["another runtime"])
-    if f"{'m' if processor.micro else 'a'} core {processor.core} {case.precision}" not in fitted()["constants"]:
+    if f"{processor.core} {case.precision}" not in fitted()["seen"]:
         basis.append(f"no published row of a {processor.core} in {case.precision} was fitted; range widened")
         parts.append(spreads["another core"])
     if processor.assumed:

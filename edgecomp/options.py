@@ -155,7 +155,7 @@ def _add_estimate(verbs: Any) -> None:
     p = verbs.add_parser("estimate", help="latency on a board that is not at hand: estimated, with its range")
     about = "a built folder or a file in it, a graph.edgecomp, torchvision:NAME, package.module:factory, or a .pt2 file"
     p.add_argument("model", metavar="MODEL", help=about)
-    p.add_argument("--target", required=True, metavar="NAME", help="see edgecomp targets; or a file of yours, FILE.toml")
+    p.add_argument("--target", required=True, metavar="NAME", help="of edgecomp targets, or your FILE.toml")
     p.add_argument("--runtime", metavar="R", help="litert, onnxruntime, ncnn; tflite-micro, x-cube-ai, c on Cortex-M")
     p.add_argument("--precision", choices=("int8", "fp32", "fp16"), default="int8", help="default int8")
     p.add_argument("--threads", type=int, default=1, metavar="N")

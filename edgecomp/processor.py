@@ -26,6 +26,7 @@ class Core:
         l2_bytes: a middling second-level cache, with what one core can fill of a third.
         copy_bytes_per_s: what one thread copies in main memory on a middling board.
         fill_bytes_per_s: what it writes.
+        reorders: whether it runs instructions out of their order, and so waits less.
         fp16: whether it adds and multiplies in half precision.
         dotprod: whether it sums products of four bytes at once, or of eight (Helium).
     """
@@ -36,20 +37,30 @@ class Core:
     l2_bytes: int = 512 * _KIB
     copy_bytes_per_s: int = 1_400 * _MB
     fill_bytes_per_s: int = 4_000 * _MB
+    reorders: bool = False
     fp16: bool = False
     dotprod: bool = False
 
 
-def _old(peak: float, copy: int, fill: int) -> Core:
-    return Core(fp32_macs_per_cycle=peak, bits=32, copy_bytes_per_s=copy * _MB, fill_bytes_per_s=fill * _MB)
+def _old(peak: float, copy: int, fill: int, *, reorders: bool = False) -> Core:
+    return Core(
+        fp32_macs_per_cycle=peak,
+        bits=32,
+        copy_bytes_per_s=copy * _MB,
+        fill_bytes_per_s=fill * _MB,
+        reorders=reorders,
+    )
 
 
-def _wide(peak: float, copy: int, fill: int, l2_kib: int, *, dotprod: bool = False) -> Core:
+def _wide(
+    peak: float, copy: int, fill: int, l2_kib: int, *, dotprod: bool = False, reorders: bool = True
+) -> Core:
     return Core(
         fp32_macs_per_cycle=peak,
         l2_bytes=l2_kib * _KIB,
         copy_bytes_per_s=copy * _MB,
         fill_bytes_per_s=fill * _MB,
+        reorders=reorders,
         fp16=dotprod,
         dotprod=dotprod,
     )
@@ -72,12 +83,12 @@ CORES: Mapping[str, Core] = {
     "Cortex-A5": _old(0.5, 500, 1_500),
     "Cortex-A7": _old(1, 900, 2_500),
     "Cortex-A8": _old(1, 500, 1_500),
-    "Cortex-A9": _old(1, 900, 2_500),
-    "Cortex-A15": _old(4, 2_000, 4_500),
-    "Cortex-A17": _old(2, 1_500, 4_000),
+    "Cortex-A9": _old(1, 900, 2_500, reorders=True),
+    "Cortex-A15": _old(4, 2_000, 4_500, reorders=True),
+    "Cortex-A17": _old(2, 1_500, 4_000, reorders=True),
     "Cortex-A35": Core(fp32_macs_per_cycle=2),
     "Cortex-A53": Core(fp32_macs_per_cycle=4),
-    "Cortex-A55": _wide(4, 3_000, 7_000, 512, dotprod=True),
+    "Cortex-A55": _wide(4, 3_000, 7_000, 512, dotprod=True, reorders=False),
     "Cortex-A57": _wide(4, 3_700, 8_500, 2_048),
     "Cortex-A72": _wide(4, 3_000, 6_000, 1_024),
     "Cortex-A73": _wide(4, 4_200, 8_500, 1_024),
@@ -101,7 +112,7 @@ CORES: Mapping[str, Core] = {
 widths of their pipelines allow, those of microcontrollers too; bandwidths are middling ones of ThomasKaiser/sbc-bench's
 tables. A target's own facts stand above all of these."""
 
-_UNKNOWN_64, _UNKNOWN_32 = Core(fp32_macs_per_cycle=4), _old(1, 900, 2_500)
+_UNKNOWN_64, _UNKNOWN_32 = Core(fp32_macs_per_cycle=4, reorders=True), _old(1, 900, 2_500)
 _UNKNOWN_DOTPROD = _wide(8, 6_000, 12_000, 1_024, dotprod=True)
 
 
@@ -115,6 +126,7 @@ class Processor:
         known: whether the core is one of CORES.
         micro: whether it is a microcontroller: one core, and no main memory behind a cache.
         narrow: whether a 64-bit core runs 32-bit programs.
+        reorders: whether it runs instructions out of their order.
         cores: of this kind.
         clock_hz: of a core.
         macs_per_cycle: most of a core, by precision.
@@ -130,6 +142,7 @@ class Processor:
     known: bool
     micro: bool
     narrow: bool
+    reorders: bool
     cores: int
     clock_hz: float
     macs_per_cycle: Mapping[str, float]
@@ -185,6 +198,7 @@ def processor_of(target: Target) -> Processor:
         known=core is not None,
         micro=micro,
         narrow=not micro and usual.bits == 64 and bool(isa) and "aarch64" not in isa,
+        reorders=usual.reorders,
         cores=int(fact("cores", target.cores, 1 if micro else 4)),
         clock_hz=target.clock_hz,
         macs_per_cycle=peak,

@@ -428,7 +428,10 @@ def error_percent(residuals: Array) -> float:
 
 
 def tables(found: Found) -> str:
-    """Show how far off estimates are, in Markdown: in all and by runtime, then by board and by network."""
+    """Show how far off estimates are, in Markdown: in all and by runtime; then by what was left out.
+
+    Behind each name stand the median of how far off it is, and in brackets the median of estimated over published.
+    """
     rows = found.fit.rows
     kinds = np.array([f"{GROUPINGS['runtime'](row)}, {row.case.precision}" for row in rows])
     inside = {name: found.inside(name) for name in _RANGED}
@@ -453,20 +456,15 @@ def tables(found: Found) -> str:
             ("rows", "n", "board left out: off by", "in range", "network left out: off by", "in range"),
         )
     ]
-    for grouping in ("board", "network", "core", "runtime"):
+    for grouping, residuals in found.residuals.items():
         groups = found.groups(grouping)
         named = {group: row.model if grouping == "network" else group for group, row in zip(groups, rows, strict=True)}
-        lines = [
-            (
-                named[name],
-                str(int((groups == name).sum())),
-                f"{error_percent(found.residuals[grouping][groups == name]):.0f} %",
-                f"{math.exp(-float(np.median(found.residuals[grouping][groups == name]))):.2f}",
-            )
+        each = (
+            f"{named[name]} {error_percent(residuals[groups == name]):.0f} % "
+            f"({math.exp(-float(np.median(residuals[groups == name]))):.2f})"
             for name in sorted(set(groups))
-        ]
-        whole = ("all", str(len(rows)), f"{error_percent(found.residuals[grouping]):.0f} %", "")
-        parts.append(table([whole, *lines], (f"{grouping} left out", "n", "off by", "estimated / published")))
+        )
+        parts.append(f"By {grouping} left out, {error_percent(residuals):.0f} % in all: {'; '.join(each)}.")
     return "\n\n".join(parts)
 
 

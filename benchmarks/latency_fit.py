@@ -34,6 +34,7 @@ RUNTIME_OF: tuple[tuple[str, str], ...] = (
     ("ncnn", "ncnn"),
     ("XNNPACK", "litert"),
     ("TensorFlow Lite (X-LINUX-AI", "litert"),
+    ("LEIP", "leip"),
     ("X-CUBE-AI", "x-cube-ai"),
     ("STM32Cube.AI", "x-cube-ai"),
     ("tflite-micro", "tflite-micro"),
@@ -215,6 +216,8 @@ def prior(name: str) -> tuple[float, float]:
     if " before " in rest:
         return 0.0, 0.2
     if first == "runtime":
+        if rest.endswith(" memory"):
+            return 0.0, 0.7
         return 0.0, 0.4 if rest.count(" ") == 0 else 0.25
     return 0.0, 0.5 if rest.startswith(("group", "reorders")) else 0.2
 

@@ -100,6 +100,9 @@ def constants_of(case: Case) -> dict[str, tuple[str, ...]]:
         names[f"kind {kind}"] = (f"{family} {precision} {as_kind}", f"runtime {runtime} {as_kind}", *shared)
     names |= {quantity: (f"{family} {quantity}",) for quantity in _PHYSICS}
     names["layer"] += (f"runtime {runtime} layer",)
+    # What a runtime writes beside the activations (im2col, packing) moves through the same memory.
+    for quantity in ("copy", "fill"):
+        names[quantity] += (f"runtime {runtime} memory",)
     names["whole"] = (f"board {processor.board}",)
     if runtime not in _WINOGRAD:
         names["winograd"] = ()

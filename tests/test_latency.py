@@ -313,10 +313,9 @@ def test_readme_tells_how_far_off_the_estimates_are(found: Found) -> None:
 
 @pytest.mark.shared
 def test_what_was_asked_of_the_estimates(found: Found) -> None:
-    """At most 20 % off in the median, nine of ten in the range; boards left out miss it by a point."""
-    assert error_percent(found.residuals["network"]) <= 20
-    assert error_percent(found.residuals["board"]) < 21.5
+    """At most 20 % off in the median, and nine of ten in the range."""
     for grouping in ("board", "network"):
+        assert error_percent(found.residuals[grouping]) <= 20
         assert found.inside(grouping).mean() >= 0.9
     # The board that is left out is out: no constant of its name is used.
     rows = [row for row in found.fit.rows if board_of(row) == "RASPBERRY PI 5"]

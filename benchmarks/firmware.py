@@ -28,6 +28,8 @@ from edgecomp.exporters.c_facts import NetworkFacts, read_facts
 from edgecomp.graph import Array
 from edgecomp.report import table
 
+from .thumb import count_classes
+
 _FLASH, _RAM, _END = 0x0800_0000, 0x2000_0000, 0x3000_0000
 _MAPPED_BYTES = 16 << 20
 _ARENA, _IN, _OUT, _STACK_TOP = _RAM, _RAM + (10 << 20), _RAM + (12 << 20), _RAM + (15 << 20)
@@ -129,12 +131,14 @@ class Emulated:
         outputs: int8 (N, ...), as the network lays them out.
         instructions: executed for the last image; 0 if they were not counted.
         step_instructions: of it by call of a kernel, in order.
+        classes: of it, see `thumb`.
         stack_bytes: the most of all images.
     """
 
     outputs: Array
     instructions: int
     step_instructions: tuple[int, ...]
+    classes: Mapping[str, int]
     stack_bytes: int
 
 
@@ -143,23 +147,25 @@ class FirmwareReport:
     """What an emulated core says of a network: no latency is in it.
 
     Attributes:
-        target: the core.
+        target, cpu: the core, by its target's name and by its own.
         compiler: with its version.
         emulator: with its version.
         n_images: that were run; every output equals the reference's.
         instructions: executed for an image.
-        steps: instructions by layer.
+        steps, classes: instructions by layer, and by class as in `thumb`.
         code_bytes, weight_bytes, constant_bytes: flash.
         arena_bytes, static_bytes, stack_bytes, border_bytes: RAM.
         border_name: what the last is: the output, and the input where that cannot lie in the arena.
     """
 
     target: str
+    cpu: str
     compiler: str
     emulator: str
     n_images: int
     instructions: int
     steps: Mapping[str, int]
+    classes: Mapping[str, int]
     code_bytes: int
     weight_bytes: int
     constant_bytes: int
@@ -350,6 +356,7 @@ def emulate(firmware: Firmware, core: Core, images: Array, *, counting: bool = T
         outputs=outputs,
         instructions=counted.n,
         step_instructions=counted.steps(),
+        classes=count_classes((bytes(machine.mem_read(*place)), n) for place, n in counted.at.items()),
         stack_bytes=stack_bytes,
     )
 
@@ -399,9 +406,11 @@ class _Counted:
         self.n = 0
         self._own = 0
         self._calls: list[int] = []
+        self.at: dict[tuple[int, int], int] = {}
 
-    def instruction(self, *_: object) -> None:
+    def instruction(self, _: object, address: int, size: int, *__: object) -> None:
         self.n += 1
+        self.at[address, size] = self.at.get((address, size), 0) + 1
 
     def between_steps(self, *_: object) -> None:
         # This hook follows the other: an instruction of the caller has been counted once since the one before it.
@@ -473,11 +482,13 @@ def measure_firmware(
         counts[name] += n
     return FirmwareReport(
         target=target,
+        cpu=str(cpu),
         compiler=firmware.compiler,
         emulator=emulator,
         n_images=len(images),
         instructions=run.instructions,
         steps=counts,
+        classes=run.classes,
         code_bytes=firmware.code_bytes,
         weight_bytes=firmware.weight_bytes,
         constant_bytes=firmware.constant_bytes,

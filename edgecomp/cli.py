@@ -344,9 +344,16 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from edgecomp.estimating import estimate_model
+    from edgecomp.from_counts import estimate_report
     from edgecomp.targets import load
 
+    if args.model.endswith(".json"):
+        counted = estimate_report(Path(args.model), load(args.target))
+        print(json.dumps(counted.to_json(), indent=1) if args.json else counted.table())
+        return 0
     sys.path.insert(0, os.getcwd())  # package.module:factory is looked for where the user stands
     found = estimate_model(
         args.model,

@@ -153,7 +153,10 @@ def _add_inspect(verbs: Any) -> None:
 
 def _add_estimate(verbs: Any) -> None:
     p = verbs.add_parser("estimate", help="latency on a board that is not at hand: estimated, with its range")
-    about = "a built folder or a file in it, a graph.edgecomp, torchvision:NAME, package.module:factory, or a .pt2 file"
+    about = (
+        "a built folder or a file in it, a graph.edgecomp, torchvision:NAME, package.module:factory, a .pt2 file, or "
+        "the .json that bench --target CORE --json prints"
+    )
     p.add_argument("model", metavar="MODEL", help=about)
     p.add_argument("--target", required=True, metavar="NAME", help="of edgecomp targets, or your FILE.toml")
     p.add_argument("--runtime", metavar="R", help="litert, onnxruntime, ncnn; tflite-micro, x-cube-ai, c on Cortex-M")

@@ -16,7 +16,7 @@ MNEMONICS = {
     "load": r"ldr(b|h|sb|sh|t|bt|ht)?",
     "store": r"str(b|h|t|bt|ht)?",
     "multiple": r"(push|pop|ldm|stm|ldrd|strd)(ia|db|mia)?",
-    "multiply": r"(muls?|mla|mls|[su]mull|[su]mlal|smla[bt][bt]|smul[bt][bt]|smlad|smuad|smmulr?|smmla|smlald|smlaw[bt])",
+    "multiply": r"(muls?|mla|mls|[su]mull|[su]mlal|sm(la|ul)[bt][bt]|sm(lad|uad|mul|lald))",
     "divide": r"[su]div",
     "branch": r"(b|bl|blx|bx|cbz|cbnz|tbb|tbh)",
     "float": r"v\w+",
@@ -28,8 +28,9 @@ SOURCE = """
 .cpu cortex-m4
 .fpu fpv4-sp-d16
 a: ldr r0, [r1]; ldr r0, [r1, r2]; ldrb r0, [r1, #3]; ldrh r3, [r1, #2]; ldrsb r0, [r1, r2]; ldrsh r0, [r1, r2]
-ldr r0, =0x12345678; ldr r0, [sp, #8]; ldr.w r9, [r1, #400]; ldrsb.w r9, [r1, #-4]; ldr r8, [r1], #4; ldrsh.w r9, [r2, #8]
-str r0, [r1]; str r0, [r1, r2]; strb r0, [r1, #3]; strh r3, [r1, #2]; str r0, [sp, #8]; str.w r9, [r1, #400]; str r8, [r1], #4
+ldr r0, =0x12345678; ldr r0, [sp, #8]; ldr.w r9, [r1, #400]; ldrsb.w r9, [r1, #-4]; ldr r8, [r1], #4
+str r0, [r1]; str r0, [r1, r2]; strb r0, [r1, #3]; strh r3, [r1, #2]; str r0, [sp, #8]; str.w r9, [r1, #400]
+ldrsh.w r9, [r2, #8]; str r8, [r1], #4
 push {r4, r5, lr}; pop {r4, r5, pc}; ldmia r0!, {r1, r2, r3}; stmia r0!, {r1, r2}; push {r4-r11, lr}; ldmdb r0, {r1, r9}
 ldrd r0, r1, [r2, #8]; strd r0, r1, [r2], #8; ldrd r0, r1, [r2, #-8]!; stmdb r0!, {r1, r2, r9}
 muls r0, r1, r0; mul r0, r9, r1; mla r0, r1, r2, r3; mls r0, r1, r2, r3; smull r0, r1, r2, r3; umull r0, r1, r2, r3
@@ -38,8 +39,8 @@ smlald r0, r1, r2, r3; sdiv r0, r1, r2; udiv r0, r1, r2
 b a; beq a; bl a; bx lr; blx r3; cbz r0, b; cbnz r0, b; tbb [pc, r0]; tbh [pc, r0, lsl #1]; b.w a; bne.w a; b: nop
 vadd.f32 s0, s1, s2; vldr s0, [r0]; vmla.f32 s0, s1, s2; vmov r0, s0; vcvt.s32.f32 s0, s0
 adds r0, r1, r2; add r0, sp, #8; movw r0, #1234; movt r0, #1234; sxtb16 r0, r1; pkhbt r0, r1, r2; ssat r0, #8, r1
-sxtab16 r0, r1, r2; lsls r0, r1, #2; ror.w r0, r1, #8; cmp r0, #0; it eq; moveq r0, r1; uxtb r0, r1; mov r0, r1; add r9, r1
-sub sp, #16; ubfx r0, r1, #2, #3; adds.w r0, r1, r9; rev r0, r1; qadd r0, r1, r2; clz r0, r1; smlaltb_is_not: nop.w; dmb
+sxtab16 r0, r1, r2; lsls r0, r1, #2; ror.w r0, r1, #8; cmp r0, #0; it eq; moveq r0, r1; uxtb r0, r1; mov r0, r1
+add r9, r1; sub sp, #16; ubfx r0, r1, #2, #3; adds.w r0, r1, r9; rev r0, r1; qadd r0, r1, r2; clz r0, r1; nop.w; dmb
 """
 
 

@@ -1,4 +1,4 @@
-"""Cycles that a microcontroller's core takes for instructions of a class, as Arm publishes them: the fewest and the most.
+"""Cycles that a microcontroller's core takes for instructions of a class, as Arm publishes them: fewest and most.
 
 Memory without wait states and branches that are taken are assumed. Not here: how instructions are counted
 (`benchmarks.firmware`).
@@ -67,7 +67,7 @@ TABLES: Mapping[str, CycleTable] = {
         error="not compared with published figures: there are none of the same kernels",
     ),
 }
-"""By the core's name. The Cortex-M7 issues two instructions at once, by rules that nobody publishes: it has no table."""
+"""By the core's name. The Cortex-M7 issues two instructions at once, by rules nobody publishes: it has no table."""
 
 
 def cycles_of(cpu: str | None, counts: Mapping[str, int]) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from edgecomp import __version__, errors, launched, options
 
 if TYPE_CHECKING:
+    from edgecomp.latency import LatencyLimit
     from edgecomp.preprocessing import Preprocessing
     from edgecomp.spending import Budget
 
@@ -209,6 +210,20 @@ def _budget(args: argparse.Namespace) -> Budget:
     return Budget(kind=BudgetKind.AVG_BITS, asked=4.0 if args.avg_bits is None else args.avg_bits)
 
 
+def _latency_limit(args: argparse.Namespace) -> LatencyLimit | None:
+    from edgecomp.errors import UsageError
+    from edgecomp.estimating import latency_limit
+    from edgecomp.targets import load
+
+    if args.max_latency is None:
+        if args.target is not None or args.runtime is not None:
+            raise UsageError("--target and --runtime are of --max-latency, which is not given")
+        return None
+    if args.target is None:
+        raise UsageError("--max-latency without --target: on which board? see edgecomp targets")
+    return latency_limit(args.max_latency, load(args.target), args.runtime, args.format, args.threads)
+
+
 def _build(args: argparse.Namespace) -> int:
     from edgecomp.artifact import AtRest
     from edgecomp.build import build
@@ -240,6 +255,7 @@ def _build(args: argparse.Namespace) -> int:
         classes=args.classes,
         epochs=args.recover,
         checkpoint=args.checkpoint,
+        limit=_latency_limit(args),
         pruning=IRRELEVANT if args.prune is None else parse_pruning(args.prune),
         sparsifying=sparsifying if args.sparsify is None else parse_pruning(args.sparsify, "--sparsify"),
         paper=paper,

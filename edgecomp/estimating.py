@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from edgecomp.errors import BundleError, UsageError
 from edgecomp.files import MANIFEST
 from edgecomp.folder import open_folder
 from edgecomp.graph import Graph
-from edgecomp.latency import MICRO_RUNTIMES, Case, Estimate, Range, estimate
+from edgecomp.latency import MICRO_RUNTIMES, Case, Estimate, LatencyLimit, Range, estimate
 from edgecomp.processor import processor_of
 from edgecomp.report import Source, table
 from edgecomp.work import total_macs, work_of
@@ -143,6 +144,22 @@ def estimate_model(
         macs=total_macs(case.work),
         estimate=estimate(case),
     )
+
+
+def latency_limit(
+    most_ms: float, target: Target, runtime: str | None, formats: Sequence[str], threads: int
+) -> LatencyLimit:
+    """Give the limit that a build's channels are cut for; the runtime is the first format's own that the target has.
+
+    Raises:
+        UsageError: as `LatencyLimit`.
+        TargetError: as `processor_of`.
+    """
+    processor = processor_of(target)
+    own = [_RUNTIME_OF[name] for name in formats]
+    fitting = [name for name in own if (name in MICRO_RUNTIMES) == processor.micro]
+    usual = fitting[0] if fitting else "tflite-micro" if processor.micro else "litert"
+    return LatencyLimit(most_ms=most_ms, processor=processor, runtime=runtime or usual, threads=threads)
 
 
 def _read(

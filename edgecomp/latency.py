@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from edgecomp.errors import UsageError
-from edgecomp.graph import Array
+from edgecomp.graph import Array, Graph
 from edgecomp.processor import Processor
-from edgecomp.work import Kind, Work
+from edgecomp.work import Kind, Work, other_work, work_of
 
 SCHEMA = "edgecomp-latency/1"
 PRECISIONS: Mapping[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}
@@ -324,3 +324,46 @@ def _spread(case: Case, runtime: Runtime) -> tuple[float, float, tuple[str, ...]
         basis.append(f"not given by the target, usual for the core: {', '.join(processor.assumed)}")
     low, high = (math.sqrt(sum(part[i] ** 2 for part in parts)) for i in (0, 1))
     return math.exp(-low), math.exp(high), tuple(basis)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyLimit:
+    """What a network may take on a board, by its estimate with weights of 8 bits.
+
+    Attributes:
+        most_ms: p50 at most, milliseconds.
+        processor: of the board.
+        runtime: one of RUNTIMES.
+        threads: at least 1.
+
+    Raises:
+        UsageError: as `check_case`, or no time is left.
+    """
+
+    most_ms: float
+    processor: Processor
+    runtime: str
+    threads: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.most_ms < math.inf:
+            raise UsageError(f"--max-latency {self.most_ms:g}: expected milliseconds above 0")
+        check_case(self._case((other_work("none", 1, 1),)))
+
+    def _case(self, work: Sequence[Work]) -> Case:
+        return Case(
+            work=work, processor=self.processor, runtime=self.runtime, precision="int8", threads=self.threads
+        )
+
+    def holds(self, graph: Graph) -> bool:
+        """Tell whether a network is estimated to be fast enough."""
+        return self.ms(graph).p50 <= self.most_ms
+
+    def ms(self, graph: Graph) -> Range:
+        """Estimate a network."""
+        return estimate(self._case(work_of(graph))).latency_ms
+
+    def text(self) -> str:
+        """Say it, for the record."""
+        threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
+        return f"at most {self.most_ms:g} ms estimated on {self.processor.board}, {self.runtime}, {threads}"

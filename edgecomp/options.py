@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgecomp.arguments import read_bytes, read_formats, read_number, read_numbers, read_shape
+from edgecomp.arguments import read_bytes, read_formats, read_milliseconds, read_number, read_numbers, read_shape
 
 SCORES = ("lrp", "magnitude", "taylor", "hessian", "wanda", "deeplift", "random")
 """What --score takes: `pytorch.scores.Score`, which is not imported before it is needed."""
@@ -62,6 +62,11 @@ def _add_build(verbs: Any) -> None:
         metavar="P",
         help="whole channels: a share of the weights, e.g. 0.5; auto: as --max-drop allows; nonpositive; default zero",
     )
+    about = "estimated, in int8 on --target: whole channels are cut until it is met, e.g. 20ms"
+    p.add_argument("--max-latency", type=read_milliseconds, metavar="MS", help=about)
+    p.add_argument("--target", metavar="NAME", help="of --max-latency: a board of edgecomp targets, or your FILE.toml")
+    p.add_argument("--runtime", metavar="R", help="of --max-latency, as estimate takes it (default the format's own)")
+    p.add_argument("--threads", type=int, default=1, metavar="N", help="of --max-latency (default 1)")
     p.add_argument(
         "--sparsify",
         metavar="P",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from edgecomp.benchmarks.runners import RUNNERS
+from edgecomp.cli import main
 from edgecomp.errors import TargetError
 from edgecomp.target import Target, parse
 from edgecomp.targets import load, names
@@ -109,6 +112,17 @@ def test_a_users_own_file(tmp_path):
         load(str(path))
     with pytest.raises(TargetError, match="cannot be read as text"):
         load(str(tmp_path) + "/\0.toml")
+
+
+def test_the_command_shows_a_users_own_file(tmp_path, capsys):
+    (tmp_path / "mine.toml").write_text(GOOD)
+    assert main(["targets", str(tmp_path / "mine.toml")]) == 0
+    text = capsys.readouterr().out
+    assert "1000000" in text
+    assert "a box" in text
+    assert main(["targets", "rpi5", "--json"]) == 0
+    (board,) = json.loads(capsys.readouterr().out)
+    assert (board["l3_bytes"], board["sources"]["l3_bytes"][:12]) == (2 * 2**20, "raspberrypi/")
 
 
 def test_a_file_becomes_a_value():

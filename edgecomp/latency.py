@@ -208,7 +208,9 @@ RUNTIMES: Mapping[str, Runtime] = {
     "tflite-micro": Runtime(like="tflite-micro"),
     "x-cube-ai": Runtime(like="x-cube-ai"),
     "c": Runtime(
-        like="tflite-micro", times=0.62, because="the mean share of its instructions on three emulated networks"
+        like="tflite-micro",
+        times=0.62,
+        because="the geometric mean of its shares of instructions on three emulated networks",
     ),
 }
 """By the name that --runtime takes. litert is XNNPACK; tflite-micro has CMSIS-NN's kernels; c is edgecomp's own."""

@@ -48,8 +48,9 @@ _ERAS: Mapping[str, tuple[tuple[tuple[str, ...], str], ...]] = {
 }
 """What an older version's name holds, and before which version it was: its constants are told apart from today's."""
 _MB = 1_000_000
-# Copying and filling main memory, MB/s: ThomasKaiser/sbc-bench:Results.md, boards of the same chip; of the last five,
-# boards whose cores and kind of memory (LPDDR4, DDR3) are the same.
+# Copying and filling main memory, MB/s: ThomasKaiser/sbc-bench:Results.md, boards of the same chip, and for the RK3588
+# its author's review of the ROCK 5B. The last five are assumed, not read: what boards of that table with similar cores
+# and the kind of memory that these are sold with (LPDDR4, the last DDR3) show.
 _MEMORY: Mapping[str, tuple[int, int]] = {
     "RK3399": (3_700, 8_400),
     "RK3328": (1_340, 5_700),

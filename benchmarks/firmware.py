@@ -24,6 +24,7 @@ from edgecomp.report import table
 
 from .cross_compile import FLASH, RAM, Core, Firmware, core_of, link, open_elf
 from .qemu_arm import QemuRun, can_run, qemu_name, run_in_qemu
+from .thumb import count_classes
 
 _END = 0x3000_0000
 _MAPPED_BYTES = 16 << 20
@@ -42,12 +43,14 @@ class Emulated:
         outputs: int8 (N, ...), as the network lays them out.
         instructions: executed for the last image; 0 if they were not counted.
         step_instructions: of it by call of a kernel, in order.
+        classes: of it, see `thumb`.
         stack_bytes: the most of all images.
     """
 
     outputs: Array
     instructions: int
     step_instructions: tuple[int, ...]
+    classes: Mapping[str, int]
     stack_bytes: int
 
 
@@ -56,12 +59,12 @@ class FirmwareReport:
     """What an emulated core says of a network: no latency is in it.
 
     Attributes:
-        target: the core.
+        target, cpu: the core, by its target's name and by its own.
         compiler: with its version.
         emulator: with its version.
         n_images: that were run; every output equals the reference's.
         instructions: executed for an image; in QEMU alone by blocks, see `qemu_arm`.
-        steps: instructions by layer; of QEMU alone none.
+        steps, classes: instructions by layer, and by class as in `thumb`; of QEMU alone none.
         code_bytes, weight_bytes, constant_bytes: flash.
         arena_bytes, static_bytes, stack_bytes, border_bytes: RAM.
         border_name: what the last is: the output, and the input where that cannot lie in the arena.
@@ -70,11 +73,13 @@ class FirmwareReport:
     """
 
     target: str
+    cpu: str
     compiler: str
     emulator: str
     n_images: int
     instructions: int
     steps: Mapping[str, int]
+    classes: Mapping[str, int]
     code_bytes: int
     weight_bytes: int
     constant_bytes: int
@@ -172,6 +177,7 @@ def emulate(firmware: Firmware, core: Core, images: Array, *, counting: bool = T
         outputs=outputs,
         instructions=counted.n,
         step_instructions=counted.steps(),
+        classes=count_classes((bytes(machine.mem_read(*place)), n) for place, n in counted.at.items()),
         stack_bytes=stack_bytes,
     )
 
@@ -221,9 +227,11 @@ class _Counted:
         self.n = 0
         self._own = 0
         self._calls: list[int] = []
+        self.at: dict[tuple[int, int], int] = {}
 
-    def instruction(self, *_: object) -> None:
+    def instruction(self, _: object, address: int, size: int, *__: object) -> None:
         self.n += 1
+        self.at[address, size] = self.at.get((address, size), 0) + 1
 
     def between_steps(self, *_: object) -> None:
         # This hook follows the other: an instruction of the caller has been counted once since the one before it.
@@ -296,6 +304,7 @@ def measure_firmware(
 
     stack, instructions, second = 0, 0, None
     counts: dict[str, int] = {}
+    classes: Mapping[str, int] = {}
     for i in range(len(images)):
         if core.unicorn is None:
             alone = in_qemu(i)
@@ -307,6 +316,7 @@ def measure_firmware(
             instructions, stack = run.instructions, max(stack, run.stack_bytes)
         progress(1)
     if core.unicorn is not None:
+        classes = run.classes
         counts = dict.fromkeys(facts.steps, 0)
         for name, n in zip(facts.steps, run.step_instructions, strict=True):
             counts[name] += n
@@ -315,11 +325,13 @@ def measure_firmware(
             check(len(images) - 1, second.output, second.emulator)
     return FirmwareReport(
         target=target,
+        cpu=str(cpu),
         compiler=firmware.compiler,
         emulator=emulator,
         n_images=len(images),
         instructions=instructions,
         steps=counts,
+        classes=classes,
         code_bytes=firmware.code_bytes,
         weight_bytes=firmware.weight_bytes,
         constant_bytes=firmware.constant_bytes,

@@ -54,6 +54,15 @@ def read_c_name(text: str) -> str:
     return text
 
 
+def read_milliseconds(text: str) -> float:
+    """Read a time, with a unit or without: ms, us, s; plain numbers are milliseconds."""
+    digits = text.strip().lower()
+    for unit, ms in (("ms", 1.0), ("us", 1e-3), ("s", 1e3)):
+        if digits.endswith(unit):
+            return read_number(digits.removesuffix(unit)) * ms
+    return read_number(digits)
+
+
 def read_formats(text: str) -> tuple[str, ...]:
     """Read names of file formats, each once."""
     from edgecomp.exporters import FORMATS

@@ -13,13 +13,14 @@ import numpy as np
 
 from edgecomp import bundle, intake, launched, manifest, planner
 from edgecomp.artifact import AtRest, Exported, form_of
-from edgecomp.channels import IRRELEVANT, Pruning
+from edgecomp.channels import IRRELEVANT, CutPolicy, Pruning
 from edgecomp.check import Stage, at_chance, measure, measure_accuracy
 from edgecomp.compress import compress, narrowest_bits, on_grids
 from edgecomp.data import LabelledImages, draw
 from edgecomp.errors import DataError, UsageError
 from edgecomp.files import MANIFEST, MANIFEST_SCHEMA, OVERVIEW, PLAN_FILE, check_output_folder, new_folder, write_file
 from edgecomp.graph import Array, Graph
+from edgecomp.latency import LatencyLimit
 from edgecomp.methods import LRP, OURS, Paper, Scoring, check_method
 from edgecomp.overview import overview
 from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, write_json
@@ -81,6 +82,7 @@ def build(
     scoring: Scoring = LRP,
     classes: str | None = None,
     pruning: Pruning = IRRELEVANT,
+    limit: LatencyLimit | None = None,
     sparsifying: Pruning | None = None,
     paper: Paper | None = None,
     at_rest: AtRest = AtRest.NATIVE,
@@ -109,6 +111,7 @@ def build(
         scoring: what tells important from unimportant.
         classes: the classes the files are for, see `selection.parse_classes`; None for all.
         pruning: which channels are cut; what remains is then compressed like any other network.
+        limit: the latency that channels are cut for; `pruning` must then be the default.
         sparsifying: which of the weights that remain become 0; None for none.
         paper: whose recipe gives layers their bits; the other arguments must be as it has them. None for our method.
         at_rest: how files store weights.
@@ -144,6 +147,10 @@ def build(
     if checkpoint is not None and checkpoint.absolute() == folder.absolute():
         raise UsageError(f"--checkpoint {checkpoint}: is the output folder; name another file")
     check_pruning(pruning, sparsifying, budget)
+    if limit is not None:
+        if pruning != IRRELEVANT:
+            raise UsageError(f"--max-latency with --prune {pruning.text()}: each says how much to cut; leave one out")
+        pruning = Pruning(policy=CutPolicy.ENOUGH)
     check_method(paper, scoring=scoring, pruning=pruning, sparsifying=sparsifying, reconstruction=reconstruction)
     _check_rule(scoring.rule)
     if model is None:
@@ -185,6 +192,7 @@ def build(
         "formats": ",".join(formats),
         "seed": str(seed),
         "sparsifying": "none" if sparsifying is None else sparsifying.text(),
+        **({} if limit is None else {"latency": limit.text()}),
         **({} if classes is None else {"classes": intake.chosen_text(classes, original, uncut)}),
         **({"method": OURS} if paper is None else paper.made_by()),
     }
@@ -206,6 +214,7 @@ def build(
             preprocessing,
             budget=budget,
             compensation=reconstruction,
+            fast_enough=lambda graph: limit is None or limit.holds(graph),
             progress=advance,
         )
     masks = NOTHING

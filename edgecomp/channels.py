@@ -22,7 +22,7 @@ Scores = Mapping[str, Array]
 """Layer name -> float64 (O,): what each output channel is worth; the least goes first."""
 
 MOST_SHARE = 0.95
-"""As far as CutPolicy.AUTO goes."""
+"""As far as CutPolicy.AUTO and ENOUGH go."""
 
 
 class CutPolicy(StrEnum):
@@ -30,12 +30,14 @@ class CutPolicy(StrEnum):
 
     ZERO: those that got no relevance in any sample. NONPOSITIVE: those whose relevance is 0 or less on the mean.
     SMALLEST: those worth least, up to a share of the weights. AUTO: the same, as far as measured accuracy allows.
+    ENOUGH: the same, until what is left is fast enough.
     """
 
     ZERO = "zero"
     NONPOSITIVE = "nonpositive"
     SMALLEST = "smallest"
     AUTO = "auto"
+    ENOUGH = "enough"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,7 @@ class Pruning:
         """Give the shares of the weights to be gone after each round; one round for what is cut at once."""
         if self.policy in (CutPolicy.ZERO, CutPolicy.NONPOSITIVE):
             return (0.0,)
-        return slices(MOST_SHARE if self.policy is CutPolicy.AUTO else self.share)
+        return slices(MOST_SHARE if self.policy in (CutPolicy.AUTO, CutPolicy.ENOUGH) else self.share)
 
     def text(self) -> str:
         """Say it as --prune and --sparsify take it."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from edgecomp import __version__, errors, launched, options, pipelines
 
 if TYPE_CHECKING:
+    from edgecomp.latency import LatencyLimit
     from edgecomp.preprocessing import Preprocessing
     from edgecomp.spending import Budget
 
@@ -228,6 +229,20 @@ def _budget(args: argparse.Namespace) -> Budget:
     return Budget(kind=BudgetKind.AVG_BITS, asked=4.0 if args.avg_bits is None else args.avg_bits)
 
 
+def _latency_limit(args: argparse.Namespace) -> LatencyLimit | None:
+    from edgecomp.errors import UsageError
+    from edgecomp.estimating import latency_limit
+    from edgecomp.targets import load
+
+    if args.max_latency is None:
+        if args.target is not None or args.runtime is not None:
+            raise UsageError("--target and --runtime are of --max-latency, which is not given")
+        return None
+    if args.target is None:
+        raise UsageError("--max-latency without --target: on which board? see edgecomp targets")
+    return latency_limit(args.max_latency, load(args.target), args.runtime, args.format, args.threads)
+
+
 def _build(args: argparse.Namespace) -> int:
     from edgecomp.artifact import AtRest
     from edgecomp.build import build
@@ -259,6 +274,7 @@ def _build(args: argparse.Namespace) -> int:
         classes=args.classes,
         epochs=args.recover,
         checkpoint=args.checkpoint,
+        limit=_latency_limit(args),
         pruning=IRRELEVANT if args.prune is None else parse_pruning(args.prune),
         sparsifying=sparsifying if args.sparsify is None else parse_pruning(args.sparsify, "--sparsify"),
         paper=paper,
@@ -411,6 +427,30 @@ def _sbom(args: argparse.Namespace) -> int:
     return 0
 
 
+def _estimate(args: argparse.Namespace) -> int:
+    from edgecomp.estimating import estimate_model
+    from edgecomp.from_counts import estimate_report
+    from edgecomp.targets import load
+
+    if args.model.endswith(".json"):
+        counted = estimate_report(Path(args.model), load(args.target))
+        print(json.dumps(counted.to_json(), indent=1) if args.json else counted.table())
+        return 0
+    sys.path.insert(0, os.getcwd())  # package.module:factory is looked for where the user stands
+    found = estimate_model(
+        args.model,
+        target=load(args.target),
+        runtime=args.runtime,
+        precision=args.precision,
+        threads=args.threads,
+        weights=args.weights,
+        input_shape=args.input_shape,
+        stage=_stage,
+    )
+    print(json.dumps(found.to_json(), indent=1) if args.json else found.table())
+    return 0
+
+
 def _targets(args: argparse.Namespace) -> int:
     from edgecomp.boards import board_facts, board_table, boards_table
 
@@ -428,5 +468,6 @@ _VERBS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "gate": _gate,
     "inspect": _inspect,
     "sbom": _sbom,
+    "estimate": _estimate,
     "targets": _targets,
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgecomp.data import LabelledImages, load
-from edgecomp.errors import DataError
+from edgecomp.errors import DataError, UsageError
 from edgecomp.graph import Array, Graph
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.selection import parse_classes, select_classes
@@ -87,6 +87,32 @@ def capture(model: str, weights: Path | None, shape: tuple[int, int, int], image
     labels = 1 + max(int(images.train.labels.max()), int(images.test.labels.max()))
     if labels > outputs:
         raise DataError(f"labels go up to {labels - 1}, the model has {outputs} outputs; are these its images?")
+    return graph
+
+
+def graph_of(model: str, weights: Path | None, shape: tuple[int, int, int] | None, stage: Stage) -> Graph:
+    """Read a model for its layers alone: without weights it is untrained, with torchvision's own number of classes.
+
+    Args:
+        model: as `pytorch.load.load_module` takes it.
+        weights: as there.
+        shape: (C, H, W) of its input; None for torchvision's 3,224,224.
+        stage: shows how far the work is.
+
+    Raises:
+        UsageError: the shape is missing.
+        EdgecompError: as `pytorch.load.load_module` and `pytorch.capture.capture`.
+    """
+    from edgecomp.pytorch.capture import capture
+    from edgecomp.pytorch.load import load_module, untrained
+
+    if shape is None and not model.startswith("torchvision:"):
+        raise UsageError(f"{model}: what shape its input has is not known; give --input-shape C,H,W, e.g. 3,224,224")
+    with stage("reading the model", 2) as advance:
+        module = untrained(model) if weights is None else load_module(model, weights)
+        advance(1)
+        graph = capture(module, shape or (3, 224, 224), name=model.rpartition(":")[2] or model)
+        advance(1)
     return graph
 
 

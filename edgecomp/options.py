@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgecomp.arguments import read_bytes, read_c_name, read_formats, read_number, read_numbers, read_shape
+from edgecomp.arguments import (
+    read_bytes,
+    read_c_name,
+    read_formats,
+    read_milliseconds,
+    read_number,
+    read_numbers,
+    read_shape,
+)
 
 SCORES = ("lrp", "magnitude", "taylor", "hessian", "wanda", "deeplift", "random")
 """What --score takes: `pytorch.scores.Score`, which is not imported before it is needed."""
@@ -29,6 +37,7 @@ def add_verbs(verbs: Any) -> None:
         _add_gate,
         _add_inspect,
         _add_sbom,
+        _add_estimate,
         _add_targets,
     ):
         add(verbs)
@@ -66,6 +75,11 @@ def _add_build(verbs: Any) -> None:
         metavar="P",
         help="whole channels: a share of the weights, e.g. 0.5; auto: as --max-drop allows; nonpositive; default zero",
     )
+    about = "estimated, in int8 on --target: whole channels are cut until it is met, e.g. 20ms"
+    p.add_argument("--max-latency", type=read_milliseconds, metavar="MS", help=about)
+    p.add_argument("--target", metavar="NAME", help="of --max-latency: a board of edgecomp targets, or your FILE.toml")
+    p.add_argument("--runtime", metavar="R", help="of --max-latency, as estimate takes it (default the format's own)")
+    p.add_argument("--threads", type=int, default=1, metavar="N", help="of --max-latency (default 1)")
     p.add_argument(
         "--sparsify",
         metavar="P",
@@ -174,7 +188,23 @@ def _add_sbom(verbs: Any) -> None:
     p.add_argument("-o", "--output", type=Path, metavar="FILE", help="e.g. bom.cdx.json; default: print it")
 
 
+def _add_estimate(verbs: Any) -> None:
+    p = verbs.add_parser("estimate", help="latency on a board that is not at hand: estimated, with its range")
+    about = (
+        "a built folder or a file in it, a graph.edgecomp, torchvision:NAME, package.module:factory, a .pt2 file, or "
+        "the .json that bench --target CORE --json prints"
+    )
+    p.add_argument("model", metavar="MODEL", help=about)
+    p.add_argument("--target", required=True, metavar="NAME", help="of edgecomp targets, or your FILE.toml")
+    p.add_argument("--runtime", metavar="R", help="litert, onnxruntime, ncnn; tflite-micro, x-cube-ai, c on Cortex-M")
+    p.add_argument("--precision", choices=("int8", "fp32", "fp16"), default="int8", help="default int8")
+    p.add_argument("--threads", type=int, default=1, metavar="N")
+    p.add_argument("--weights", type=Path, metavar="FILE", help="of a model; not needed where untrained will do")
+    p.add_argument("--input-shape", type=read_shape, metavar="C,H,W", help="of a model (torchvision: 3,224,224)")
+    p.add_argument("--json", action="store_true")
+
+
 def _add_targets(verbs: Any) -> None:
     p = verbs.add_parser("targets", help="the boards edgecomp knows")
-    p.add_argument("name", nargs="?", metavar="NAME")
+    p.add_argument("name", nargs="?", metavar="NAME", help="or a file of yours, FILE.toml")
     p.add_argument("--json", action="store_true")

@@ -40,6 +40,7 @@ def pruned(
     *,
     budget: Budget,
     compensation: bool,
+    fast_enough: Callable[[Graph], bool] = lambda graph: True,
     progress: Callable[[int], object],
 ) -> Graph:
     """Cut channels; ZERO is left to `planner.irrelevant_channels`.
@@ -52,6 +53,7 @@ def pruned(
         preprocessing: of these images.
         budget: whose points AUTO spends half of.
         compensation: solve the layers again after each slice.
+        fast_enough: what ENOUGH cuts for.
         progress: called after each slice with 1.
 
     Raises:
@@ -62,7 +64,9 @@ def pruned(
     from edgecomp.pytorch.sharing import by_first
 
     if pruning.policy is not CutPolicy.AUTO:
-        return prune_as_asked(graph, pruning, scorer, compensation=compensation, progress=progress)
+        return prune_as_asked(
+            graph, pruning, scorer, compensation=compensation, within=fast_enough, progress=progress
+        )
     assert held_out is not None
     least = by_first(lambda: accuracy(graph, held_out, preprocessing)) - _SHARE_OF_DROP * budget.asked
 

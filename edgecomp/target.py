@@ -25,9 +25,16 @@ class Target:
         cores: number of CPU cores.
         clock_hz: of the CPU.
         isa: instruction sets that decide kernel speed, e.g. "aarch64", "neon", "dotprod".
+        fp32_macs_per_cycle: most float32 multiply-adds that one core does in a cycle.
+        l1_bytes: data cache of a core.
+        l2_bytes: second-level cache that one core can fill.
+        l3_bytes: likewise.
+        memory_copy_bytes_per_s: what one thread copies in main memory.
+        memory_fill_bytes_per_s: what one thread writes, about what all threads can move together.
         ram_bytes: main memory, of the smallest version on sale.
         flash_bytes: program memory of a microcontroller; None on a board that boots from a card or disk.
         runtimes: names from `benchmarks.runners.RUNNERS` that run there.
+        wheels: what the Python package index has for it, e.g. "onnxruntime 1.32.0 manylinux_2_28_aarch64".
         sources: where each fact was read, by attribute name.
     """
 
@@ -37,9 +44,16 @@ class Target:
     cores: int | None = None
     clock_hz: int | None = None
     isa: tuple[str, ...] = ()
+    fp32_macs_per_cycle: int | None = None
+    l1_bytes: int | None = None
+    l2_bytes: int | None = None
+    l3_bytes: int | None = None
+    memory_copy_bytes_per_s: int | None = None
+    memory_fill_bytes_per_s: int | None = None
     ram_bytes: int | None = None
     flash_bytes: int | None = None
     runtimes: tuple[str, ...]
+    wheels: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -47,10 +61,13 @@ class Target:
 
 
 _TEXTS = ("name", "description", "cpu")
-_COUNTS = ("cores", "clock_hz", "ram_bytes", "flash_bytes")
-_LISTS = ("isa", "runtimes")
+_COUNTS = (
+    "cores", "clock_hz", "fp32_macs_per_cycle", "l1_bytes", "l2_bytes", "l3_bytes", "memory_copy_bytes_per_s",
+    "memory_fill_bytes_per_s", "ram_bytes", "flash_bytes",
+)  # fmt: skip
+_LISTS = ("isa", "runtimes", "wheels")
 _REQUIRED = ("name", "description", "runtimes")
-_FACTS = ("cpu", *_COUNTS, "isa")
+_FACTS = ("cpu", *_COUNTS, "isa", "wheels")
 
 
 def parse(text: str, where: str) -> Target:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from importlib import resources
+from pathlib import Path
 
 from edgecomp.errors import TargetError
 from edgecomp.target import Target, parse
@@ -16,11 +17,13 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str) -> Target:
-    """Look up a board.
+    """Look up a board by its name, or read a user's own file: a path that ends in .toml.
 
     Raises:
-        TargetError: no board has that name, or its file is damaged.
+        TargetError: no board has that name, there is no such file, or it is damaged.
     """
+    if name.endswith(".toml"):
+        return _read(Path(name))
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=2)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names())}"
@@ -29,3 +32,12 @@ def load(name: str) -> Target:
     if target.name != name:
         raise TargetError(f"{name}.toml: name is {target.name!r:.80}, expected {name!r}, as the file's")
     return target
+
+
+def _read(path: Path) -> Target:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, ValueError) as e:
+        what = "no such file" if isinstance(e, FileNotFoundError) else "cannot be read as text"
+        raise TargetError(f"{path}: {what}; expected the facts of a board, as edgecomp targets shows them") from e
+    return parse(text, str(path))

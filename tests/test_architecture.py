@@ -24,9 +24,9 @@ LEVELS = (
     ("edgecomp", "errors", "launched"),
     ("graph", "quantmath", "curves", "packing", "words", "coding", "atrest", "target", "preprocessing", "imagefolder",
      "data"),
-    ("ops", "verify", "reference", "groups", "plan", "selection"),
+    ("ops", "verify", "reference", "groups", "plan", "selection", "work"),
     ("artifact", "arena", "files", "compress", "channels", "methods", "sparsity", "planner", "bundle", "report",
-     "provenance", "manifest", "folder", "overview", "samples"),
+     "provenance", "manifest", "folder", "overview", "samples", "processor", "latency", "cycles"),
     ("pytorch", "pytorch.torchvision_ops", "pytorch.pt2", "pytorch.load", "pytorch.networks", "pytorch.calls",
      "pytorch.aten", "pytorch.capture", "pytorch.network", "pytorch.sharing", "pytorch.checkpoint", "pytorch.rules",
      "pytorch.propagate", "pytorch.sums", "pytorch.relevance", "pytorch.scores", "pytorch.calibrate",
@@ -43,12 +43,13 @@ LEVELS = (
      "exporters.to_cyclonedx",
      "exporters.read_onnx", "exporters.read_tflite", "exporters.describe", "runtime"),
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
-     "benchmarks.tflm", "benchmarks.compiled_c", "benchmarks.cross_compile", "benchmarks.qemu_arm",
+     "benchmarks.tflm", "benchmarks.compiled_c", "benchmarks.cross_compile", "benchmarks.qemu_arm", "benchmarks.thumb",
      "benchmarks.firmware",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
-     "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml"),
+     "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml",
+     "benchmarks.netshapes", "benchmarks.classifiers", "benchmarks.published", "benchmarks.latency_fit"),
     ("check", "spending", "pruning", "recovering", "intake", "build", "verifying", "inspecting", "benching",
-     "boards", "gating",
+     "boards", "gating", "estimating", "from_counts",
      "pipelines", "arguments", "options", "cli", "__main__"),
     ("benchmarks.compression", "benchmarks.compression.results", "benchmarks.compression.table",
      "benchmarks.compression.plot", "benchmarks.compression.peer_entry", "benchmarks.compression.peer_ort",
@@ -60,7 +61,10 @@ RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name
 
 # Packages beside the standard library and numpy: the modules that may import them, and whether at the top of the file.
 # Run by hand; nobody imports them.
-SCRIPT = ("samples.train", "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml")
+SCRIPT = (
+    "benchmarks.latency_fit", "samples.train", "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats",
+    "benchmarks.tinyml",
+)  # fmt: skip
 PEER = "benchmarks.compression.peer_"  # scripts that run in environments of other tools; nobody imports them
 COMPARING = ("benchmarks.compression.context", "benchmarks.compression.ours")
 THIRD_PARTY = {

@@ -20,6 +20,7 @@ from edgecomp.benchmarks.cross_compile import COMPILERS, CORES, core_of, link
 from edgecomp.benchmarks.firmware import emulate, emulator_name, measure_firmware
 from edgecomp.benchmarks.qemu_arm import run_in_qemu
 from edgecomp.benchmarks.runners import default_runtime
+from edgecomp.benchmarks.thumb import CLASSES
 from edgecomp.cli import main
 from edgecomp.compress import border_codes, compress
 from edgecomp.errors import ParityError, TargetError
@@ -71,6 +72,8 @@ def test_every_core_gives_the_references_bytes(name: str, cpu: str, tmp_path: Pa
     assert (report.n_images, report.static_bytes) == (2, 0)
     # Calls and returns apart, everything happens in the kernels.
     assert 0.9 * report.instructions < sum(report.steps.values()) < report.instructions
+    assert sum(report.classes[name] for name in CLASSES) == report.instructions
+    assert 0 < report.classes["multiply"] < report.classes["other"] + report.classes["load"]
     assert 0 < report.stack_bytes < 4096
     assert report.to_json()["source"] == "emulated"
     assert not [key for key in report.to_json() if "latency" in key or key.endswith("_ms")]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from edgecomp.benchmarks.runners import RUNNERS
+from edgecomp.cli import main
 from edgecomp.errors import TargetError
 from edgecomp.target import Target, parse
 from edgecomp.targets import load, names
@@ -32,14 +35,24 @@ flash_bytes = "f"
 BOARDS = {
     "rpi-zero2w": ("Cortex-A53", 4, 1.0e9, 512 * 2**20, False),
     "rpi3b": ("Cortex-A53", 4, 1.2e9, 2**30, False),
+    "rpi3b-plus": ("Cortex-A53", 4, 1.4e9, 2**30, False),
     "rpi4": ("Cortex-A72", 4, 1.5e9, 2**30, False),
     "rpi5": ("Cortex-A76", 4, 2.4e9, 2**30, True),
+}
+MICROCONTROLLERS = {
+    "nucleo-l4r5zi": ("Cortex-M4", 120e6, 640, 2048),
+    "nucleo-u575zi-q": ("Cortex-M33", 160e6, 768, 2048),
+    "disco-f746ng": ("Cortex-M7", 216e6, 320, 1024),
+    "ek-ra8d1": ("Cortex-M85", 480e6, 1024, 2048),
+    "nrf5340-dk": ("Cortex-M33", 128e6, 512, 1024),
 }
 
 
 def test_the_list_of_boards():
-    cores = ("cortex-m0plus", "cortex-m33", "cortex-m4", "cortex-m7")
-    assert names() == (*cores, "host", "rpi-zero2w", "rpi3b", "rpi4", "rpi5")
+    cores = ("cortex-m0plus", "cortex-m33", "cortex-m4", "cortex-m55", "cortex-m7")
+    assert set(names()) > {*cores, *BOARDS, *MICROCONTROLLERS, "host", "armv7"}
+    assert len(names()) == len(cores) + len(BOARDS) + 19 + 2
+    assert list(names()) == sorted(names())
 
 
 @pytest.mark.parametrize("name", BOARDS)
@@ -51,7 +64,19 @@ def test_facts_of_a_board(name):
     assert "neon" in target.isa
     assert ("dotprod" in target.isa) is dot_product
     assert ("fp16" in target.isa) is dot_product
-    assert set(target.sources) == {"cpu", "cores", "clock_hz", "isa", "ram_bytes"}
+    facts = {"l1_bytes", "l2_bytes", "fp32_macs_per_cycle", "memory_copy_bytes_per_s", "memory_fill_bytes_per_s"}
+    assert set(target.sources) - {"l3_bytes"} == {"cpu", "cores", "clock_hz", "isa", "ram_bytes", "wheels", *facts}
+    assert target.fp32_macs_per_cycle == (8 if dot_product else 4)
+    assert any(wheel.startswith("onnxruntime ") and wheel.endswith("_aarch64") for wheel in target.wheels)
+
+
+@pytest.mark.parametrize("name", MICROCONTROLLERS)
+def test_facts_of_a_microcontroller(name):
+    target = load(name)
+    cpu, clock_hz, ram_kib, flash_kib = MICROCONTROLLERS[name]
+    assert (target.cpu, target.clock_hz, target.cores) == (cpu, clock_hz, 1)
+    assert (target.ram_bytes, target.flash_bytes) == (ram_kib * 1024, flash_kib * 1024)
+    assert ("helium" in target.isa) is (cpu == "Cortex-M85")
 
 
 def test_the_host_has_no_facts_on_file():
@@ -69,11 +94,35 @@ def test_boards_name_runtimes_that_exist():
 def test_an_unknown_board_gets_a_hint():
     with pytest.raises(TargetError, match=r"^target 'rpi-4' is unknown; did you mean rpi4"):
         load("rpi-4")
-    with pytest.raises(TargetError, match=r"'toaster' is unknown; there are cortex-m0plus, .*host, rpi-zero2w"):
+    with pytest.raises(TargetError, match=r"'toaster' is unknown; there are armv7, .*host, .*rpi-zero2w"):
         load("toaster")
-    for name in ("../targets/rpi4", "", "rpi4.toml", "__init__"):
+    for name in ("../targets/rpi4", "", "__init__"):
         with pytest.raises(TargetError, match="is unknown"):
             load(name)
+
+
+def test_a_users_own_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    with pytest.raises(TargetError, match=r"mine\.toml: no such file; expected the facts of a board"):
+        load(str(path))
+    path.write_text(GOOD)
+    assert load(str(path)) == parse(GOOD, "box.toml")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(TargetError, match="cannot be read as text"):
+        load(str(path))
+    with pytest.raises(TargetError, match="cannot be read as text"):
+        load(str(tmp_path) + "/\0.toml")
+
+
+def test_the_command_shows_a_users_own_file(tmp_path, capsys):
+    (tmp_path / "mine.toml").write_text(GOOD)
+    assert main(["targets", str(tmp_path / "mine.toml")]) == 0
+    text = capsys.readouterr().out
+    assert "1000000" in text
+    assert "a box" in text
+    assert main(["targets", "rpi5", "--json"]) == 0
+    (board,) = json.loads(capsys.readouterr().out)
+    assert (board["l3_bytes"], board["sources"]["l3_bytes"][:12]) == (2 * 2**20, "raspberrypi/")
 
 
 def test_a_file_becomes_a_value():

@@ -65,6 +65,20 @@ def load_module(model: str, weights: Path | None) -> nn.Module | ExportedProgram
     return module.cpu().float().eval()
 
 
+def untrained(model: str) -> nn.Module | ExportedProgram:
+    """Build a network for its shapes alone: torchvision's with random weights, any other as `load_module` gives it.
+
+    Raises:
+        CaptureError: as `load_module`.
+    """
+    source, _, name = model.partition(":")
+    if source != "torchvision":
+        return load_module(model, None)
+    options = {"aux_logits": False, "init_weights": False} if name in _AUXILIARY else {}
+    module: nn.Module = _torchvision_classifiers(name).get_model(name, weights=None, **options)
+    return module.float().eval()
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from edgecomp.channels import CutPolicy, Pruning, Scores, floors, next_slice, not_above
 from edgecomp.compress import cut
-from edgecomp.errors import DataError
+from edgecomp.errors import BudgetError, DataError
 from edgecomp.graph import WEIGHTED, Array, Graph, Node, Op
 from edgecomp.graph import Tensor as Value
 from edgecomp.groups import kept_numbers, number_channels
@@ -105,12 +105,16 @@ def prune_as_asked(
         pruning: what is asked; ZERO leaves the graph to `planner.irrelevant_channels`.
         scorer: what ranks the channels; its images are those of the compensation.
         compensation: solve the layers again after each slice.
-        within: for AUTO, whether a smaller graph is still good enough; the last that was is given back.
+        within: for AUTO, whether a smaller graph is still good enough; the last that was is given back. For ENOUGH,
+            whether a graph is fast enough; the first that is, is given back.
         progress: called after each slice with 1.
 
     Raises:
+        BudgetError: none is fast enough.
         as `prune`.
     """
+    if pruning.policy is CutPolicy.ENOUGH and within(graph):
+        return graph
     if pruning.policy is CutPolicy.ZERO:
         return graph
     batches = [images for images, _ in scorer.batches]
@@ -126,6 +130,10 @@ def prune_as_asked(
         if pruning.policy is CutPolicy.AUTO and not within(smaller):
             break
         graph = smaller
+        if pruning.policy is CutPolicy.ENOUGH and within(graph):
+            return graph
+    if pruning.policy is CutPolicy.ENOUGH:
+        raise BudgetError(f"--max-latency: not met with {pruning.slices()[-1]:.0%} of the weights cut; allow more time")
     return graph
 
 

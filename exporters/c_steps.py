@@ -17,7 +17,7 @@ from edgecomp.graph import Array, Graph, Node, Op, QuantParams, Tensor
 from edgecomp.ops import clamp_codes, ints
 from edgecomp.quantmath import ACT_MAX, ACT_MIN, add_multipliers, multiplier
 
-from .c_weights import LINEAR_RUN, CodeStream, channel_fours, code_stream, filter_fours
+from .c_weights import LINEAR_RUN, PATCH_FOURS, CodeStream, channel_fours, code_stream, filter_fours
 from .layout import TO_NHWC, feature_orders, moves_data, stored_axis, stored_shape
 
 _MOST = (1 << 16) - 1
@@ -55,7 +55,8 @@ class Step:
         pointers: tensor name by the name of the pointer.
         output: the tensor that is written, {y}.
         may_overwrite: tensors whose memory the output may have if nobody needs them afterwards.
-        scratch_bytes: for the time of the call.
+        scratch_bytes: for the time of the call, at least; where the kernel is told, {scratch_bytes} in `arguments`.
+        more_scratch: numbers of bytes, ascending, with each of which it does better.
         constants: in order.
         layer: the node whose weights these are, or none.
         weights: of a layer.
@@ -69,6 +70,7 @@ class Step:
     output: str
     may_overwrite: tuple[str, ...] = ()
     scratch_bytes: int = 0
+    more_scratch: Sequence[int] = ()
     constants: tuple[Constant, ...] = ()
     layer: str = ""
     weights: CodeStream | None = None
@@ -243,7 +245,8 @@ def _conv2d(work: Lowering, node: Node) -> None:
     depthwise = _is_depthwise(graph, node)
     rows = tensor.data.transpose(TO_NHWC).reshape(o, -1)
     contiguous = groups == 1 and ints(node.attrs, "dilation")[1] == 1 and not depthwise
-    parts = channel_fours(rows) if depthwise else filter_fours(rows, groups, n * kw if contiguous else n)
+    run = n if not contiguous else n * kw if n % 4 == 0 else n * kw * kh
+    parts = channel_fours(rows) if depthwise else filter_fours(rows, groups, run)
     stream = code_stream(list(parts), packed=work.packed)
     constants, weights = _weights(label, stream)
     more, scaling = _scaling(work, label, node, rows)
@@ -260,26 +263,44 @@ def _conv2d(work: Lowering, node: Node) -> None:
     zero = int(_quant(graph.tensors[node.inputs[0]]).zero_point)
     text = f"{{{_window(work, node, (kh, kw))}, {weights}, {scaling}, {summed}, {groups}, {zero}}}"
     constants.append(Constant(name=label, type="edgecomp_conv", values=text))
-    taps = kh * kw * (1 if depthwise else n)
-    scratch = 8 * taps
-    if any(ints(node.attrs, "pads")):
-        scratch += taps if n % 4 and contiguous else 16 * kw * (kh + 1)
+    scratch, better = _depthwise_scratch(work, node, kh, kw) if depthwise else _conv_scratch(node, tensor.shape, contiguous=contiguous)
     _, _, *space = graph.tensors[output].shape
     work.steps.append(
         Step(
             name=name,
             kernel="edgecomp_depthwise" if depthwise else "edgecomp_conv2d",
-            arguments=f"&{label}, {{a}}, {'' if depthwise else f'{residual}, '}{{y}}, {{scratch}}",
+            arguments=f"&{label}, {{a}}, {'' if depthwise else f'{residual}, '}{{y}}, {{scratch}}, {{scratch_bytes}}u",
             pointers={**pointers, "y": output},
             output=output,
             may_overwrite=(pointers["b"],) if "b" in pointers and pointers["b"] != pointers["a"] else (),
             scratch_bytes=scratch,
+            more_scratch=better,
             constants=tuple(constants),
             layer=node.name,
             weights=stream,
             macs=tensor.data.size * math.prod(space),
         )
     )
+
+
+def _conv_scratch(node: Node, shape: Sequence[int], *, contiguous: bool) -> tuple[int, Sequence[int]]:
+    """Give the bytes that `edgecomp_conv2d` needs, and those that are of use to it: see there."""
+    o, n, kh, kw = shape
+    n_fours, taps = -(-o // 4), -(-kh * kw * n // 4) * 4
+    if contiguous and n % 4:
+        return 15 * taps, [(8 * fours + 7) * taps for fours in range(2, n_fours + 1)]
+    least = 8 * kh * kw * n + (16 * kw * (kh + 1) if any(ints(node.attrs, "pads")) else 0)
+    fours = range(min(n_fours, PATCH_FOURS), n_fours + 1) if contiguous else ()
+    return least, [n_bytes for k in fours if (n_bytes := (8 * k + 6) * taps) > least]
+
+
+def _depthwise_scratch(work: Lowering, node: Node, kh: int, kw: int) -> tuple[int, Sequence[int]]:
+    """The same for `edgecomp_depthwise`."""
+    (oh, ow), stride = work.graph.tensors[node.outputs[0]].shape[2:], ints(node.attrs, "stride")
+    dilation = ints(node.attrs, "dilation")
+    row = 4 * (-(-((ow - 1) * stride[1] + (kw - 1) * dilation[1] + 1) // 4) * 4)
+    first, *more = (8 * kh * kw + row * (k * stride[0] + (kh - 1) * dilation[0] + 1) for k in range(oh))
+    return first, more
 
 
 def _linear(work: Lowering, node: Node) -> None:

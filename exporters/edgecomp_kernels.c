@@ -169,7 +169,6 @@ static int16_t *decode_run(reader *r, uint32_t n, uint32_t n_filters, int16_t *o
 typedef struct {
   uint32_t height, width, n;
   uint32_t x_row, x_run, w_gap;
-  int depthwise;
 } taps;
 
 #if DSP
@@ -253,12 +252,12 @@ static int32_t gap(uint32_t step, uint32_t done) { return (int32_t)step - (int32
 /* Add the products of four channels at one position to sums. */
 INLINE void add_channels(const taps *t, const int8_t *a, const int16_t *w, int32_t *sums) {
   int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
-  uint32_t row = t->height, run, step = t->x_run, w_gap = t->w_gap;
+  uint32_t row = t->height, run, step = t->x_run;
   int32_t row_gap = gap(t->x_row, t->width * step);
 #if DSP
   if (t->width == 3u) {
     row_gap += (int32_t)step;
-    for (; row; row--, a += row_gap, w += w_gap) {
+    for (; row; row--, a += row_gap) {
       TAP_OF_CHANNELS("[%[a]]");
       TAP_OF_CHANNELS("[%[a], %[step]]");
       a += 2u * step;
@@ -266,7 +265,7 @@ INLINE void add_channels(const taps *t, const int8_t *a, const int16_t *w, int32
     }
   }
 #endif
-  for (; row; row--, a += row_gap, w += w_gap) {
+  for (; row; row--, a += row_gap) {
     for (run = t->width; run; run--, a += step) {
 #if DSP
       TAP_OF_CHANNELS("[%[a]]");
@@ -285,15 +284,6 @@ INLINE void add_channels(const taps *t, const int8_t *a, const int16_t *w, int32
   sums[3] = s3;
 }
 
-/* The same for fewer channels, the last ones: what would be read of others might lie outside the image. */
-static void add_few_channels(const taps *t, uint32_t n, const int8_t *a, const int16_t *w, int32_t *sums) {
-  uint32_t row, run, f;
-  int32_t row_gap = gap(t->x_row, t->width * t->x_run);
-  for (row = t->height; row; row--, a += row_gap, w += t->w_gap)
-    for (run = t->width; run; run--, a += t->x_run, w += FILTERS)
-      for (f = 0; f < n; f++) sums[f] += a[f] * w[f];
-}
-
 /* What is known of the taps of many positions, so that nothing has to be asked at each. */
 enum taps_kind {
   CHANNELS, /* depthwise */
@@ -303,7 +293,6 @@ enum taps_kind {
 };
 
 static enum taps_kind kind_of(const taps *t) {
-  if (t->depthwise) return CHANNELS;
   if (t->width != 1u || (t->n & 3u)) return ANY;
   return t->n & 15u ? FOURS : SIXTEENS;
 }
@@ -357,7 +346,7 @@ INLINE void add_products(enum taps_kind kind, const taps *t, const int8_t *a, co
   sums[3] = s3;
 }
 
-/* ---- convolution ------------------------------------------------------------------------------------------------ */
+/* ---- results ---------------------------------------------------------------------------------------------------- */
 
 /* Filters at work. */
 typedef struct {
@@ -365,25 +354,53 @@ typedef struct {
   const int8_t *residual;
   int8_t *y;
   uint32_t channel, n;
+  int plain; /* four filters, no sum, all codes in range, and shifts that the upper half of a product is enough for */
   int32_t bias[FILTERS], mantissa[FILTERS];
   int32_t offset[FILTERS]; /* zero point and rounding, before the shift */
   uint32_t shift[FILTERS]; /* less 32 */
 } filters;
+
+/* No sum, all codes in range, and 32 bits are enough. */
+static int is_plain(const edgecomp_conv *conv, const int8_t *residual) {
+  const edgecomp_scaling *s = &conv->scaling;
+  return !s->wide && !residual && s->low == -128 && s->high == 127;
+}
+
+static int32_t offset_of(const edgecomp_scaling *s, uint32_t shift) {
+  return (2 * s->zero + 1) * (int32_t)(1u << (shift - 1u));
+}
 
 static void load_filters(filters *p, uint32_t channel, uint32_t n) {
   const edgecomp_scaling *s = &p->conv->scaling;
   uint32_t f;
   p->channel = channel;
   p->n = n;
+  p->plain = n == FILTERS && is_plain(p->conv, p->residual);
   for (f = 0; f < FILTERS; f++) {
     /* Those that are missing compute what another does. */
     uint32_t c = channel + (f < n ? f : 0u);
     p->bias[f] = s->bias[c];
     p->mantissa[f] = s->mantissa[c];
     p->shift[f] = s->wide ? s->shift[c] : s->shift[c] - 32u;
-    p->offset[f] = s->wide ? 0 : s->zero * (int32_t)(1u << p->shift[f]) + (int32_t)(1u << (p->shift[f] - 1u));
+    p->offset[f] = s->wide ? 0 : offset_of(s, p->shift[f]);
   }
 }
+
+/* Store the results of some filters at a position, whatever has to become of them. */
+static void finish(const filters *p, const int32_t *sums, uint32_t place) {
+  const edgecomp_scaling *s = &p->conv->scaling;
+  int32_t low = s->low, high = s->high;
+  int8_t found[FILTERS];
+  int8_t *y = p->residual ? found : p->y + place;
+  uint32_t f;
+  if (s->wide)
+    for (f = 0; f < p->n; f++) y[f] = rescaled_wide(sums[f], p->mantissa[f], p->shift[f], s->zero, low, high);
+  else
+    for (f = 0; f < p->n; f++) y[f] = clamped(upper_half(sums[f], p->mantissa[f], p->offset[f]) >> p->shift[f], low, high);
+  if (p->residual) add_codes(p->conv->sum, p->n, found, p->residual + place, p->y + place);
+}
+
+/* ---- convolution ------------------------------------------------------------------------------------------------ */
 
 /* A part of the result, of positions whose windows lie alike: where it starts, in the image and in the result, and how far
  * apart its columns and rows lie. */
@@ -396,8 +413,7 @@ typedef struct {
   uint32_t x_row, x_column;
 } part;
 
-/* The common case, without what it does not need: four filters or channels, no sum, and all codes in range. */
-INLINE void compute_four(enum taps_kind kind, const filters *p, const taps *t, const part *h) {
+INLINE void compute_kind(enum taps_kind kind, const filters *p, const taps *t, const part *h) {
   const int16_t *w = h->w;
   const int32_t *start = h->start;
   uint32_t y_step = p->conv->window.out_channels, x_step = h->x_column, row;
@@ -405,9 +421,10 @@ INLINE void compute_four(enum taps_kind kind, const filters *p, const taps *t, c
   int32_t sums[FILTERS];
   for (row = 0; row < h->n_rows; row++) {
     const int8_t *a = h->x + row * h->x_row;
-    int8_t *y = p->y + h->place + row * p->conv->window.out_width * y_step;
+    uint32_t place = h->place + row * p->conv->window.out_width * y_step;
     uint32_t count = h->n_columns;
-    for (; count; count--, a += x_step, y += y_step) {
+    for (; count; count--, a += x_step, place += y_step) {
+      int8_t *y = p->y + place;
       sums[0] = start[0];
       sums[1] = start[1];
       sums[2] = start[2];
@@ -416,6 +433,10 @@ INLINE void compute_four(enum taps_kind kind, const filters *p, const taps *t, c
         add_channels(&here, a, w, sums);
       else
         add_products(kind, &here, a, w, sums);
+      if (!p->plain) {
+        finish(p, sums, place);
+        continue;
+      }
       y[0] = (int8_t)saturated(upper_half(sums[0], p->mantissa[0], p->offset[0]) >> p->shift[0]);
       y[1] = (int8_t)saturated(upper_half(sums[1], p->mantissa[1], p->offset[1]) >> p->shift[1]);
       y[2] = (int8_t)saturated(upper_half(sums[2], p->mantissa[2], p->offset[2]) >> p->shift[2]);
@@ -425,44 +446,13 @@ INLINE void compute_four(enum taps_kind kind, const filters *p, const taps *t, c
 }
 
 static void compute(const filters *p, const taps *t, const part *h) {
-  const edgecomp_scaling *s = &p->conv->scaling;
   enum taps_kind kind = kind_of(t);
-  uint32_t n = p->n, row, column, f;
-  int32_t low = s->low, high = s->high, sums[FILTERS];
-  if (!s->wide && !p->residual && n == FILTERS && low == -128 && high == 127) {
-    if (kind == CHANNELS)
-      compute_four(CHANNELS, p, t, h);
-    else if (kind == SIXTEENS)
-      compute_four(SIXTEENS, p, t, h);
-    else if (kind == FOURS)
-      compute_four(FOURS, p, t, h);
-    else
-      compute_four(ANY, p, t, h);
-    return;
-  }
-  for (row = 0; row < h->n_rows; row++) {
-    for (column = 0; column < h->n_columns; column++) {
-      const int8_t *a = h->x + row * h->x_row + column * h->x_column;
-      uint32_t place = h->place + (row * p->conv->window.out_width + column) * p->conv->window.out_channels;
-      int8_t found[FILTERS];
-      int8_t *y = p->residual ? found : p->y + place;
-      for (f = 0; f < FILTERS; f++) sums[f] = h->start[f];
-      if (kind == SIXTEENS)
-        add_products(SIXTEENS, t, a, h->w, sums);
-      else if (kind != CHANNELS)
-        add_products(ANY, t, a, h->w, sums);
-      else if (n == FILTERS)
-        add_channels(t, a, h->w, sums);
-      else
-        add_few_channels(t, n, a, h->w, sums);
-      if (s->wide)
-        for (f = 0; f < n; f++) y[f] = rescaled_wide(sums[f], p->mantissa[f], p->shift[f], s->zero, low, high);
-      else
-        for (f = 0; f < n; f++)
-          y[f] = clamped(upper_half(sums[f], p->mantissa[f], p->offset[f]) >> p->shift[f], low, high);
-      if (p->residual) add_codes(p->conv->sum, n, found, p->residual + place, p->y + place);
-    }
-  }
+  if (kind == SIXTEENS)
+    compute_kind(SIXTEENS, p, t, h);
+  else if (kind == FOURS)
+    compute_kind(FOURS, p, t, h);
+  else
+    compute_kind(ANY, p, t, h);
 }
 
 /* The taps of a window that lie inside, along one axis: [first, last). */
@@ -482,7 +472,7 @@ static void add_four(const int32_t *from, int32_t *to) {
 }
 
 /* What the zero point gives at each tap of the kernel, times the weights there, for every filter: what a tap outside the
- * image lacks in sums from whose bias all of it was taken. Not for parts of fours: see `patched`. */
+ * image lacks in sums from whose bias all of it was taken. */
 static void sum_taps(const edgecomp_conv *conv, const int16_t *w, int32_t *tap_sums) {
   const edgecomp_window *v = &conv->window;
   uint32_t n = (uint32_t)v->in_channels / conv->groups, n_taps = (uint32_t)v->kernel_height * v->kernel_width, k;
@@ -525,21 +515,6 @@ static void add_columns(const int32_t *columns, uint32_t first, uint32_t last, i
   for (k = first; k < last; k++) add_four(columns + FILTERS * k, sums);
 }
 
-/* Copy a window of the image, with the zero point where it reaches outside. */
-static void copy_patch(const edgecomp_conv *conv, const int8_t *x, int32_t top, int32_t left, const uint32_t rows[2],
-                       const uint32_t cols[2], int8_t *patch) {
-  const edgecomp_window *v = &conv->window;
-  uint32_t run = (uint32_t)v->kernel_width * v->in_channels;
-  uint32_t k;
-  memset(patch, conv->in_zero, (size_t)v->kernel_height * run);
-  for (k = rows[0]; k < rows[1]; k++) {
-    uint32_t row = (uint32_t)(top + (int32_t)(k * v->dilation_height));
-    uint32_t column = (uint32_t)(left + (int32_t)cols[0]);
-    memcpy(patch + k * run + cols[0] * v->in_channels, x + (row * v->in_width + column) * v->in_channels,
-           (size_t)(cols[1] - cols[0]) * v->in_channels);
-  }
-}
-
 /* Rows or columns of the result whose windows lie inside the image: [first, last). */
 static void whole(uint32_t extent, uint32_t n_out, uint32_t reach, uint32_t stride, uint32_t pad, uint32_t *first,
                   uint32_t *last) {
@@ -551,52 +526,22 @@ static void whole(uint32_t extent, uint32_t n_out, uint32_t reach, uint32_t stri
   *last = hi;
 }
 
-/* Compute a part whose windows reach out of an image whose pixels are no fours of codes, position by position, each on a
- * copy of its window. */
-static void compute_patched(const filters *p, const taps *t, const part *h, const int8_t *x, uint32_t oy, uint32_t ox,
-                            int8_t *patch) {
-  const edgecomp_conv *conv = p->conv;
-  const edgecomp_window *v = &conv->window;
-  uint32_t row, column, rows[2], cols[2];
-  taps all = *t;
-  part one = *h;
-  all.height = v->kernel_height;
-  all.x_row = t->n;
-  one.x = patch;
-  one.n_rows = one.n_columns = 1u;
-  for (row = 0; row < h->n_rows; row++) {
-    int32_t top = (int32_t)((oy + row) * v->stride_height) - v->pad_top;
-    inside(top, v->in_height, v->kernel_height, v->dilation_height, &rows[0], &rows[1]);
-    for (column = 0; column < h->n_columns; column++) {
-      int32_t left = (int32_t)((ox + column) * v->stride_width) - v->pad_left;
-      inside(left, v->in_width, v->kernel_width, v->dilation_width, &cols[0], &cols[1]);
-      copy_patch(conv, x, top, left, rows, cols, patch);
-      one.place = h->place + (row * v->out_width + column) * v->out_channels;
-      compute(p, &all, &one);
-    }
-  }
-}
-
-/* Go through all positions with some filters: of a group, or of some channels if depthwise. The result is cut into parts
- * at its borders, where windows reach out of the image. */
-static void convolve(const filters *p, int depthwise, const int8_t *x, const int16_t *w, int32_t *tap_sums,
-                     int8_t *patch) {
+/* Go through all positions with some filters of a group. The result is cut into parts at its borders, where windows reach
+ * out of the image. */
+static void convolve(const filters *p, const int8_t *x, const int16_t *w, int32_t *tap_sums) {
   const edgecomp_conv *conv = p->conv;
   const edgecomp_window *v = &conv->window;
   uint32_t n = (uint32_t)v->in_channels / conv->groups, width = v->kernel_width, k;
-  int is_row = conv->groups == 1u && v->dilation_width == 1u && !depthwise;
+  int is_row = conv->groups == 1u && v->dilation_width == 1u;
   int32_t *columns = tap_sums ? tap_sums + FILTERS * v->kernel_height * width : 0;
   int32_t start[FILTERS], edge[FILTERS];
   uint32_t rows[2], cols[2], top, bottom, lo, hi, oy, ox;
-  taps all;
+  taps t;
   part h;
-  all.depthwise = depthwise;
-  all.height = v->kernel_height;
-  all.width = is_row ? 1u : width;
-  all.n = is_row ? n * width : n;
-  all.x_row = (uint32_t)v->dilation_height * v->in_width * v->in_channels;
-  all.x_run = is_row ? all.n : (uint32_t)v->dilation_width * v->in_channels;
-  all.w_gap = 0u;
+  t.x_row = (uint32_t)v->dilation_height * v->in_width * v->in_channels;
+  t.x_run = (uint32_t)v->dilation_width * v->in_channels;
+  t.n = n;
+  t.width = 1u;
   h.x_row = (uint32_t)v->stride_height * v->in_width * v->in_channels;
   h.x_column = (uint32_t)v->stride_width * v->in_channels;
   whole(v->in_height, v->out_height, (v->kernel_height - 1u) * v->dilation_height, v->stride_height, v->pad_top, &top,
@@ -611,16 +556,9 @@ static void convolve(const filters *p, int depthwise, const int8_t *x, const int
     if (tap_sums) add_outside(conv, tap_sums, rows, start, columns);
     for (ox = 0; ox < v->out_width; ox += h.n_columns) {
       int32_t x0 = (int32_t)(ox * v->stride_width) - v->pad_left;
-      taps t = all;
       h.n_columns = ox == lo && hi ? hi - lo : 1u;
       h.place = (oy * v->out_width + ox) * v->out_channels + p->channel;
       inside(x0, v->in_width, width, v->dilation_width, &cols[0], &cols[1]);
-      if (patch && (rows[1] - rows[0] != v->kernel_height || cols[1] - cols[0] != width)) {
-        h.w = w;
-        h.start = p->bias;
-        compute_patched(p, &t, &h, x, oy, ox, patch);
-        continue;
-      }
       for (k = 0; k < FILTERS; k++) edge[k] = start[k];
       if (columns) {
         add_columns(columns, 0u, cols[0], edge);
@@ -651,22 +589,274 @@ static int reaches_out(const edgecomp_window *v) {
          (v->out_width - 1u) * v->stride_width + (v->kernel_width - 1u) * v->dilation_width >= v->in_width;
 }
 
-void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch) {
+/* ---- convolution on patches ------------------------------------------------------------------------------------- */
+
+/* A patch holds the windows of some positions, the zero point where they reach out of the image, so that one long run is
+ * left for all filters that are decoded. With DSP it is widened to 16 bits once, not by every filter, and the weights that
+ * are loaded serve three positions. */
+#if DSP
+#define POSITIONS 3u
+#define PATCH_BYTES (2u * POSITIONS)
+#else
+#define POSITIONS 1u
+#define PATCH_BYTES 0u
+#endif
+
+static void fill(int8_t code, uint32_t n, int8_t *to) {
+  for (; n; n--) *to++ = code;
+}
+
+static void copy_codes(const int8_t *a, uint32_t n, int8_t *to) {
+#if DSP
+  for (; n >= 4u; n -= 4u, a += 4, to += 4) memcpy(to, a, 4);
+#endif
+  for (; n; n--) *to++ = *a++;
+}
+
+#if DSP
+/* Widen codes, four by four: 0 and 2, then, behind the other positions' 0 and 2, 1 and 3. */
+static int16_t *widen(const int8_t *a, uint32_t n, int16_t *to) {
+  const int8_t *end = a + n;
+  while (a != end) {
+    int32_t p, t;
+    __asm__ volatile(
+        "ldr    %[p], [%[a]], #4\n\t"
+        "sxtb16 %[t], %[p]\n\t"
+        "sxtb16 %[p], %[p], ror #8\n\t"
+        "str    %[t], [%[to]], #12\n\t"
+        "str    %[p], [%[to]], #12\n\t"
+        : [a] "+r"(a), [to] "+r"(to), [p] "=&r"(p), [t] "=&r"(t)
+        :
+        : "memory");
+  }
+  return to;
+}
+
+static int16_t *widen_fill(int8_t code, uint32_t n, int16_t *to) {
+  for (; n; n -= 2u, to += 2u * POSITIONS) to[0] = to[1] = code;
+  return to;
+}
+#endif
+
+/* Copy the window of a position: as it is, or widened, where pixels are fours of codes. */
+INLINE void copy_window(const edgecomp_conv *conv, const int8_t *x, uint32_t place, int is_wide, int8_t *window,
+                        int16_t *patch) {
+  const edgecomp_window *v = &conv->window;
+  uint32_t n = v->in_channels, width = v->kernel_width, k, rows[2], cols[2];
+  int32_t top = (int32_t)(place / v->out_width * v->stride_height) - v->pad_top;
+  int32_t left = (int32_t)(place % v->out_width * v->stride_width) - v->pad_left;
+  inside(top, v->in_height, v->kernel_height, v->dilation_height, &rows[0], &rows[1]);
+  inside(left, v->in_width, width, 1u, &cols[0], &cols[1]);
+  if (cols[0] == cols[1]) rows[0] = rows[1];
+  for (k = 0; k < v->kernel_height; k++) {
+    int is_inside = k >= rows[0] && k < rows[1];
+    uint32_t before = is_inside ? cols[0] * n : width * n, run = is_inside ? (cols[1] - cols[0]) * n : 0u;
+    uint32_t behind = width * n - before - run;
+    const int8_t *a = x;
+    if (run)
+      a += ((uint32_t)(top + (int32_t)(k * v->dilation_height)) * v->in_width + (uint32_t)(left + (int32_t)cols[0])) * n;
+#if DSP
+    if (is_wide) {
+      if (before) patch = widen_fill(conv->in_zero, before, patch);
+      patch = widen(a, run, patch);
+      if (behind) patch = widen_fill(conv->in_zero, behind, patch);
+      continue;
+    }
+#endif
+    if (before) fill(conv->in_zero, before, window);
+    copy_codes(a, run, window + before);
+    if (behind) fill(conv->in_zero, behind, window + before + run);
+    window += width * n;
+  }
+  (void)is_wide;
+  (void)patch;
+}
+
+/* Decode a run of four filters, or fewer, so that it ends with a four of taps. */
+static void decode_fours(reader *r, uint32_t n, uint32_t n_filters, int16_t *out) {
+  int16_t rest[3u * FILTERS];
+  uint32_t n_rest = n & 3u, f;
+  next_part(r);
+  if (n_filters < FILTERS) memset(out, 0, FILTERS * n * sizeof(int16_t));
+  out = decode_run(r, n, n_filters, out) - FILTERS * n_rest;
+  if (!n_rest) return;
+  memset(rest, 0, sizeof rest);
+  memcpy(rest, out, FILTERS * n_rest * sizeof(int16_t));
+  for (f = 0; f < FILTERS; f++, out += 2) {
+    out[0] = rest[f];
+    out[1] = rest[2u * FILTERS + f];
+    out[2u * FILTERS] = rest[FILTERS + f];
+    out[2u * FILTERS + 1u] = 0;
+  }
+}
+
+#if DSP
+/* Two taps of two filters at three positions. */
+#define TWO_TAPS                            \
+  "ldmia  %[a]!, {r8, r9, r10}\n\t"         \
+  "ldrd   %[u], %[v], [%[w]], #16\n\t"      \
+  "smlad  %[s0], r8, %[u], %[s0]\n\t"       \
+  "smlad  %[s1], r9, %[u], %[s1]\n\t"       \
+  "smlad  %[s2], r10, %[u], %[s2]\n\t"      \
+  "smlad  %[s3], r8, %[v], %[s3]\n\t"       \
+  "smlad  %[s4], r9, %[v], %[s4]\n\t"       \
+  "smlad  %[s5], r10, %[v], %[s5]\n\t"
+#define PATCH_RUN(body, end_of_run)                                                                                 \
+  do {                                                                                                              \
+    const int16_t *end = (end_of_run);                                                                              \
+    int32_t u, v;                                                                                                   \
+    __asm__ volatile("1:\n\t" body                                                                                  \
+                     "ldr    %[u], %[end]\n\t"                                                                      \
+                     "cmp    %[a], %[u]\n\t"                                                                        \
+                     "bne    1b\n\t"                                                                                \
+                     : [a] "+r"(a), [w] "+r"(w), [s0] "+r"(s0), [s1] "+r"(s1), [s2] "+r"(s2), [s3] "+r"(s3),        \
+                       [s4] "+r"(s4), [s5] "+r"(s5), [u] "=&r"(u), [v] "=&r"(v)                                     \
+                     : [end] "m"(end)                                                                               \
+                     : "r8", "r9", "r10", "cc", "memory");                                                          \
+  } while (0)
+
+/* Store a filter's results at some positions. */
+static void finish_positions(const edgecomp_conv *conv, const int8_t *residual, int8_t *y, uint32_t channel,
+                             uint32_t place, uint32_t n, const int32_t *sums) {
+  const edgecomp_scaling *s = &conv->scaling;
+  const edgecomp_sum *sum = conv->sum;
+  uint32_t step = conv->window.out_channels, at = place * step + channel, k;
+  int32_t low = s->low, high = s->high, mantissa = s->mantissa[channel];
+  uint32_t shift = s->shift[channel] - (s->wide ? 0u : 32u);
+  int32_t offset = s->wide ? 0 : offset_of(s, shift);
+  for (k = 0; k < n; k++, at += step) {
+    int32_t code = s->wide ? rescaled_wide(sums[k], mantissa, shift, s->zero, low, high)
+                           : clamped(upper_half(sums[k], mantissa, offset) >> shift, low, high);
+    if (residual) {
+      int8_t found = (int8_t)code;
+      add_codes(sum, 1u, &found, residual + at, y + at);
+    } else {
+      y[at] = (int8_t)code;
+    }
+  }
+}
+
+/* Compute some filters at three positions, or fewer. */
+static void compute_patch(const filters *p, const int16_t *patch, const int16_t *first, uint32_t n, uint32_t place,
+                          uint32_t count) {
+  const edgecomp_conv *conv = p->conv;
+  const edgecomp_scaling *s = &conv->scaling;
+  uint32_t step = conv->window.out_channels, f;
+  for (f = 0; f < p->n; f += 2u) {
+    uint32_t c = p->channel + f, d = f + 1u < p->n ? c + 1u : c;
+    const int16_t *a = patch, *w = first + 2u * f;
+    int32_t s0 = s->bias[c], s1 = s0, s2 = s0, s3 = s->bias[d], s4 = s3, s5 = s3;
+    if (n & ~15u) PATCH_RUN(TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS,
+                            patch + POSITIONS * (n & ~15u));
+    if (n & 12u) PATCH_RUN(TWO_TAPS TWO_TAPS, patch + POSITIONS * n);
+    if (p->plain && count == POSITIONS && c != d) {
+      int8_t *y = p->y + place * step + c;
+      uint32_t shift = s->shift[c] - 32u;
+      int32_t mantissa = s->mantissa[c], offset = offset_of(s, shift);
+      y[0] = (int8_t)saturated(upper_half(s0, mantissa, offset) >> shift);
+      y[step] = (int8_t)saturated(upper_half(s1, mantissa, offset) >> shift);
+      y[2u * step] = (int8_t)saturated(upper_half(s2, mantissa, offset) >> shift);
+      y++;
+      shift = s->shift[d] - 32u;
+      mantissa = s->mantissa[d];
+      offset = offset_of(s, shift);
+      y[0] = (int8_t)saturated(upper_half(s3, mantissa, offset) >> shift);
+      y[step] = (int8_t)saturated(upper_half(s4, mantissa, offset) >> shift);
+      y[2u * step] = (int8_t)saturated(upper_half(s5, mantissa, offset) >> shift);
+    } else {
+      int32_t sums[2u * POSITIONS];
+      sums[0] = s0;
+      sums[1] = s1;
+      sums[2] = s2;
+      sums[3] = s3;
+      sums[4] = s4;
+      sums[5] = s5;
+      finish_positions(conv, p->residual, p->y, c, place, count, sums);
+      if (c != d) finish_positions(conv, p->residual, p->y, d, place, count, sums + POSITIONS);
+    }
+  }
+}
+#endif
+
+/* Go through all positions with as many filters at a time as are decoded, four and four. n: taps of a filter, rounded up to
+ * fours. */
+static void convolve_patches(filters *p, const int8_t *x, uint32_t n, uint32_t fours, void *scratch) {
+  const edgecomp_conv *conv = p->conv;
+  const edgecomp_window *v = &conv->window;
+  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width * v->in_channels;
+  uint32_t n_places = (uint32_t)v->out_height * v->out_width, n_filters = v->out_channels, first, c, place;
+  int16_t *w = (int16_t *)scratch, *patch = w + fours * FILTERS * n;
+  int8_t *window = (int8_t *)patch + PATCH_BYTES * n;
+  int is_wide = DSP && !(v->in_channels & 3u);
+  reader r = open_stream(&conv->weights);
+#if DSP
+  p->plain = is_plain(conv, p->residual);
+#endif
+  for (c = n_taps; c < n; c++) window[c] = 0;
+  for (first = 0; first < n_filters; first += FILTERS * fours) {
+    uint32_t last = n_filters - first < FILTERS * fours ? n_filters : first + FILTERS * fours;
+    for (c = first; c < last; c += FILTERS)
+      decode_fours(&r, n_taps, last - c < FILTERS ? last - c : FILTERS, w + (c - first) * n);
+    for (place = 0; place < n_places; place += POSITIONS) {
+#if DSP
+      uint32_t count = n_places - place < POSITIONS ? n_places - place : POSITIONS, k;
+      for (k = 0; k < count; k++) {
+        if (is_wide) {
+          copy_window(conv, x, place + k, 1, 0, patch + 2u * k);
+        } else {
+          copy_window(conv, x, place + k, 0, window, 0);
+          (void)widen(window, n, patch + 2u * k);
+        }
+      }
+      for (c = first; c < last; c += FILTERS) {
+        p->channel = c;
+        p->n = last - c < FILTERS ? last - c : FILTERS;
+        compute_patch(p, patch, w + (c - first) * n, n, place, count);
+      }
+#else
+      taps t;
+      part h;
+      t.height = t.width = 1u;
+      t.n = t.x_run = n;
+      t.x_row = t.w_gap = 0u;
+      h.x = window;
+      h.start = p->bias;
+      h.n_rows = h.n_columns = 1u;
+      h.x_row = h.x_column = 0u;
+      copy_window(conv, x, place, is_wide, window, patch);
+      for (c = first; c < last; c += FILTERS) {
+        load_filters(p, c, last - c < FILTERS ? last - c : FILTERS);
+        h.place = place * v->out_channels + c;
+        h.w = w + (c - first) * n;
+        compute_kind(FOURS, p, &t, &h);
+      }
+#endif
+    }
+  }
+}
+
+void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch,
+                     uint32_t scratch_bytes) {
   const edgecomp_window *v = &conv->window;
   uint32_t n = (uint32_t)v->in_channels / conv->groups, per_group = (uint32_t)v->out_channels / conv->groups;
   uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width;
   int is_row = conv->groups == 1u && v->dilation_width == 1u;
   uint32_t run = is_row ? n * v->kernel_width : n;
-  /* Parts of a run can be read only from a four on. */
-  int padded = reaches_out(v), patched = padded && is_row && (n & 3u);
   int16_t *w = (int16_t *)scratch;
-  void *rest = w + FILTERS * n_taps * n;
   reader r = open_stream(&conv->weights);
   uint32_t g, o;
   filters p;
   p.conv = conv;
   p.residual = residual;
   p.y = y;
+  if (is_row) {
+    uint32_t all = (n_taps * n + 3u) & ~3u, fours = (per_group + FILTERS - 1u) / FILTERS;
+    uint32_t taken = (n & 3u ? 7u : 6u) * all, room = scratch_bytes <= taken ? 0u : (scratch_bytes - taken) / (8u * all);
+    if ((n & 3u) || (DSP && room >= (fours < 8u ? fours : 8u))) {
+      convolve_patches(&p, x, all, room < fours ? room : fours, scratch);
+      return;
+    }
+  }
   for (g = 0; g < conv->groups; g++) {
     for (o = 0; o < per_group; o += FILTERS) {
       int16_t *out = w;
@@ -675,32 +865,223 @@ void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *r
       if (p.n < FILTERS) memset(w, 0, FILTERS * n_taps * n * sizeof(int16_t));
       next_part(&r);
       for (i = 0; i < n_taps * n; i += run) out = decode_run(&r, run, p.n, out);
-      convolve(&p, 0, x + g * n, w, padded && !patched && conv->in_zero ? (int32_t *)rest : 0,
-               patched ? (int8_t *)rest : 0);
+      convolve(&p, x + g * n, w, reaches_out(v) && conv->in_zero ? (int32_t *)(w + FILTERS * n_taps * n) : 0);
     }
   }
 }
 
-void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, void *scratch) {
+/* ---- depthwise convolution -------------------------------------------------------------------------------------- */
+
+/* Rows of four channels, copied out of the image with the zero point around, so that no window reaches out. A row is
+ * `pitch` pixels long. As they lie in the image, or each channel by itself, `plane` bytes apart. */
+typedef struct {
+  int8_t *codes;
+  uint32_t pitch, plane, n_rows;
+} strip;
+
+static void copy_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, uint32_t n, int8_t *to) {
+  uint32_t f;
+  for (; n; n--, a += step, to += FILTERS) {
+#if DSP
+    if (n_channels == FILTERS) {
+      memcpy(to, a, FILTERS);
+      continue;
+    }
+#endif
+    for (f = 0; f < n_channels; f++) to[f] = a[f];
+  }
+}
+
+#if DSP
+static uint32_t lower_halves(uint32_t first, uint32_t second) {
+  uint32_t found;
+  __asm__("pkhbt %0, %1, %2, lsl #16" : "=r"(found) : "r"(first), "r"(second));
+  return found;
+}
+
+static uint32_t upper_halves(uint32_t first, uint32_t second) {
+  uint32_t found;
+  __asm__("pkhtb %0, %2, %1, asr #16" : "=r"(found) : "r"(first), "r"(second));
+  return found;
+}
+
+static void put_word(uint32_t word, int8_t *to) { memcpy(to, &word, 4); }
+
+/* The same, channel by channel. */
+static void split_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, uint32_t n, uint32_t plane, int8_t *to) {
+  uint32_t f;
+  if (n_channels == FILTERS) {
+    const uint32_t even = 0x00ff00ffu;
+    for (; n >= 4u; n -= 4u, to += 4) {
+      uint32_t p0, p1, p2, p3, low, high;
+      memcpy(&p0, a, 4);
+      memcpy(&p1, a + step, 4);
+      a += 2u * step;
+      memcpy(&p2, a, 4);
+      memcpy(&p3, a + step, 4);
+      a += 2u * step;
+      low = (p0 & even) | (p1 & even) << 8;
+      high = (p2 & even) | (p3 & even) << 8;
+      put_word(lower_halves(low, high), to);
+      put_word(upper_halves(low, high), to + 2u * plane);
+      low = (p0 & ~even) >> 8 | (p1 & ~even);
+      high = (p2 & ~even) >> 8 | (p3 & ~even);
+      put_word(lower_halves(low, high), to + plane);
+      put_word(upper_halves(low, high), to + 3u * plane);
+    }
+  }
+  for (; n; n--, a += step, to++)
+    for (f = 0; f < n_channels; f++) to[f * plane] = a[f];
+}
+
+/* A row of two windows, one beside the other, and of one. */
+#define ROW_OF_TWO(address, outer, middle)                                     \
+  do {                                                                         \
+    int32_t p, t;                                                              \
+    memcpy(&p, (address), 4);                                                  \
+    __asm__(                                                                   \
+        "sxtb16 %[t], %[p]\n\t"                                                \
+        "sxtb16 %[p], %[p], ror #8\n\t"                                        \
+        "smlad  %[s0], %[t], %[o], %[s0]\n\t"                                  \
+        "smlabb %[s0], %[p], %[m], %[s0]\n\t"                                  \
+        "smlad  %[s1], %[p], %[o], %[s1]\n\t"                                  \
+        "smlatb %[s1], %[t], %[m], %[s1]\n\t"                                  \
+        : [s0] "+r"(s0), [s1] "+r"(s1), [p] "+r"(p), [t] "=&r"(t)              \
+        : [o] "r"(outer), [m] "r"(middle));                                    \
+  } while (0)
+#define ROW_OF_ONE(address, outer, middle)                                     \
+  do {                                                                         \
+    int32_t p, t;                                                              \
+    memcpy(&p, (address), 4);                                                  \
+    __asm__(                                                                   \
+        "sxtb16 %[t], %[p]\n\t"                                                \
+        "sxtb16 %[p], %[p], ror #8\n\t"                                        \
+        "smlad  %[s0], %[t], %[o], %[s0]\n\t"                                  \
+        "smlabb %[s0], %[p], %[m], %[s0]\n\t"                                  \
+        : [s0] "+r"(s0), [p] "+r"(p), [t] "=&r"(t)                             \
+        : [o] "r"(outer), [m] "r"(middle));                                    \
+  } while (0)
+
+/* One channel's 3x3 windows in a strip, next to each other or every second one: of a row's four codes two instructions
+ * make pairs, 0 and 2, 1 and 3, that serve two windows. */
+static void compute_plane(const filters *p, uint32_t f, const int16_t *w, const strip *from, const int8_t *a,
+                          uint32_t n_rows, int8_t *y) {
+  const edgecomp_window *v = &p->conv->window;
+  uint32_t pitch = from->pitch, y_step = v->out_channels, shift = p->shift[f], row;
+  int32_t bias = p->bias[f], mantissa = p->mantissa[f], offset = p->offset[f];
+  uint32_t outer[3], middle[3];
+  w += f;
+  for (row = 0; row < 3u; row++, w += 3u * FILTERS) {
+    outer[row] = (uint16_t)w[0] | (uint32_t)(uint16_t)w[2u * FILTERS] << 16;
+    middle[row] = (uint16_t)w[FILTERS];
+  }
+  for (row = 0; row < n_rows; row++) {
+    const int8_t *b = a + row * v->stride_height * pitch;
+    uint32_t count = v->out_width;
+    if (v->stride_width == 1u) {
+      for (; count >= 2u; count -= 2u, b += 2, y += 2u * y_step) {
+        int32_t s0 = bias, s1 = bias;
+        ROW_OF_TWO(b, outer[0], middle[0]);
+        ROW_OF_TWO(b + pitch, outer[1], middle[1]);
+        ROW_OF_TWO(b + 2u * pitch, outer[2], middle[2]);
+        y[0] = (int8_t)saturated(upper_half(s0, mantissa, offset) >> shift);
+        y[y_step] = (int8_t)saturated(upper_half(s1, mantissa, offset) >> shift);
+      }
+    }
+    for (; count; count--, b += v->stride_width, y += y_step) {
+      int32_t s0 = bias;
+      ROW_OF_ONE(b, outer[0], middle[0]);
+      ROW_OF_ONE(b + pitch, outer[1], middle[1]);
+      ROW_OF_ONE(b + 2u * pitch, outer[2], middle[2]);
+      y[0] = (int8_t)saturated(upper_half(s0, mantissa, offset) >> shift);
+    }
+  }
+}
+#endif
+
+/* Fill a strip with rows of the image, from `top` on, which may lie outside. */
+static void fill_strip(const edgecomp_conv *conv, const int8_t *x, uint32_t n_channels, int is_split, int32_t top,
+                       const strip *to) {
   const edgecomp_window *v = &conv->window;
-  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width, c, i;
+  uint32_t left = v->pad_left < to->pitch ? v->pad_left : to->pitch, row, f;
+  uint32_t width = to->pitch - left < v->in_width ? to->pitch - left : v->in_width;
+  uint32_t n_planes = is_split ? FILTERS : 1u, unit = is_split ? 1u : FILTERS;
+  for (row = 0; row < to->n_rows; row++) {
+    int32_t y = top + (int32_t)row;
+    int is_inside = y >= 0 && y < v->in_height;
+    int8_t *codes = to->codes + row * to->pitch * unit;
+    uint32_t before = is_inside ? left : to->pitch, behind = is_inside ? to->pitch - left - width : 0u;
+    for (f = 0; f < n_planes; f++) {
+      fill(conv->in_zero, before * unit, codes + f * to->plane);
+      fill(conv->in_zero, behind * unit, codes + f * to->plane + (to->pitch - behind) * unit);
+    }
+    if (is_inside) {
+      const int8_t *a = x + (uint32_t)y * v->in_width * v->in_channels;
+#if DSP
+      if (is_split) {
+        split_pixels(a, n_channels, v->in_channels, width, to->plane, codes + left);
+        continue;
+      }
+#endif
+      copy_pixels(a, n_channels, v->in_channels, width, codes + left * FILTERS);
+    }
+  }
+}
+
+void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, void *scratch, uint32_t scratch_bytes) {
+  const edgecomp_window *v = &conv->window;
+  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width, c, i, oy, band;
+  uint32_t reach = (v->kernel_height - 1u) * v->dilation_height + 1u;
   int16_t *w = (int16_t *)scratch;
-  void *rest = w + FILTERS * n_taps;
+  int is_split = DSP && v->kernel_height == 3u && v->kernel_width == 3u && v->dilation_height == 1u &&
+                 v->dilation_width == 1u && v->stride_width <= 2u && is_plain(conv, 0);
   reader r = open_stream(&conv->weights);
   filters p;
+  strip s;
+  taps t;
+  part h;
   p.conv = conv;
   p.residual = 0;
   p.y = y;
+  s.codes = (int8_t *)(w + FILTERS * n_taps);
+  s.pitch = ((v->out_width - 1u) * v->stride_width + (v->kernel_width - 1u) * v->dilation_width + 4u) & ~3u;
+  /* As many rows as there is room for: whole bands of the result. */
+  band = (scratch_bytes - 8u * n_taps) / (FILTERS * s.pitch);
+  band = band <= reach ? 1u : (band - reach) / v->stride_height + 1u;
+  s.plane = s.pitch * ((band - 1u) * v->stride_height + reach);
+  t.height = v->kernel_height;
+  t.width = v->kernel_width;
+  t.n = 1u;
+  t.x_row = v->dilation_height * s.pitch * FILTERS;
+  t.x_run = v->dilation_width * FILTERS;
+  t.w_gap = 0;
+  h.x = s.codes;
+  h.w = w;
+  h.start = p.bias;
+  h.n_columns = v->out_width;
+  h.x_row = v->stride_height * s.pitch * FILTERS;
+  h.x_column = v->stride_width * FILTERS;
   for (c = 0; c < v->in_channels; c += FILTERS) {
     load_filters(&p, c, v->in_channels - c < FILTERS ? v->in_channels - c : FILTERS);
     next_part(&r);
-    if (p.n == FILTERS) {
+    if (p.n < FILTERS) memset(w, 0, FILTERS * n_taps * sizeof(int16_t));
+    if (p.n == FILTERS)
       decode(&r, FILTERS * n_taps, w);
-    } else {
-      memset(w, 0, FILTERS * n_taps * sizeof(int16_t));
+    else
       for (i = 0; i < n_taps; i++) decode(&r, p.n, w + FILTERS * i);
+    for (oy = 0; oy < v->out_height; oy += band) {
+      h.n_rows = v->out_height - oy < band ? v->out_height - oy : band;
+      h.place = oy * v->out_width * v->out_channels + c;
+      s.n_rows = (h.n_rows - 1u) * v->stride_height + reach;
+      fill_strip(conv, x + c, p.n, is_split, (int32_t)(oy * v->stride_height) - v->pad_top, &s);
+#if DSP
+      if (is_split) {
+        for (i = 0; i < p.n; i++) compute_plane(&p, i, w, &s, s.codes + i * s.plane, h.n_rows, y + h.place + i);
+        continue;
+      }
+#endif
+      compute_kind(CHANNELS, &p, &t, &h);
     }
-    convolve(&p, 1, x + c, w, reaches_out(v) && conv->in_zero ? (int32_t *)rest : 0, 0);
   }
 }
 

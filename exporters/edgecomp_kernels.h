@@ -96,12 +96,17 @@ typedef struct {
 #define EDGECOMP_LINEAR_RUN 128u
 
 /* Convolution, dense or in groups. y may be the memory of `residual`, which has the shape of y, where a sum is fused.
- * scratch, on a multiple of 4: 8 bytes a tap of a filter (kernel height x width x channels of a group), then, where
- * windows reach out of the image, 16 bytes a tap of the kernel and of its width, or a byte a tap of the filter.
- * Depthwise: the same, with one channel. Linear: 8 bytes a tap, of at most EDGECOMP_LINEAR_RUN. */
-void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch);
-/* One filter a channel; weights: every tap of four channels, then of the next four. */
-void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, void *scratch);
+ * scratch, on a multiple of 4: at least 8 bytes a tap of a filter (kernel height x width x channels of a group), then,
+ * where windows reach out of the image, 16 bytes a tap of the kernel and of its width. Where pixels are no fours of codes
+ * (one group, not dilated in width): 15 bytes a tap of a filter, rounded up to fours. With 8 more for every further four of
+ * filters patches are copied less often; other layers are computed on patches, faster, from 6 + 8 x 8 bytes a tap on, or
+ * where there is room for all filters. */
+void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch,
+                     uint32_t scratch_bytes);
+/* One filter a channel; weights: every tap of four channels, then of the next four. scratch: 8 bytes a tap of the kernel,
+ * then 4 a pixel of the rows that a window reaches over, rounded up to fours of pixels; the more rows the better. */
+void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, void *scratch, uint32_t scratch_bytes);
+/* scratch: 8 bytes a tap, of at most EDGECOMP_LINEAR_RUN. */
 void edgecomp_fully_connected(const edgecomp_linear *linear, const int8_t *x, int8_t *y, void *scratch);
 
 /* y may be a or b. */

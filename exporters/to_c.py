@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecomp.arena import Arena, Buffer, arrange
+from edgecomp.arena import Arena, Buffer, arrange, widest_gap
 from edgecomp.artifact import FILES, AtRest, Exported, StoredWeight
 from edgecomp.compress import border_codes
 from edgecomp.errors import ExportError
@@ -35,7 +35,7 @@ class Program:
         graph: that it computes.
         steps: in order.
         place: of every tensor, in C: an offset in the arena, or the caller's input or output.
-        scratch: offset of the memory that a step has for itself, by its number.
+        scratch: offset and bytes of the memory that a step has for itself, by its number.
         arena: of all.
         input_offset: where the input may lie in the arena, at no cost; None where it would make the arena larger.
         left_out: operators on real numbers that the caller has to do behind the output.
@@ -45,7 +45,7 @@ class Program:
     graph: Graph
     steps: Sequence[Step]
     place: Mapping[str, str]
-    scratch: Mapping[int, int]
+    scratch: Mapping[int, tuple[int, int]]
     arena: Arena
     input_offset: int | None
     left_out: Sequence[str]
@@ -115,9 +115,17 @@ def program_of(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Program:
     input_offset = None
     if with_input.n_bytes == arena.n_bytes:
         arena, input_offset = with_input, with_input.offsets[source]
+    if input_offset is not None:
+        buffers[source] = replace(taken, first=0)
+    lasting = [b for name, b in buffers.items() if not name.startswith("scratch:")]
+    scratch = {}
+    for i, step in enumerate(work.steps):
+        if step.scratch_bytes:
+            # What is free at that time costs nothing.
+            offset, room = widest_gap(lasting, arena.offsets, arena.n_bytes, i)
+            scratch[i] = offset, max(n for n in (step.scratch_bytes, *step.more_scratch) if n <= room)
     place = {source: "in", result: "out"}
-    place |= {name: f"memory + {arena.offsets[name]}" for name in buffers if not name.startswith("scratch:")}
-    scratch = {i: arena.offsets[f"scratch:{i}"] for i in range(len(work.steps)) if f"scratch:{i}" in buffers}
+    place |= {b.name: f"memory + {arena.offsets[b.name]}" for b in lasting if b.name != source}
     names = {name for step in work.steps for name in step.pointers.values()}
     return Program(
         name=_NAME.sub("_", graph.name.lower()).strip("_") or "net",
@@ -316,7 +324,8 @@ def _call(program: Program, i: int) -> str:
     step = program.steps[i]
     pointers = {key: program.place[name] for key, name in step.pointers.items()}
     if i in program.scratch:
-        pointers["scratch"] = f"memory + {program.scratch[i]}"
+        offset, n_bytes = program.scratch[i]
+        pointers |= {"scratch": f"memory + {offset}", "scratch_bytes": str(n_bytes)}
     return f"  {step.kernel}({step.arguments.format(**pointers)}); /* {_comment(step.name)} */"
 
 
@@ -324,12 +333,13 @@ def _table(program: Program) -> str:
     """Show which kernel runs each layer, on what."""
     head = ("layer", "kernel", "weights", "bytes", "scratch bytes", "multiplications")
     rows = [head]
-    for step in program.steps:
+    for i, step in enumerate(program.steps):
         w = step.weights
+        scratch = program.scratch.get(i, (0, 0))[1]
         stored = "" if w is None else f"{w.form.name.lower()}, {w.bits} bits"
         size = "" if w is None else f"{w.n_bytes:,}"
         kernel = step.kernel.removeprefix("edgecomp_")
-        rows.append((_comment(step.name), kernel, stored, size, f"{step.scratch_bytes:,}", f"{step.macs:,}"))
+        rows.append((_comment(step.name), kernel, stored, size, f"{scratch:,}", f"{step.macs:,}"))
     widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
     lines = (" * " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(lines)

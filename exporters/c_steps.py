@@ -17,7 +17,7 @@ from edgecomp.graph import Array, Graph, Node, Op, QuantParams, Tensor
 from edgecomp.ops import clamp_codes, ints
 from edgecomp.quantmath import ACT_MAX, ACT_MIN, add_multipliers, multiplier
 
-from .c_weights import LINEAR_RUN, PATCH_FOURS, CodeStream, channel_fours, code_stream, filter_fours
+from .c_weights import FOUR_BYTES, LINEAR_RUN, PATCH_FOURS, CodeStream, channel_fours, code_stream, filter_fours
 from .layout import TO_NHWC, feature_orders, moves_data, stored_axis, stored_shape
 
 _MOST = (1 << 16) - 1
@@ -288,10 +288,11 @@ def _conv_scratch(node: Node, shape: Sequence[int], *, contiguous: bool) -> tupl
     o, n, kh, kw = shape
     n_fours, taps = -(-o // 4), -(-kh * kw * n // 4) * 4
     if contiguous and n % 4:
-        return 15 * taps, [(8 * fours + 7) * taps for fours in range(2, n_fours + 1)]
+        first, *more = ((8 * taps + FOUR_BYTES) * k + 7 * taps for k in range(1, n_fours + 1))
+        return first, more
     least = 8 * kh * kw * n + (16 * kw * (kh + 1) if any(ints(node.attrs, "pads")) else 0)
     fours = range(min(n_fours, PATCH_FOURS), n_fours + 1) if contiguous else ()
-    return least, [n_bytes for k in fours if (n_bytes := (8 * k + 6) * taps) > least]
+    return least, [n_bytes for k in fours if (n_bytes := (8 * taps + FOUR_BYTES) * k + 6 * taps) > least]
 
 
 def _depthwise_scratch(work: Lowering, node: Node, kh: int, kw: int) -> tuple[int, Sequence[int]]:

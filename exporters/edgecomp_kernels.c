@@ -11,8 +11,11 @@
 
 #ifdef __GNUC__
 #define INLINE static inline __attribute__((always_inline))
+/* For loops that need all registers for themselves. */
+#define APART static __attribute__((noinline))
 #else
 #define INLINE static
+#define APART static
 #endif
 
 /* Filters that are computed together. */
@@ -387,7 +390,7 @@ static void load_filters(filters *p, uint32_t channel, uint32_t n) {
 }
 
 /* Store the results of some filters at a position, whatever has to become of them. */
-static void finish(const filters *p, const int32_t *sums, uint32_t place) {
+APART void finish(const filters *p, const int32_t *sums, uint32_t place) {
   const edgecomp_scaling *s = &p->conv->scaling;
   int32_t low = s->low, high = s->high;
   int8_t found[FILTERS];
@@ -445,7 +448,7 @@ INLINE void compute_kind(enum taps_kind kind, const filters *p, const taps *t, c
   }
 }
 
-static void compute(const filters *p, const taps *t, const part *h) {
+APART void compute(const filters *p, const taps *t, const part *h) {
   enum taps_kind kind = kind_of(t);
   if (kind == SIXTEENS)
     compute_kind(SIXTEENS, p, t, h);
@@ -528,7 +531,7 @@ static void whole(uint32_t extent, uint32_t n_out, uint32_t reach, uint32_t stri
 
 /* Go through all positions with some filters of a group. The result is cut into parts at its borders, where windows reach
  * out of the image. */
-static void convolve(const filters *p, const int8_t *x, const int16_t *w, int32_t *tap_sums) {
+APART void convolve(const filters *p, const int8_t *x, const int16_t *w, int32_t *tap_sums) {
   const edgecomp_conv *conv = p->conv;
   const edgecomp_window *v = &conv->window;
   uint32_t n = (uint32_t)v->in_channels / conv->groups, width = v->kernel_width, k;
@@ -608,14 +611,20 @@ static void fill(int8_t code, uint32_t n, int8_t *to) {
 
 static void copy_codes(const int8_t *a, uint32_t n, int8_t *to) {
 #if DSP
-  for (; n >= 4u; n -= 4u, a += 4, to += 4) memcpy(to, a, 4);
+  const int8_t *last = a + n - 4;
+  if (n >= 4u) {
+    int8_t *end = to + n - 4;
+    for (; a < last; a += 4, to += 4) memcpy(to, a, 4);
+    memcpy(end, last, 4);
+    return;
+  }
 #endif
   for (; n; n--) *to++ = *a++;
 }
 
 #if DSP
 /* Widen codes, four by four: 0 and 2, then, behind the other positions' 0 and 2, 1 and 3. */
-static int16_t *widen(const int8_t *a, uint32_t n, int16_t *to) {
+APART int16_t *widen(const int8_t *a, uint32_t n, int16_t *to) {
   const int8_t *end = a + n;
   while (a != end) {
     int32_t p, t;
@@ -638,38 +647,73 @@ static int16_t *widen_fill(int8_t code, uint32_t n, int16_t *to) {
 }
 #endif
 
-/* Copy the window of a position: as it is, or widened, where pixels are fours of codes. */
-INLINE void copy_window(const edgecomp_conv *conv, const int8_t *x, uint32_t place, int is_wide, int8_t *window,
-                        int16_t *patch) {
-  const edgecomp_window *v = &conv->window;
-  uint32_t n = v->in_channels, width = v->kernel_width, k, rows[2], cols[2];
-  int32_t top = (int32_t)(place / v->out_width * v->stride_height) - v->pad_top;
-  int32_t left = (int32_t)(place % v->out_width * v->stride_width) - v->pad_left;
+/* Where the windows of a layer begin, and how they are copied. */
+typedef struct {
+  const edgecomp_conv *conv;
+  const int8_t *x;
+  uint32_t run, x_row;            /* codes of a row of a window, and from one to the next in the image */
+  uint32_t top, bottom, left, right; /* positions whose windows lie inside */
+} windows;
+
+/* Copy a window with the zero point where it reaches out of the image: as it is, or widened. */
+APART void copy_border(const windows *c, int32_t top, int32_t left, int is_wide, int8_t *window, int16_t *patch) {
+  const edgecomp_window *v = &c->conv->window;
+  uint32_t n = v->in_channels, k, rows[2], cols[2];
+  int8_t zero = c->conv->in_zero;
   inside(top, v->in_height, v->kernel_height, v->dilation_height, &rows[0], &rows[1]);
-  inside(left, v->in_width, width, 1u, &cols[0], &cols[1]);
-  if (cols[0] == cols[1]) rows[0] = rows[1];
+  inside(left, v->in_width, v->kernel_width, 1u, &cols[0], &cols[1]);
   for (k = 0; k < v->kernel_height; k++) {
-    int is_inside = k >= rows[0] && k < rows[1];
-    uint32_t before = is_inside ? cols[0] * n : width * n, run = is_inside ? (cols[1] - cols[0]) * n : 0u;
-    uint32_t behind = width * n - before - run;
-    const int8_t *a = x;
-    if (run)
+    int is_inside = cols[0] != cols[1] && k >= rows[0] && k < rows[1];
+    uint32_t before = is_inside ? cols[0] * n : c->run, some = is_inside ? (cols[1] - cols[0]) * n : 0u;
+    uint32_t behind = c->run - before - some;
+    const int8_t *a = c->x;
+    if (is_inside)
       a += ((uint32_t)(top + (int32_t)(k * v->dilation_height)) * v->in_width + (uint32_t)(left + (int32_t)cols[0])) * n;
 #if DSP
     if (is_wide) {
-      if (before) patch = widen_fill(conv->in_zero, before, patch);
-      patch = widen(a, run, patch);
-      if (behind) patch = widen_fill(conv->in_zero, behind, patch);
+      patch = widen_fill(zero, before, patch);
+      patch = widen(a, some, patch);
+      patch = widen_fill(zero, behind, patch);
       continue;
     }
 #endif
-    if (before) fill(conv->in_zero, before, window);
-    copy_codes(a, run, window + before);
-    if (behind) fill(conv->in_zero, behind, window + before + run);
-    window += width * n;
+    fill(zero, before, window);
+    copy_codes(a, some, window + before);
+    fill(zero, behind, window + before + some);
+    window += c->run;
   }
   (void)is_wide;
   (void)patch;
+}
+
+/* Copy the window of a position into a patch; n: its taps, rounded up to fours. */
+static void copy_window(const windows *c, uint32_t oy, uint32_t ox, uint32_t n, int8_t *window, int16_t *patch) {
+  const edgecomp_window *v = &c->conv->window;
+  int32_t top = (int32_t)(oy * v->stride_height) - v->pad_top, left = (int32_t)(ox * v->stride_width) - v->pad_left;
+  int is_inside = oy >= c->top && oy < c->bottom && ox >= c->left && ox < c->right;
+  int is_wide = DSP && !((is_inside ? c->run : v->in_channels) & 3u);
+  if (is_inside) {
+    const int8_t *a = c->x + ((uint32_t)top * v->in_width + (uint32_t)left) * v->in_channels;
+    int8_t *to = window;
+    uint32_t k;
+    for (k = v->kernel_height; k; k--, a += c->x_row) {
+#if DSP
+      if (is_wide) {
+        patch = widen(a, c->run, patch);
+        continue;
+      }
+#endif
+      copy_codes(a, c->run, to);
+      to += c->run;
+    }
+  } else {
+    copy_border(c, top, left, is_wide, window, patch);
+  }
+#if DSP
+  if (!is_wide) (void)widen(window, n, patch);
+#else
+  (void)n;
+#endif
 }
 
 /* Decode a run of four filters, or fewer, so that it ends with a four of taps. */
@@ -691,6 +735,22 @@ static void decode_fours(reader *r, uint32_t n, uint32_t n_filters, int16_t *out
 }
 
 #if DSP
+/* Before the weights of four filters lie what becomes of their sums, of the first two, then of the others: biases,
+ * mantissas, offsets, shifts. */
+#define HEAD 16u
+
+static void write_head(const edgecomp_scaling *s, uint32_t channel, uint32_t n, int32_t *to) {
+  uint32_t f;
+  for (f = 0; f < FILTERS; f++) {
+    uint32_t c = channel + (f < n ? f : 0u), shift = s->shift[c] - (s->wide ? 0u : 32u);
+    int32_t *at = to + (f & 2u) * 4u + (f & 1u);
+    at[0] = s->bias[c];
+    at[2] = s->mantissa[c];
+    at[4] = s->wide ? 0 : offset_of(s, shift);
+    at[6] = (int32_t)shift;
+  }
+}
+
 /* Two taps of two filters at three positions. */
 #define TWO_TAPS                            \
   "ldmia  %[a]!, {r8, r9, r10}\n\t"         \
@@ -701,68 +761,60 @@ static void decode_fours(reader *r, uint32_t n, uint32_t n_filters, int16_t *out
   "smlad  %[s3], r8, %[v], %[s3]\n\t"       \
   "smlad  %[s4], r9, %[v], %[s4]\n\t"       \
   "smlad  %[s5], r10, %[v], %[s5]\n\t"
-#define PATCH_RUN(body, end_of_run)                                                                                 \
+/* Until a reaches end, a variable in memory: all registers are taken. */
+#define PATCH_RUN(body, end)                                                                                        \
   do {                                                                                                              \
-    const int16_t *end = (end_of_run);                                                                              \
     int32_t u, v;                                                                                                   \
     __asm__ volatile("1:\n\t" body                                                                                  \
-                     "ldr    %[u], %[end]\n\t"                                                                      \
+                     "ldr    %[u], %[last]\n\t"                                                                     \
                      "cmp    %[a], %[u]\n\t"                                                                        \
                      "bne    1b\n\t"                                                                                \
                      : [a] "+r"(a), [w] "+r"(w), [s0] "+r"(s0), [s1] "+r"(s1), [s2] "+r"(s2), [s3] "+r"(s3),        \
                        [s4] "+r"(s4), [s5] "+r"(s5), [u] "=&r"(u), [v] "=&r"(v)                                     \
-                     : [end] "m"(end)                                                                               \
+                     : [last] "m"(end)                                                                              \
                      : "r8", "r9", "r10", "cc", "memory");                                                          \
   } while (0)
 
-/* Store a filter's results at some positions. */
-static void finish_positions(const edgecomp_conv *conv, const int8_t *residual, int8_t *y, uint32_t channel,
-                             uint32_t place, uint32_t n, const int32_t *sums) {
-  const edgecomp_scaling *s = &conv->scaling;
-  const edgecomp_sum *sum = conv->sum;
-  uint32_t step = conv->window.out_channels, at = place * step + channel, k;
-  int32_t low = s->low, high = s->high, mantissa = s->mantissa[channel];
-  uint32_t shift = s->shift[channel] - (s->wide ? 0u : 32u);
-  int32_t offset = s->wide ? 0 : offset_of(s, shift);
+/* Store a filter's results at some positions, whatever has to become of them. */
+APART void finish_positions(const filters *p, const int32_t *head, const int32_t *sums, uint32_t n, uint32_t at) {
+  const edgecomp_scaling *s = &p->conv->scaling;
+  uint32_t step = p->conv->window.out_channels, shift = (uint32_t)head[6], k;
+  int32_t low = s->low, high = s->high, mantissa = head[2], offset = head[4];
+  int8_t found[POSITIONS];
+  if (s->wide)
+    for (k = 0; k < n; k++) found[k] = rescaled_wide(sums[k], mantissa, shift, s->zero, low, high);
+  else
+    for (k = 0; k < n; k++) found[k] = clamped(upper_half(sums[k], mantissa, offset) >> shift, low, high);
   for (k = 0; k < n; k++, at += step) {
-    int32_t code = s->wide ? rescaled_wide(sums[k], mantissa, shift, s->zero, low, high)
-                           : clamped(upper_half(sums[k], mantissa, offset) >> shift, low, high);
-    if (residual) {
-      int8_t found = (int8_t)code;
-      add_codes(sum, 1u, &found, residual + at, y + at);
-    } else {
-      y[at] = (int8_t)code;
-    }
+    if (p->residual)
+      add_codes(p->conv->sum, 1u, found + k, p->residual + at, p->y + at);
+    else
+      p->y[at] = found[k];
   }
 }
 
-/* Compute some filters at three positions, or fewer. */
-static void compute_patch(const filters *p, const int16_t *patch, const int16_t *first, uint32_t n, uint32_t place,
-                          uint32_t count) {
-  const edgecomp_conv *conv = p->conv;
-  const edgecomp_scaling *s = &conv->scaling;
-  uint32_t step = conv->window.out_channels, f;
-  for (f = 0; f < p->n; f += 2u) {
-    uint32_t c = p->channel + f, d = f + 1u < p->n ? c + 1u : c;
-    const int16_t *a = patch, *w = first + 2u * f;
-    int32_t s0 = s->bias[c], s1 = s0, s2 = s0, s3 = s->bias[d], s4 = s3, s5 = s3;
-    if (n & ~15u) PATCH_RUN(TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS,
-                            patch + POSITIONS * (n & ~15u));
-    if (n & 12u) PATCH_RUN(TWO_TAPS TWO_TAPS, patch + POSITIONS * n);
-    if (p->plain && count == POSITIONS && c != d) {
-      int8_t *y = p->y + place * step + c;
-      uint32_t shift = s->shift[c] - 32u;
-      int32_t mantissa = s->mantissa[c], offset = offset_of(s, shift);
+/* Compute some filters at three positions, or fewer. n: taps; four: the first four filters, with their head. */
+APART void compute_patch(const filters *p, const int16_t *patch, const int16_t *four, uint32_t n, uint32_t at,
+                         uint32_t n_positions) {
+  const int16_t *end_16 = patch + POSITIONS * (n & ~15u), *end = patch + POSITIONS * n;
+  uint32_t step = p->conv->window.out_channels, f;
+  for (f = 0; f < p->n; f += 2u, at += 2u) {
+    const int32_t *head = (const int32_t *)(const void *)four + (f & 2u) * 4u;
+    const int16_t *a = patch, *w = four + 2u * HEAD + 2u * (f & 2u);
+    int32_t s0 = head[0], s1 = s0, s2 = s0, s3 = head[1], s4 = s3, s5 = s3;
+    if (n & ~15u) PATCH_RUN(TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS, end_16);
+    if (n & 12u) PATCH_RUN(TWO_TAPS TWO_TAPS, end);
+    if (f & 2u) four += 2u * HEAD + FILTERS * n;
+    if (p->plain) {
+      int8_t *y = p->y + at;
+      int32_t mantissa = head[2], offset = head[4], shift = head[6];
       y[0] = (int8_t)saturated(upper_half(s0, mantissa, offset) >> shift);
       y[step] = (int8_t)saturated(upper_half(s1, mantissa, offset) >> shift);
       y[2u * step] = (int8_t)saturated(upper_half(s2, mantissa, offset) >> shift);
-      y++;
-      shift = s->shift[d] - 32u;
-      mantissa = s->mantissa[d];
-      offset = offset_of(s, shift);
-      y[0] = (int8_t)saturated(upper_half(s3, mantissa, offset) >> shift);
-      y[step] = (int8_t)saturated(upper_half(s4, mantissa, offset) >> shift);
-      y[2u * step] = (int8_t)saturated(upper_half(s5, mantissa, offset) >> shift);
+      mantissa = head[3], offset = head[5], shift = head[7];
+      y[1] = (int8_t)saturated(upper_half(s3, mantissa, offset) >> shift);
+      y[step + 1u] = (int8_t)saturated(upper_half(s4, mantissa, offset) >> shift);
+      y[2u * step + 1u] = (int8_t)saturated(upper_half(s5, mantissa, offset) >> shift);
     } else {
       int32_t sums[2u * POSITIONS];
       sums[0] = s0;
@@ -771,63 +823,76 @@ static void compute_patch(const filters *p, const int16_t *patch, const int16_t 
       sums[3] = s3;
       sums[4] = s4;
       sums[5] = s5;
-      finish_positions(conv, p->residual, p->y, c, place, count, sums);
-      if (c != d) finish_positions(conv, p->residual, p->y, d, place, count, sums + POSITIONS);
+      finish_positions(p, head, sums, n_positions, at);
+      if (f + 1u < p->n) finish_positions(p, head + 1, sums + POSITIONS, n_positions, at + 1u);
     }
   }
 }
+#else
+#define HEAD 0u
 #endif
 
 /* Go through all positions with as many filters at a time as are decoded, four and four. n: taps of a filter, rounded up to
  * fours. */
-static void convolve_patches(filters *p, const int8_t *x, uint32_t n, uint32_t fours, void *scratch) {
+APART void convolve_patches(filters *p, const int8_t *x, uint32_t n, uint32_t fours, void *scratch) {
   const edgecomp_conv *conv = p->conv;
   const edgecomp_window *v = &conv->window;
-  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width * v->in_channels;
-  uint32_t n_places = (uint32_t)v->out_height * v->out_width, n_filters = v->out_channels, first, c, place;
-  int16_t *w = (int16_t *)scratch, *patch = w + fours * FILTERS * n;
+  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width * v->in_channels, four = 2u * HEAD + FILTERS * n;
+  uint32_t n_places = (uint32_t)v->out_height * v->out_width, n_filters = v->out_channels, first, c, place, oy, ox;
+  int16_t *w = (int16_t *)scratch, *patch = w + fours * four;
   int8_t *window = (int8_t *)patch + PATCH_BYTES * n;
-  int is_wide = DSP && !(v->in_channels & 3u);
   reader r = open_stream(&conv->weights);
+  windows from;
 #if DSP
-  p->plain = is_plain(conv, p->residual);
+  int plain = is_plain(conv, p->residual);
+#else
+  taps t;
+  part h;
+  t.height = t.width = 1u;
+  t.n = t.x_run = n;
+  t.x_row = t.w_gap = 0u;
+  h.x = window;
+  h.start = p->bias;
+  h.n_rows = h.n_columns = 1u;
+  h.x_row = h.x_column = 0u;
 #endif
+  from.conv = conv;
+  from.x = x;
+  from.run = (uint32_t)v->kernel_width * v->in_channels;
+  from.x_row = (uint32_t)v->dilation_height * v->in_width * v->in_channels;
+  whole(v->in_height, v->out_height, (v->kernel_height - 1u) * v->dilation_height, v->stride_height, v->pad_top,
+        &from.top, &from.bottom);
+  whole(v->in_width, v->out_width, v->kernel_width - 1u, v->stride_width, v->pad_left, &from.left, &from.right);
   for (c = n_taps; c < n; c++) window[c] = 0;
   for (first = 0; first < n_filters; first += FILTERS * fours) {
-    uint32_t last = n_filters - first < FILTERS * fours ? n_filters : first + FILTERS * fours;
-    for (c = first; c < last; c += FILTERS)
-      decode_fours(&r, n_taps, last - c < FILTERS ? last - c : FILTERS, w + (c - first) * n);
-    for (place = 0; place < n_places; place += POSITIONS) {
+    uint32_t n_now = n_filters - first < FILTERS * fours ? n_filters - first : FILTERS * fours;
+    for (c = 0; c < n_now; c += FILTERS) {
+      uint32_t some = n_now - c < FILTERS ? n_now - c : FILTERS;
+      int16_t *to = w + c / FILTERS * four;
 #if DSP
+      write_head(&conv->scaling, first + c, some, (int32_t *)(void *)to);
+#endif
+      decode_fours(&r, n_taps, some, to + 2u * HEAD);
+    }
+    oy = ox = 0;
+    for (place = 0; place < n_places; place += POSITIONS) {
       uint32_t count = n_places - place < POSITIONS ? n_places - place : POSITIONS, k;
       for (k = 0; k < count; k++) {
-        if (is_wide) {
-          copy_window(conv, x, place + k, 1, 0, patch + 2u * k);
-        } else {
-          copy_window(conv, x, place + k, 0, window, 0);
-          (void)widen(window, n, patch + 2u * k);
+        copy_window(&from, oy, ox, n, window, patch + 2u * k);
+        if (++ox == v->out_width) {
+          ox = 0;
+          oy++;
         }
       }
-      for (c = first; c < last; c += FILTERS) {
-        p->channel = c;
-        p->n = last - c < FILTERS ? last - c : FILTERS;
-        compute_patch(p, patch, w + (c - first) * n, n, place, count);
-      }
+#if DSP
+      p->n = n_now;
+      p->plain = plain && count == POSITIONS && !(n_now & 1u);
+      compute_patch(p, patch, w, n, place * n_filters + first, count);
 #else
-      taps t;
-      part h;
-      t.height = t.width = 1u;
-      t.n = t.x_run = n;
-      t.x_row = t.w_gap = 0u;
-      h.x = window;
-      h.start = p->bias;
-      h.n_rows = h.n_columns = 1u;
-      h.x_row = h.x_column = 0u;
-      copy_window(conv, x, place, is_wide, window, patch);
-      for (c = first; c < last; c += FILTERS) {
-        load_filters(p, c, last - c < FILTERS ? last - c : FILTERS);
-        h.place = place * v->out_channels + c;
-        h.w = w + (c - first) * n;
+      for (c = 0; c < n_now; c += FILTERS) {
+        load_filters(p, first + c, n_now - c < FILTERS ? n_now - c : FILTERS);
+        h.place = place * n_filters + first + c;
+        h.w = w + c / FILTERS * four;
         compute_kind(FOURS, p, &t, &h);
       }
 #endif
@@ -851,7 +916,8 @@ void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *r
   p.y = y;
   if (is_row) {
     uint32_t all = (n_taps * n + 3u) & ~3u, fours = (per_group + FILTERS - 1u) / FILTERS;
-    uint32_t taken = (n & 3u ? 7u : 6u) * all, room = scratch_bytes <= taken ? 0u : (scratch_bytes - taken) / (8u * all);
+    uint32_t taken = (n & 3u ? 7u : 6u) * all;
+    uint32_t room = scratch_bytes <= taken ? 0u : (scratch_bytes - taken) / (EDGECOMP_FOUR_BYTES + 8u * all);
     if ((n & 3u) || (DSP && room >= (fours < 8u ? fours : 8u))) {
       convolve_patches(&p, x, all, room < fours ? room : fours, scratch);
       return;
@@ -879,7 +945,7 @@ typedef struct {
   uint32_t pitch, plane, n_rows;
 } strip;
 
-static void copy_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, uint32_t n, int8_t *to) {
+APART void copy_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, uint32_t n, int8_t *to) {
   uint32_t f;
   for (; n; n--, a += step, to += FILTERS) {
 #if DSP
@@ -905,15 +971,19 @@ static uint32_t upper_halves(uint32_t first, uint32_t second) {
   return found;
 }
 
+static uint32_t pair_of(int16_t first, int16_t second) {
+  return lower_halves((uint16_t)first, (uint16_t)second);
+}
+
 static void put_word(uint32_t word, int8_t *to) { memcpy(to, &word, 4); }
 
 /* The same, channel by channel. */
-static void split_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, uint32_t n, uint32_t plane, int8_t *to) {
+APART void split_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, uint32_t n, uint32_t plane, int8_t *to) {
   uint32_t f;
   if (n_channels == FILTERS) {
     const uint32_t even = 0x00ff00ffu;
+    uint32_t p0, p1, p2, p3, low, high;
     for (; n >= 4u; n -= 4u, to += 4) {
-      uint32_t p0, p1, p2, p3, low, high;
       memcpy(&p0, a, 4);
       memcpy(&p1, a + step, 4);
       a += 2u * step;
@@ -928,6 +998,13 @@ static void split_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, ui
       high = (p2 & ~even) >> 8 | (p3 & ~even);
       put_word(lower_halves(low, high), to + plane);
       put_word(upper_halves(low, high), to + 3u * plane);
+    }
+    for (; n; n--, a += step, to++) {
+      memcpy(&p0, a, 4);
+      to[0] = (int8_t)p0;
+      to[plane] = (int8_t)(p0 >> 8);
+      to[2u * plane] = (int8_t)(p0 >> 16);
+      to[3u * plane] = (int8_t)(p0 >> 24);
     }
   }
   for (; n; n--, a += step, to++)
@@ -964,67 +1041,74 @@ static void split_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, ui
 
 /* One channel's 3x3 windows in a strip, next to each other or every second one: of a row's four codes two instructions
  * make pairs, 0 and 2, 1 and 3, that serve two windows. */
-static void compute_plane(const filters *p, uint32_t f, const int16_t *w, const strip *from, const int8_t *a,
-                          uint32_t n_rows, int8_t *y) {
+APART void compute_plane(const filters *p, uint32_t f, const int16_t *w, uint32_t pitch, const int8_t *a,
+                         uint32_t n_rows, int8_t *y) {
   const edgecomp_window *v = &p->conv->window;
-  uint32_t pitch = from->pitch, y_step = v->out_channels, shift = p->shift[f], row;
+  uint32_t y_step = v->out_channels, shift = p->shift[f], stride = v->stride_width, n_columns = v->out_width;
+  uint32_t a_step = v->stride_height * pitch, n_pairs = stride == 1u ? n_columns / 2u : 0u, count;
   int32_t bias = p->bias[f], mantissa = p->mantissa[f], offset = p->offset[f];
-  uint32_t outer[3], middle[3];
+  uint32_t outer0, outer1, outer2, middle0, middle1, middle2;
   w += f;
-  for (row = 0; row < 3u; row++, w += 3u * FILTERS) {
-    outer[row] = (uint16_t)w[0] | (uint32_t)(uint16_t)w[2u * FILTERS] << 16;
-    middle[row] = (uint16_t)w[FILTERS];
-  }
-  for (row = 0; row < n_rows; row++) {
-    const int8_t *b = a + row * v->stride_height * pitch;
-    uint32_t count = v->out_width;
-    if (v->stride_width == 1u) {
-      for (; count >= 2u; count -= 2u, b += 2, y += 2u * y_step) {
-        int32_t s0 = bias, s1 = bias;
-        ROW_OF_TWO(b, outer[0], middle[0]);
-        ROW_OF_TWO(b + pitch, outer[1], middle[1]);
-        ROW_OF_TWO(b + 2u * pitch, outer[2], middle[2]);
-        y[0] = (int8_t)saturated(upper_half(s0, mantissa, offset) >> shift);
-        y[y_step] = (int8_t)saturated(upper_half(s1, mantissa, offset) >> shift);
-      }
+  outer0 = pair_of(w[0], w[2u * FILTERS]);
+  middle0 = (uint16_t)w[FILTERS];
+  outer1 = pair_of(w[3u * FILTERS], w[5u * FILTERS]);
+  middle1 = (uint16_t)w[4u * FILTERS];
+  outer2 = pair_of(w[6u * FILTERS], w[8u * FILTERS]);
+  middle2 = (uint16_t)w[7u * FILTERS];
+  n_columns -= 2u * n_pairs;
+  for (; n_rows; n_rows--, a += a_step) {
+    const int8_t *b = a;
+    for (count = n_pairs; count; count--, b += 2, y += 2u * y_step) {
+      int32_t s0 = bias, s1 = bias;
+      ROW_OF_TWO(b, outer0, middle0);
+      ROW_OF_TWO(b + pitch, outer1, middle1);
+      ROW_OF_TWO(b + 2u * pitch, outer2, middle2);
+      y[0] = (int8_t)saturated(upper_half(s0, mantissa, offset) >> shift);
+      y[y_step] = (int8_t)saturated(upper_half(s1, mantissa, offset) >> shift);
     }
-    for (; count; count--, b += v->stride_width, y += y_step) {
+    for (count = n_columns; count; count--, b += stride, y += y_step) {
       int32_t s0 = bias;
-      ROW_OF_ONE(b, outer[0], middle[0]);
-      ROW_OF_ONE(b + pitch, outer[1], middle[1]);
-      ROW_OF_ONE(b + 2u * pitch, outer[2], middle[2]);
+      ROW_OF_ONE(b, outer0, middle0);
+      ROW_OF_ONE(b + pitch, outer1, middle1);
+      ROW_OF_ONE(b + 2u * pitch, outer2, middle2);
       y[0] = (int8_t)saturated(upper_half(s0, mantissa, offset) >> shift);
     }
   }
 }
 #endif
 
+static void fill_words(int32_t word, uint32_t n, int8_t *to) {
+  int32_t *at = (int32_t *)(void *)to;
+  for (; n; n--) *at++ = word;
+}
+
 /* Fill a strip with rows of the image, from `top` on, which may lie outside. */
-static void fill_strip(const edgecomp_conv *conv, const int8_t *x, uint32_t n_channels, int is_split, int32_t top,
+APART void fill_strip(const edgecomp_conv *conv, const int8_t *x, uint32_t n_channels, int is_split, int32_t top,
                        const strip *to) {
   const edgecomp_window *v = &conv->window;
-  uint32_t left = v->pad_left < to->pitch ? v->pad_left : to->pitch, row, f;
+  uint32_t left = v->pad_left < to->pitch ? v->pad_left : to->pitch, unit = is_split ? 1u : FILTERS, row, f;
   uint32_t width = to->pitch - left < v->in_width ? to->pitch - left : v->in_width;
-  uint32_t n_planes = is_split ? FILTERS : 1u, unit = is_split ? 1u : FILTERS;
-  for (row = 0; row < to->n_rows; row++) {
+  uint32_t row_bytes = to->pitch * unit, x_row = (uint32_t)v->in_width * v->in_channels;
+  /* Words at both ends, a part of which pixels may take over. */
+  uint32_t before = (left * unit + 3u) / 4u, behind = ((to->pitch - left - width) * unit + 3u) / 4u;
+  int32_t word = (int32_t)((uint8_t)conv->in_zero * 0x01010101u);
+  int8_t *codes = to->codes;
+  for (row = 0; row < to->n_rows; row++, codes += row_bytes) {
     int32_t y = top + (int32_t)row;
     int is_inside = y >= 0 && y < v->in_height;
-    int8_t *codes = to->codes + row * to->pitch * unit;
-    uint32_t before = is_inside ? left : to->pitch, behind = is_inside ? to->pitch - left - width : 0u;
-    for (f = 0; f < n_planes; f++) {
-      fill(conv->in_zero, before * unit, codes + f * to->plane);
-      fill(conv->in_zero, behind * unit, codes + f * to->plane + (to->pitch - behind) * unit);
+    for (f = 0; f < (is_split ? FILTERS : 1u); f++) {
+      int8_t *start = codes + f * to->plane;
+      fill_words(word, is_inside ? before : row_bytes / 4u, start);
+      if (is_inside) fill_words(word, behind, start + row_bytes - 4u * behind);
     }
-    if (is_inside) {
-      const int8_t *a = x + (uint32_t)y * v->in_width * v->in_channels;
+    if (!is_inside) continue;
 #if DSP
-      if (is_split) {
-        split_pixels(a, n_channels, v->in_channels, width, to->plane, codes + left);
-        continue;
-      }
-#endif
-      copy_pixels(a, n_channels, v->in_channels, width, codes + left * FILTERS);
+    if (is_split) {
+      split_pixels(x + (uint32_t)y * x_row, n_channels, v->in_channels, width, to->plane, codes + left);
+      continue;
     }
+#endif
+    copy_pixels(x + (uint32_t)y * x_row, n_channels, v->in_channels, width, codes + left * FILTERS);
   }
 }
 
@@ -1076,7 +1160,7 @@ void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, v
       fill_strip(conv, x + c, p.n, is_split, (int32_t)(oy * v->stride_height) - v->pad_top, &s);
 #if DSP
       if (is_split) {
-        for (i = 0; i < p.n; i++) compute_plane(&p, i, w, &s, s.codes + i * s.plane, h.n_rows, y + h.place + i);
+        for (i = 0; i < p.n; i++) compute_plane(&p, i, w, s.pitch, s.codes + i * s.plane, h.n_rows, y + h.place + i);
         continue;
       }
 #endif

@@ -94,13 +94,15 @@ typedef struct {
 
 /* So many taps of a linear layer are decoded at a time. */
 #define EDGECOMP_LINEAR_RUN 128u
+/* What becomes of the sums of four filters takes so many bytes where they are computed on patches. */
+#define EDGECOMP_FOUR_BYTES 64u
 
 /* Convolution, dense or in groups. y may be the memory of `residual`, which has the shape of y, where a sum is fused.
  * scratch, on a multiple of 4: at least 8 bytes a tap of a filter (kernel height x width x channels of a group), then,
  * where windows reach out of the image, 16 bytes a tap of the kernel and of its width. Where pixels are no fours of codes
- * (one group, not dilated in width): 15 bytes a tap of a filter, rounded up to fours. With 8 more for every further four of
- * filters patches are copied less often; other layers are computed on patches, faster, from 6 + 8 x 8 bytes a tap on, or
- * where there is room for all filters. */
+ * (one group, not dilated in width): 7 bytes a tap of a filter, rounded up to fours, then, once or for every four of
+ * filters, 8 a tap and EDGECOMP_FOUR_BYTES. Other such layers are computed in that way, faster, where that and 6 bytes a tap
+ * are there for all fours, or for eight. */
 void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch,
                      uint32_t scratch_bytes);
 /* One filter a channel; weights: every tap of four channels, then of the next four. scratch: 8 bytes a tap of the kernel,

@@ -351,57 +351,138 @@ INLINE void add_products(enum taps_kind kind, const taps *t, const int8_t *a, co
 
 /* ---- results ---------------------------------------------------------------------------------------------------- */
 
+/* What becomes of the sums of four filters. Twice two mantissas and two offsets, which hold zero point and rounding before
+ * the shift; then four shifts (less 32 where the upper half of a product is enough) and four biases. */
+#define HEAD (EDGECOMP_FOUR_BYTES / 4u)
+#define MANTISSA(f) (((f) & 2u) * 2u + ((f) & 1u))
+#define OFFSET(f) (MANTISSA(f) + 2u)
+#define SHIFT(f) (8u + (f))
+#define BIAS(f) (12u + (f))
+
+static void write_head(const edgecomp_scaling *s, uint32_t channel, uint32_t n, int32_t *head) {
+  uint32_t f;
+  for (f = 0; f < FILTERS; f++) {
+    /* Those that are missing compute what another does. */
+    uint32_t c = channel + (f < n ? f : 0u), shift = s->shift[c] - (s->wide ? 0u : 32u);
+    head[MANTISSA(f)] = s->mantissa[c];
+    head[OFFSET(f)] = s->wide ? 0 : (2 * s->zero + 1) * (int32_t)(1u << (shift - 1u));
+    head[SHIFT(f)] = (int32_t)shift;
+    head[BIAS(f)] = s->bias[c];
+  }
+}
+
+/* What has to be done with sums. */
+enum finish_kind {
+  PLAIN,  /* no sum, all codes in range, and 32 bits are enough */
+  SUMMED, /* a sum is added, else the same */
+  OTHER
+};
+
+static enum finish_kind finish_of(const edgecomp_conv *conv, const int8_t *residual) {
+  const edgecomp_scaling *s = &conv->scaling;
+  if (s->wide || s->low != -128 || s->high != 127) return OTHER;
+  if (!residual) return PLAIN;
+  return conv->sum->low == -128 && conv->sum->high == 127 ? SUMMED : OTHER;
+}
+
 /* Filters at work. */
 typedef struct {
   const edgecomp_conv *conv;
   const int8_t *residual;
   int8_t *y;
   uint32_t channel, n;
-  int plain; /* four filters, no sum, all codes in range, and shifts that the upper half of a product is enough for */
-  int32_t bias[FILTERS], mantissa[FILTERS];
-  int32_t offset[FILTERS]; /* zero point and rounding, before the shift */
-  uint32_t shift[FILTERS]; /* less 32 */
+  enum finish_kind kind;
+  int32_t head[HEAD];
 } filters;
 
-/* No sum, all codes in range, and 32 bits are enough. */
-static int is_plain(const edgecomp_conv *conv, const int8_t *residual) {
-  const edgecomp_scaling *s = &conv->scaling;
-  return !s->wide && !residual && s->low == -128 && s->high == 127;
-}
-
-static int32_t offset_of(const edgecomp_scaling *s, uint32_t shift) {
-  return (2 * s->zero + 1) * (int32_t)(1u << (shift - 1u));
-}
-
 static void load_filters(filters *p, uint32_t channel, uint32_t n) {
-  const edgecomp_scaling *s = &p->conv->scaling;
-  uint32_t f;
   p->channel = channel;
   p->n = n;
-  p->plain = n == FILTERS && is_plain(p->conv, p->residual);
-  for (f = 0; f < FILTERS; f++) {
-    /* Those that are missing compute what another does. */
-    uint32_t c = channel + (f < n ? f : 0u);
-    p->bias[f] = s->bias[c];
-    p->mantissa[f] = s->mantissa[c];
-    p->shift[f] = s->wide ? s->shift[c] : s->shift[c] - 32u;
-    p->offset[f] = s->wide ? 0 : offset_of(s, p->shift[f]);
-  }
+  p->kind = n == FILTERS ? finish_of(p->conv, p->residual) : OTHER;
+  write_head(&p->conv->scaling, channel, n, p->head);
 }
 
-/* Store the results of some filters at a position, whatever has to become of them. */
+/* The result of one sum, whatever has to become of it; f: of the four filters. */
+static int8_t code_of(const edgecomp_scaling *s, const int32_t *head, uint32_t f, int32_t sum) {
+  uint32_t shift = (uint32_t)head[SHIFT(f)];
+  return s->wide ? rescaled_wide(sum, head[MANTISSA(f)], shift, s->zero, s->low, s->high)
+                 : clamped(upper_half(sum, head[MANTISSA(f)], head[OFFSET(f)]) >> shift, s->low, s->high);
+}
+
+/* Store the results of some filters at a position. */
 APART void finish(const filters *p, const int32_t *sums, uint32_t place) {
   const edgecomp_scaling *s = &p->conv->scaling;
-  int32_t low = s->low, high = s->high;
   int8_t found[FILTERS];
   int8_t *y = p->residual ? found : p->y + place;
   uint32_t f;
-  if (s->wide)
-    for (f = 0; f < p->n; f++) y[f] = rescaled_wide(sums[f], p->mantissa[f], p->shift[f], s->zero, low, high);
-  else
-    for (f = 0; f < p->n; f++) y[f] = clamped(upper_half(sums[f], p->mantissa[f], p->offset[f]) >> p->shift[f], low, high);
+  for (f = 0; f < p->n; f++) y[f] = code_of(s, p->head, f, sums[f]);
   if (p->residual) add_codes(p->conv->sum, p->n, found, p->residual + place, p->y + place);
 }
+
+#if DSP
+/* What a sum is made of, and the code of it. */
+typedef struct {
+  int32_t a_factor, b_factor, start, shift, zero;
+} addition;
+
+static addition addition_of(const edgecomp_sum *sum) {
+  addition found;
+  found.a_factor = sum->a_factor;
+  found.b_factor = sum->b_factor;
+  /* Unsigned: parts of a sum may leave the range that all of it keeps. */
+  found.start = (int32_t)((1u << (sum->shift - 1u)) - (uint32_t)(sum->a_zero * sum->a_factor) -
+                          (uint32_t)(sum->b_zero * sum->b_factor));
+  found.shift = sum->shift;
+  found.zero = sum->zero;
+  return found;
+}
+
+INLINE int8_t added(const addition *sum, int32_t a, int32_t b) {
+  uint32_t total = (uint32_t)sum->start + (uint32_t)(a * sum->a_factor) + (uint32_t)(b * sum->b_factor);
+  return (int8_t)saturated(((int32_t)total >> sum->shift) + sum->zero);
+}
+
+/* The same, where a sum is added and all codes are in range. */
+APART void finish_sums(const filters *p, const int32_t *sums, uint32_t place) {
+  const addition sum = addition_of(p->conv->sum);
+  const int8_t *b = p->residual + place;
+  const int32_t *h = p->head;
+  int8_t *y = p->y + place;
+  y[0] = added(&sum, saturated(upper_half(sums[0], h[MANTISSA(0u)], h[OFFSET(0u)]) >> h[SHIFT(0u)]), b[0]);
+  y[1] = added(&sum, saturated(upper_half(sums[1], h[MANTISSA(1u)], h[OFFSET(1u)]) >> h[SHIFT(1u)]), b[1]);
+  y[2] = added(&sum, saturated(upper_half(sums[2], h[MANTISSA(2u)], h[OFFSET(2u)]) >> h[SHIFT(2u)]), b[2]);
+  y[3] = added(&sum, saturated(upper_half(sums[3], h[MANTISSA(3u)], h[OFFSET(3u)]) >> h[SHIFT(3u)]), b[3]);
+}
+
+/* PLAIN. */
+#define FINISH_FOUR(s0, s1, s2, s3, head_of_filters, y)                                                             \
+  do {                                                                                                              \
+    const int32_t *from = (head_of_filters);                                                                        \
+    __asm__ volatile(                                                                                               \
+        "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"                                                                      \
+        "smmla  %[a], %[a], r8, r10\n\t"                                                                            \
+        "smmla  %[b], %[b], r9, r11\n\t"                                                                            \
+        "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"                                                                      \
+        "smmla  %[c], %[c], r8, r10\n\t"                                                                            \
+        "smmla  %[d], %[d], r9, r11\n\t"                                                                            \
+        "ldmia  %[h], {r8, r9, r10, r11}\n\t"                                                                       \
+        "asr    %[a], %[a], r8\n\t"                                                                                 \
+        "asr    %[b], %[b], r9\n\t"                                                                                 \
+        "asr    %[c], %[c], r10\n\t"                                                                                \
+        "asr    %[d], %[d], r11\n\t"                                                                                \
+        "ssat   %[a], #8, %[a]\n\t"                                                                                 \
+        "ssat   %[b], #8, %[b]\n\t"                                                                                 \
+        "ssat   %[c], #8, %[c]\n\t"                                                                                 \
+        "ssat   %[d], #8, %[d]\n\t"                                                                                 \
+        "strb   %[a], [%[to]]\n\t"                                                                                  \
+        "strb   %[b], [%[to], #1]\n\t"                                                                              \
+        "strb   %[c], [%[to], #2]\n\t"                                                                              \
+        "strb   %[d], [%[to], #3]\n\t"                                                                              \
+        : [a] "+r"(s0), [b] "+r"(s1), [c] "+r"(s2), [d] "+r"(s3), [h] "+r"(from)                                    \
+        : [to] "r"(y)                                                                                               \
+        : "r8", "r9", "r10", "r11", "memory");                                                                      \
+  } while (0)
+#endif
 
 /* ---- convolution ------------------------------------------------------------------------------------------------ */
 
@@ -416,6 +497,67 @@ typedef struct {
   uint32_t x_row, x_column;
 } part;
 
+#if DSP
+/* Rows of a window, each of one run of n codes. */
+#define WINDOW(body)                                                                                                \
+  do {                                                                                                              \
+    int32_t p, h;                                                                                                   \
+    const int8_t *end;                                                                                              \
+    __asm__ volatile(                                                                                               \
+        "2:\n\t"                                                                                                    \
+        "ldr    %[end], %[n]\n\t"                                                                                   \
+        "add    %[end], %[end], %[a]\n\t" LOOP(body)                                                                \
+        "ldr    %[p], %[row_gap]\n\t"                                                                               \
+        "ldr    %[t], %[w_gap]\n\t"                                                                                 \
+        "add    %[a], %[a], %[p]\n\t"                                                                               \
+        "add    %[w], %[w], %[t]\n\t"                                                                               \
+        "ldr    %[p], %[w_end]\n\t"                                                                                 \
+        "cmp    %[w], %[p]\n\t"                                                                                     \
+        "bne    2b\n\t"                                                                                             \
+        : [a] "+r"(a), [w] "+r"(w), [s0] "+r"(s0), [s1] "+r"(s1), [s2] "+r"(s2), [s3] "+r"(s3), [p] "=&r"(p),       \
+          [t] "=&r"(h), [end] "=&r"(end)                                                                            \
+        : [n] "m"(n), [row_gap] "m"(row_gap), [w_gap] "m"(w_gap), [w_end] "m"(w_end)                                \
+        : "r8", "r9", "r10", "r11", "cc", "memory");                                                                \
+  } while (0)
+
+/* Four filters at many positions, where a row of a window is a run of fours. */
+INLINE void compute_rows(enum taps_kind kind, const filters *p, const taps *t, const part *h) {
+  const int16_t *first = h->w;
+  const int32_t *head = p->head, *start = h->start;
+  uint32_t y_step = p->conv->window.out_channels, row, n = t->n, w_gap = t->w_gap * sizeof(int16_t);
+  const int16_t *w_end = first + t->height * (FILTERS * t->n + t->w_gap);
+  int32_t row_gap = gap(t->x_row, n);
+  for (row = 0; row < h->n_rows; row++) {
+    const int8_t *x = h->x + row * h->x_row;
+    uint32_t place = h->place + row * p->conv->window.out_width * y_step, count = h->n_columns;
+    for (; count; count--, x += h->x_column, place += y_step) {
+      const int8_t *a = x;
+      const int16_t *w = first;
+      int32_t s0 = start[0], s1 = start[1], s2 = start[2], s3 = start[3];
+      if (t->height) {
+        if (kind == SIXTEENS)
+          WINDOW(SIXTEEN_TAPS);
+        else
+          WINDOW(FOUR_TAPS);
+      }
+      if (p->kind == PLAIN) {
+        FINISH_FOUR(s0, s1, s2, s3, head, p->y + place);
+      } else {
+        int32_t sums[FILTERS];
+        sums[0] = s0;
+        sums[1] = s1;
+        sums[2] = s2;
+        sums[3] = s3;
+        if (p->kind == SUMMED)
+          finish_sums(p, sums, place);
+        else
+          finish(p, sums, place);
+      }
+    }
+  }
+}
+#endif
+
 INLINE void compute_kind(enum taps_kind kind, const filters *p, const taps *t, const part *h) {
   const int16_t *w = h->w;
   const int32_t *start = h->start;
@@ -427,7 +569,6 @@ INLINE void compute_kind(enum taps_kind kind, const filters *p, const taps *t, c
     uint32_t place = h->place + row * p->conv->window.out_width * y_step;
     uint32_t count = h->n_columns;
     for (; count; count--, a += x_step, place += y_step) {
-      int8_t *y = p->y + place;
       sums[0] = start[0];
       sums[1] = start[1];
       sums[2] = start[2];
@@ -436,25 +577,29 @@ INLINE void compute_kind(enum taps_kind kind, const filters *p, const taps *t, c
         add_channels(&here, a, w, sums);
       else
         add_products(kind, &here, a, w, sums);
-      if (!p->plain) {
+      if (p->kind == PLAIN) {
+        const int32_t *head = p->head;
+        int8_t *y = p->y + place;
+        y[0] = (int8_t)saturated(upper_half(sums[0], head[MANTISSA(0u)], head[OFFSET(0u)]) >> head[SHIFT(0u)]);
+        y[1] = (int8_t)saturated(upper_half(sums[1], head[MANTISSA(1u)], head[OFFSET(1u)]) >> head[SHIFT(1u)]);
+        y[2] = (int8_t)saturated(upper_half(sums[2], head[MANTISSA(2u)], head[OFFSET(2u)]) >> head[SHIFT(2u)]);
+        y[3] = (int8_t)saturated(upper_half(sums[3], head[MANTISSA(3u)], head[OFFSET(3u)]) >> head[SHIFT(3u)]);
+      } else {
         finish(p, sums, place);
-        continue;
       }
-      y[0] = (int8_t)saturated(upper_half(sums[0], p->mantissa[0], p->offset[0]) >> p->shift[0]);
-      y[1] = (int8_t)saturated(upper_half(sums[1], p->mantissa[1], p->offset[1]) >> p->shift[1]);
-      y[2] = (int8_t)saturated(upper_half(sums[2], p->mantissa[2], p->offset[2]) >> p->shift[2]);
-      y[3] = (int8_t)saturated(upper_half(sums[3], p->mantissa[3], p->offset[3]) >> p->shift[3]);
     }
   }
 }
 
 APART void compute(const filters *p, const taps *t, const part *h) {
+#if DSP
   enum taps_kind kind = kind_of(t);
   if (kind == SIXTEENS)
-    compute_kind(SIXTEENS, p, t, h);
+    compute_rows(SIXTEENS, p, t, h);
   else if (kind == FOURS)
-    compute_kind(FOURS, p, t, h);
+    compute_rows(FOURS, p, t, h);
   else
+#endif
     compute_kind(ANY, p, t, h);
 }
 
@@ -555,7 +700,7 @@ APART void convolve(const filters *p, const int8_t *x, const int16_t *w, int32_t
     int32_t y0 = (int32_t)(oy * v->stride_height) - v->pad_top;
     h.n_rows = oy == top && bottom ? bottom - top : 1u;
     inside(y0, v->in_height, v->kernel_height, v->dilation_height, &rows[0], &rows[1]);
-    for (k = 0; k < FILTERS; k++) start[k] = p->bias[k];
+    for (k = 0; k < FILTERS; k++) start[k] = p->head[BIAS(k)];
     if (tap_sums) add_outside(conv, tap_sums, rows, start, columns);
     for (ox = 0; ox < v->out_width; ox += h.n_columns) {
       int32_t x0 = (int32_t)(ox * v->stride_width) - v->pad_left;
@@ -735,22 +880,6 @@ static void decode_fours(reader *r, uint32_t n, uint32_t n_filters, int16_t *out
 }
 
 #if DSP
-/* Before the weights of four filters lie what becomes of their sums, of the first two, then of the others: biases,
- * mantissas, offsets, shifts. */
-#define HEAD 16u
-
-static void write_head(const edgecomp_scaling *s, uint32_t channel, uint32_t n, int32_t *to) {
-  uint32_t f;
-  for (f = 0; f < FILTERS; f++) {
-    uint32_t c = channel + (f < n ? f : 0u), shift = s->shift[c] - (s->wide ? 0u : 32u);
-    int32_t *at = to + (f & 2u) * 4u + (f & 1u);
-    at[0] = s->bias[c];
-    at[2] = s->mantissa[c];
-    at[4] = s->wide ? 0 : offset_of(s, shift);
-    at[6] = (int32_t)shift;
-  }
-}
-
 /* Two taps of two filters at three positions. */
 #define TWO_TAPS                            \
   "ldmia  %[a]!, {r8, r9, r10}\n\t"         \
@@ -775,21 +904,25 @@ static void write_head(const edgecomp_scaling *s, uint32_t channel, uint32_t n, 
                      : "r8", "r9", "r10", "cc", "memory");                                                          \
   } while (0)
 
-/* Store a filter's results at some positions, whatever has to become of them. */
-APART void finish_positions(const filters *p, const int32_t *head, const int32_t *sums, uint32_t n, uint32_t at) {
-  const edgecomp_scaling *s = &p->conv->scaling;
-  uint32_t step = p->conv->window.out_channels, shift = (uint32_t)head[6], k;
-  int32_t low = s->low, high = s->high, mantissa = head[2], offset = head[4];
-  int8_t found[POSITIONS];
-  if (s->wide)
-    for (k = 0; k < n; k++) found[k] = rescaled_wide(sums[k], mantissa, shift, s->zero, low, high);
-  else
-    for (k = 0; k < n; k++) found[k] = clamped(upper_half(sums[k], mantissa, offset) >> shift, low, high);
+/* Store a filter's results at some positions. */
+APART void finish_positions(const filters *p, const int32_t *head, uint32_t f, const int32_t *sums, uint32_t n,
+                            uint32_t at) {
+  uint32_t step = p->conv->window.out_channels, k;
+  if (p->kind == SUMMED) {
+    const addition sum = addition_of(p->conv->sum);
+    int32_t mantissa = head[MANTISSA(f)], offset = head[OFFSET(f)], shift = head[SHIFT(f)];
+    const int8_t *b = p->residual + at;
+    int8_t *y = p->y + at;
+    for (k = 0; k < n; k++, b += step, y += step)
+      *y = added(&sum, saturated(upper_half(sums[k], mantissa, offset) >> shift), *b);
+    return;
+  }
   for (k = 0; k < n; k++, at += step) {
+    int8_t found = code_of(&p->conv->scaling, head, f, sums[k]);
     if (p->residual)
-      add_codes(p->conv->sum, 1u, found + k, p->residual + at, p->y + at);
+      add_codes(p->conv->sum, 1u, &found, p->residual + at, p->y + at);
     else
-      p->y[at] = found[k];
+      p->y[at] = found;
   }
 }
 
@@ -798,20 +931,22 @@ APART void compute_patch(const filters *p, const int16_t *patch, const int16_t *
                          uint32_t n_positions) {
   const int16_t *end_16 = patch + POSITIONS * (n & ~15u), *end = patch + POSITIONS * n;
   uint32_t step = p->conv->window.out_channels, f;
+  int plain = p->kind == PLAIN && n_positions == POSITIONS && !(p->n & 1u);
   for (f = 0; f < p->n; f += 2u, at += 2u) {
-    const int32_t *head = (const int32_t *)(const void *)four + (f & 2u) * 4u;
+    const int32_t *head = (const int32_t *)(const void *)four;
     const int16_t *a = patch, *w = four + 2u * HEAD + 2u * (f & 2u);
-    int32_t s0 = head[0], s1 = s0, s2 = s0, s3 = head[1], s4 = s3, s5 = s3;
+    int32_t s0 = head[BIAS(f & 2u)], s1 = s0, s2 = s0, s3 = head[BIAS(f & 2u) + 1u], s4 = s3, s5 = s3;
     if (n & ~15u) PATCH_RUN(TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS, end_16);
     if (n & 12u) PATCH_RUN(TWO_TAPS TWO_TAPS, end);
     if (f & 2u) four += 2u * HEAD + FILTERS * n;
-    if (p->plain) {
+    if (plain) {
+      const int32_t *of = head + 2u * (f & 2u);
       int8_t *y = p->y + at;
-      int32_t mantissa = head[2], offset = head[4], shift = head[6];
+      int32_t mantissa = of[0], offset = of[2], shift = head[SHIFT(f & 2u)];
       y[0] = (int8_t)saturated(upper_half(s0, mantissa, offset) >> shift);
       y[step] = (int8_t)saturated(upper_half(s1, mantissa, offset) >> shift);
       y[2u * step] = (int8_t)saturated(upper_half(s2, mantissa, offset) >> shift);
-      mantissa = head[3], offset = head[5], shift = head[7];
+      mantissa = of[1], offset = of[3], shift = head[SHIFT(f & 2u) + 1u];
       y[1] = (int8_t)saturated(upper_half(s3, mantissa, offset) >> shift);
       y[step + 1u] = (int8_t)saturated(upper_half(s4, mantissa, offset) >> shift);
       y[2u * step + 1u] = (int8_t)saturated(upper_half(s5, mantissa, offset) >> shift);
@@ -823,13 +958,11 @@ APART void compute_patch(const filters *p, const int16_t *patch, const int16_t *
       sums[3] = s3;
       sums[4] = s4;
       sums[5] = s5;
-      finish_positions(p, head, sums, n_positions, at);
-      if (f + 1u < p->n) finish_positions(p, head + 1, sums + POSITIONS, n_positions, at + 1u);
+      finish_positions(p, head, f & 2u, sums, n_positions, at);
+      if (f + 1u < p->n) finish_positions(p, head, (f & 2u) + 1u, sums + POSITIONS, n_positions, at + 1u);
     }
   }
 }
-#else
-#define HEAD 0u
 #endif
 
 /* Go through all positions with as many filters at a time as are decoded, four and four. n: taps of a filter, rounded up to
@@ -837,25 +970,24 @@ APART void compute_patch(const filters *p, const int16_t *patch, const int16_t *
 APART void convolve_patches(filters *p, const int8_t *x, uint32_t n, uint32_t fours, void *scratch) {
   const edgecomp_conv *conv = p->conv;
   const edgecomp_window *v = &conv->window;
-  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width * v->in_channels, four = 2u * HEAD + FILTERS * n;
+  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width * v->in_channels, four = EDGECOMP_FOUR_BYTES / 2u + FILTERS * n;
   uint32_t n_places = (uint32_t)v->out_height * v->out_width, n_filters = v->out_channels, first, c, place, oy, ox;
   int16_t *w = (int16_t *)scratch, *patch = w + fours * four;
   int8_t *window = (int8_t *)patch + PATCH_BYTES * n;
   reader r = open_stream(&conv->weights);
   windows from;
-#if DSP
-  int plain = is_plain(conv, p->residual);
-#else
+#if !DSP
   taps t;
   part h;
   t.height = t.width = 1u;
   t.n = t.x_run = n;
   t.x_row = t.w_gap = 0u;
   h.x = window;
-  h.start = p->bias;
+  h.start = p->head + BIAS(0u);
   h.n_rows = h.n_columns = 1u;
   h.x_row = h.x_column = 0u;
 #endif
+  p->kind = finish_of(conv, p->residual);
   from.conv = conv;
   from.x = x;
   from.run = (uint32_t)v->kernel_width * v->in_channels;
@@ -872,7 +1004,7 @@ APART void convolve_patches(filters *p, const int8_t *x, uint32_t n, uint32_t fo
 #if DSP
       write_head(&conv->scaling, first + c, some, (int32_t *)(void *)to);
 #endif
-      decode_fours(&r, n_taps, some, to + 2u * HEAD);
+      decode_fours(&r, n_taps, some, to + EDGECOMP_FOUR_BYTES / 2u);
     }
     oy = ox = 0;
     for (place = 0; place < n_places; place += POSITIONS) {
@@ -886,7 +1018,6 @@ APART void convolve_patches(filters *p, const int8_t *x, uint32_t n, uint32_t fo
       }
 #if DSP
       p->n = n_now;
-      p->plain = plain && count == POSITIONS && !(n_now & 1u);
       compute_patch(p, patch, w, n, place * n_filters + first, count);
 #else
       for (c = 0; c < n_now; c += FILTERS) {
@@ -1044,9 +1175,9 @@ APART void split_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, uin
 APART void compute_plane(const filters *p, uint32_t f, const int16_t *w, uint32_t pitch, const int8_t *a,
                          uint32_t n_rows, int8_t *y) {
   const edgecomp_window *v = &p->conv->window;
-  uint32_t y_step = v->out_channels, shift = p->shift[f], stride = v->stride_width, n_columns = v->out_width;
+  uint32_t y_step = v->out_channels, shift = (uint32_t)p->head[SHIFT(f)], stride = v->stride_width, n_columns = v->out_width;
   uint32_t a_step = v->stride_height * pitch, n_pairs = stride == 1u ? n_columns / 2u : 0u, count;
-  int32_t bias = p->bias[f], mantissa = p->mantissa[f], offset = p->offset[f];
+  int32_t bias = p->head[BIAS(f)], mantissa = p->head[MANTISSA(f)], offset = p->head[OFFSET(f)];
   uint32_t outer0, outer1, outer2, middle0, middle1, middle2;
   w += f;
   outer0 = pair_of(w[0], w[2u * FILTERS]);
@@ -1118,7 +1249,7 @@ void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, v
   uint32_t reach = (v->kernel_height - 1u) * v->dilation_height + 1u;
   int16_t *w = (int16_t *)scratch;
   int is_split = DSP && v->kernel_height == 3u && v->kernel_width == 3u && v->dilation_height == 1u &&
-                 v->dilation_width == 1u && v->stride_width <= 2u && is_plain(conv, 0);
+                 v->dilation_width == 1u && v->stride_width <= 2u && finish_of(conv, 0) == PLAIN;
   reader r = open_stream(&conv->weights);
   filters p;
   strip s;
@@ -1141,7 +1272,7 @@ void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, v
   t.w_gap = 0;
   h.x = s.codes;
   h.w = w;
-  h.start = p.bias;
+  h.start = p.head + BIAS(0u);
   h.n_columns = v->out_width;
   h.x_row = v->stride_height * s.pitch * FILTERS;
   h.x_column = v->stride_width * FILTERS;

@@ -289,38 +289,26 @@ INLINE void add_channels(const taps *t, const int8_t *a, const int16_t *w, int32
 
 /* What is known of the taps of many positions, so that nothing has to be asked at each. */
 enum taps_kind {
-  CHANNELS, /* depthwise */
-  SIXTEENS, /* one run a row, of a multiple of 16 codes */
-  FOURS,    /* one run a row, of a multiple of 4 codes */
+  CHANNELS,     /* depthwise */
+  FORTY_EIGHTS, /* one run a row, of a multiple of 48 codes */
+  SIXTEENS,     /* of 16 */
+  FOURS,        /* of 4 */
   ANY
 };
 
+#if DSP
 static enum taps_kind kind_of(const taps *t) {
-  if (t->width != 1u || (t->n & 3u)) return ANY;
-  return t->n & 15u ? FOURS : SIXTEENS;
+  if (t->width != 1u || (t->n & 3u) || !t->n || !t->height) return ANY;
+  if (t->n & 15u) return FOURS;
+  return t->n % 48u ? SIXTEENS : FORTY_EIGHTS;
 }
+#endif
 
 /* Add the products of four filters at one position to sums. */
-INLINE void add_products(enum taps_kind kind, const taps *t, const int8_t *a, const int16_t *w, int32_t *sums) {
+static void add_products(const taps *t, const int8_t *a, const int16_t *w, int32_t *sums) {
   int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
   uint32_t row, run, n_16 = t->n & ~15u, n_4 = t->n & 12u, n_1 = t->n & 3u, w_gap = t->w_gap;
   int32_t run_gap = gap(t->x_run, t->n), row_gap = gap(t->x_row, t->width * t->x_run);
-#if DSP
-  if (kind == SIXTEENS || kind == FOURS) {
-    row_gap += run_gap;
-    for (row = t->height; row; row--, a += row_gap, w += w_gap) {
-      if (kind == SIXTEENS || n_16) RUN(SIXTEEN_TAPS, a + n_16);
-      if (kind == FOURS) RUN(FOUR_TAPS, a + n_4);
-    }
-    sums[0] = s0;
-    sums[1] = s1;
-    sums[2] = s2;
-    sums[3] = s3;
-    return;
-  }
-#else
-  (void)kind;
-#endif
   for (row = t->height; row; row--, a += row_gap, w += w_gap) {
     for (run = t->width; run; run--, a += run_gap) {
       const int8_t *last;
@@ -351,13 +339,13 @@ INLINE void add_products(enum taps_kind kind, const taps *t, const int8_t *a, co
 
 /* ---- results ---------------------------------------------------------------------------------------------------- */
 
-/* What becomes of the sums of four filters. Twice two mantissas and two offsets, which hold zero point and rounding before
- * the shift; then four shifts (less 32 where the upper half of a product is enough) and four biases. */
+/* What becomes of the sums of four filters: of the first two, then of the others, mantissas, offsets, which hold zero point
+ * and rounding before the shift, shifts, less 32 where the upper half of a product is enough, and biases. */
 #define HEAD (EDGECOMP_FOUR_BYTES / 4u)
-#define MANTISSA(f) (((f) & 2u) * 2u + ((f) & 1u))
+#define MANTISSA(f) (((f) & 2u) * 4u + ((f) & 1u))
 #define OFFSET(f) (MANTISSA(f) + 2u)
-#define SHIFT(f) (8u + (f))
-#define BIAS(f) (12u + (f))
+#define SHIFT(f) (MANTISSA(f) + 4u)
+#define BIAS(f) (MANTISSA(f) + 6u)
 
 static void write_head(const edgecomp_scaling *s, uint32_t channel, uint32_t n, int32_t *head) {
   uint32_t f;
@@ -462,14 +450,15 @@ APART void finish_sums(const filters *p, const int32_t *sums, uint32_t place) {
         "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"                                                                      \
         "smmla  %[a], %[a], r8, r10\n\t"                                                                            \
         "smmla  %[b], %[b], r9, r11\n\t"                                                                            \
+        "ldrd   r8, r9, [%[h]], #16\n\t"                                                                            \
+        "asr    %[a], %[a], r8\n\t"                                                                                 \
+        "asr    %[b], %[b], r9\n\t"                                                                                 \
         "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"                                                                      \
         "smmla  %[c], %[c], r8, r10\n\t"                                                                            \
         "smmla  %[d], %[d], r9, r11\n\t"                                                                            \
-        "ldmia  %[h], {r8, r9, r10, r11}\n\t"                                                                       \
-        "asr    %[a], %[a], r8\n\t"                                                                                 \
-        "asr    %[b], %[b], r9\n\t"                                                                                 \
-        "asr    %[c], %[c], r10\n\t"                                                                                \
-        "asr    %[d], %[d], r11\n\t"                                                                                \
+        "ldrd   r8, r9, [%[h]]\n\t"                                                                                 \
+        "asr    %[c], %[c], r8\n\t"                                                                                 \
+        "asr    %[d], %[d], r9\n\t"                                                                                 \
         "ssat   %[a], #8, %[a]\n\t"                                                                                 \
         "ssat   %[b], #8, %[b]\n\t"                                                                                 \
         "ssat   %[c], #8, %[c]\n\t"                                                                                 \
@@ -498,7 +487,7 @@ typedef struct {
 } part;
 
 #if DSP
-/* Rows of a window, each of one run of n codes. */
+/* Rows of a window, each of one run of n codes; gaps: of the image, and of the weights. */
 #define WINDOW(body)                                                                                                \
   do {                                                                                                              \
     int32_t p, h;                                                                                                   \
@@ -507,8 +496,7 @@ typedef struct {
         "2:\n\t"                                                                                                    \
         "ldr    %[end], %[n]\n\t"                                                                                   \
         "add    %[end], %[end], %[a]\n\t" LOOP(body)                                                                \
-        "ldr    %[p], %[row_gap]\n\t"                                                                               \
-        "ldr    %[t], %[w_gap]\n\t"                                                                                 \
+        "ldrd   %[p], %[t], %[gaps]\n\t"                                                                            \
         "add    %[a], %[a], %[p]\n\t"                                                                               \
         "add    %[w], %[w], %[t]\n\t"                                                                               \
         "ldr    %[p], %[w_end]\n\t"                                                                                 \
@@ -516,42 +504,44 @@ typedef struct {
         "bne    2b\n\t"                                                                                             \
         : [a] "+r"(a), [w] "+r"(w), [s0] "+r"(s0), [s1] "+r"(s1), [s2] "+r"(s2), [s3] "+r"(s3), [p] "=&r"(p),       \
           [t] "=&r"(h), [end] "=&r"(end)                                                                            \
-        : [n] "m"(n), [row_gap] "m"(row_gap), [w_gap] "m"(w_gap), [w_end] "m"(w_end)                                \
+        : [n] "m"(n), [gaps] "m"(gaps), [w_end] "m"(w_end)                                                          \
         : "r8", "r9", "r10", "r11", "cc", "memory");                                                                \
   } while (0)
 
-/* Four filters at many positions, where a row of a window is a run of fours. */
+/* Four filters at many positions, where a row of a window is a run of fours, and there is a row. */
 INLINE void compute_rows(enum taps_kind kind, const filters *p, const taps *t, const part *h) {
   const int16_t *first = h->w;
-  const int32_t *head = p->head, *start = h->start;
-  uint32_t y_step = p->conv->window.out_channels, row, n = t->n, w_gap = t->w_gap * sizeof(int16_t);
+  const int32_t *start = h->start;
+  uint32_t x_step = h->x_column, y_step = p->conv->window.out_channels, n = t->n, row;
   const int16_t *w_end = first + t->height * (FILTERS * t->n + t->w_gap);
-  int32_t row_gap = gap(t->x_row, n);
+  const int32_t gaps[2] = {gap(t->x_row, n), (int32_t)(t->w_gap * sizeof(int16_t))};
+  enum finish_kind finished_by = p->kind;
   for (row = 0; row < h->n_rows; row++) {
     const int8_t *x = h->x + row * h->x_row;
-    uint32_t place = h->place + row * p->conv->window.out_width * y_step, count = h->n_columns;
-    for (; count; count--, x += h->x_column, place += y_step) {
+    int8_t *y = p->y + h->place + row * p->conv->window.out_width * y_step;
+    uint32_t count = h->n_columns;
+    for (; count; count--, x += x_step, y += y_step) {
       const int8_t *a = x;
       const int16_t *w = first;
       int32_t s0 = start[0], s1 = start[1], s2 = start[2], s3 = start[3];
-      if (t->height) {
-        if (kind == SIXTEENS)
-          WINDOW(SIXTEEN_TAPS);
-        else
-          WINDOW(FOUR_TAPS);
-      }
-      if (p->kind == PLAIN) {
-        FINISH_FOUR(s0, s1, s2, s3, head, p->y + place);
+      if (kind == FORTY_EIGHTS)
+        WINDOW(SIXTEEN_TAPS SIXTEEN_TAPS SIXTEEN_TAPS);
+      else if (kind == SIXTEENS)
+        WINDOW(SIXTEEN_TAPS);
+      else
+        WINDOW(FOUR_TAPS);
+      if (finished_by == PLAIN) {
+        FINISH_FOUR(s0, s1, s2, s3, p->head, y);
       } else {
         int32_t sums[FILTERS];
         sums[0] = s0;
         sums[1] = s1;
         sums[2] = s2;
         sums[3] = s3;
-        if (p->kind == SUMMED)
-          finish_sums(p, sums, place);
+        if (finished_by == SUMMED)
+          finish_sums(p, sums, (uint32_t)(y - p->y));
         else
-          finish(p, sums, place);
+          finish(p, sums, (uint32_t)(y - p->y));
       }
     }
   }
@@ -576,7 +566,7 @@ INLINE void compute_kind(enum taps_kind kind, const filters *p, const taps *t, c
       if (kind == CHANNELS)
         add_channels(&here, a, w, sums);
       else
-        add_products(kind, &here, a, w, sums);
+        add_products(&here, a, w, sums);
       if (p->kind == PLAIN) {
         const int32_t *head = p->head;
         int8_t *y = p->y + place;
@@ -594,7 +584,9 @@ INLINE void compute_kind(enum taps_kind kind, const filters *p, const taps *t, c
 APART void compute(const filters *p, const taps *t, const part *h) {
 #if DSP
   enum taps_kind kind = kind_of(t);
-  if (kind == SIXTEENS)
+  if (kind == FORTY_EIGHTS)
+    compute_rows(FORTY_EIGHTS, p, t, h);
+  else if (kind == SIXTEENS)
     compute_rows(SIXTEENS, p, t, h);
   else if (kind == FOURS)
     compute_rows(FOURS, p, t, h);
@@ -796,7 +788,8 @@ static int16_t *widen_fill(int8_t code, uint32_t n, int16_t *to) {
 typedef struct {
   const edgecomp_conv *conv;
   const int8_t *x;
-  uint32_t run, x_row;            /* codes of a row of a window, and from one to the next in the image */
+  uint32_t run, x_row;               /* codes of a row of a window, and from one to the next in the image */
+  uint32_t y_step, x_step, origin;   /* from window to window, and from the first one to the image */
   uint32_t top, bottom, left, right; /* positions whose windows lie inside */
 } windows;
 
@@ -831,28 +824,42 @@ APART void copy_border(const windows *c, int32_t top, int32_t left, int is_wide,
   (void)patch;
 }
 
+/* The same for a window that lies inside. */
+static int8_t *copy_rows(const int8_t *a, uint32_t height, uint32_t run, uint32_t x_row, int8_t *to) {
+  for (; height; height--, a += x_row) {
+#if DSP
+    if (run >= 4u) {
+      const int8_t *b = a, *last = a + run - 4u;
+      int8_t *end = to + run - 4u;
+      for (; b < last; b += 4, to += 4) memcpy(to, b, 4);
+      memcpy(end, last, 4);
+      to = end + 4;
+      continue;
+    }
+#endif
+    copy_codes(a, run, to);
+    to += run;
+  }
+  return to;
+}
+
 /* Copy the window of a position into a patch; n: its taps, rounded up to fours. */
 static void copy_window(const windows *c, uint32_t oy, uint32_t ox, uint32_t n, int8_t *window, int16_t *patch) {
   const edgecomp_window *v = &c->conv->window;
-  int32_t top = (int32_t)(oy * v->stride_height) - v->pad_top, left = (int32_t)(ox * v->stride_width) - v->pad_left;
   int is_inside = oy >= c->top && oy < c->bottom && ox >= c->left && ox < c->right;
   int is_wide = DSP && !((is_inside ? c->run : v->in_channels) & 3u);
   if (is_inside) {
-    const int8_t *a = c->x + ((uint32_t)top * v->in_width + (uint32_t)left) * v->in_channels;
-    int8_t *to = window;
+    const int8_t *a = c->x + (oy * c->y_step + ox * c->x_step - c->origin);
     uint32_t k;
-    for (k = v->kernel_height; k; k--, a += c->x_row) {
+    if (!is_wide) (void)copy_rows(a, v->kernel_height, c->run, c->x_row, window);
 #if DSP
-      if (is_wide) {
-        patch = widen(a, c->run, patch);
-        continue;
-      }
+    for (k = v->kernel_height; is_wide && k; k--, a += c->x_row) patch = widen(a, c->run, patch);
+#else
+    (void)k;
 #endif
-      copy_codes(a, c->run, to);
-      to += c->run;
-    }
   } else {
-    copy_border(c, top, left, is_wide, window, patch);
+    copy_border(c, (int32_t)(oy * v->stride_height) - v->pad_top, (int32_t)(ox * v->stride_width) - v->pad_left, is_wide,
+                window, patch);
   }
 #if DSP
   if (!is_wide) (void)widen(window, n, patch);
@@ -904,6 +911,41 @@ static void decode_fours(reader *r, uint32_t n, uint32_t n_filters, int16_t *out
                      : "r8", "r9", "r10", "cc", "memory");                                                          \
   } while (0)
 
+/* PLAIN, of two filters at three positions. */
+#define FINISH_SIX(head_of_two, y, y_step)                                                                          \
+  __asm__ volatile(                                                                                                 \
+        "ldmia  %[h], {r8, r9, r10, r11}\n\t"                                                                       \
+        "smmla  %[s0], %[s0], r8, r10\n\t"                                                                          \
+        "smmla  %[s1], %[s1], r8, r10\n\t"                                                                          \
+        "smmla  %[s2], %[s2], r8, r10\n\t"                                                                          \
+        "smmla  %[s3], %[s3], r9, r11\n\t"                                                                          \
+        "smmla  %[s4], %[s4], r9, r11\n\t"                                                                          \
+        "smmla  %[s5], %[s5], r9, r11\n\t"                                                                          \
+        "ldrd   r8, r9, [%[h], #16]\n\t"                                                                            \
+        "asr    %[s0], %[s0], r8\n\t"                                                                               \
+        "asr    %[s1], %[s1], r8\n\t"                                                                               \
+        "asr    %[s2], %[s2], r8\n\t"                                                                               \
+        "asr    %[s3], %[s3], r9\n\t"                                                                               \
+        "asr    %[s4], %[s4], r9\n\t"                                                                               \
+        "asr    %[s5], %[s5], r9\n\t"                                                                               \
+        "ssat   %[s0], #8, %[s0]\n\t"                                                                               \
+        "ssat   %[s1], #8, %[s1]\n\t"                                                                               \
+        "ssat   %[s2], #8, %[s2]\n\t"                                                                               \
+        "ssat   %[s3], #8, %[s3]\n\t"                                                                               \
+        "ssat   %[s4], #8, %[s4]\n\t"                                                                               \
+        "ssat   %[s5], #8, %[s5]\n\t"                                                                               \
+        "strb   %[s0], [%[to]]\n\t"                                                                                 \
+        "strb   %[s3], [%[to], #1]\n\t"                                                                             \
+        "add    r8, %[to], %[step]\n\t"                                                                             \
+        "strb   %[s1], [r8]\n\t"                                                                                    \
+        "strb   %[s4], [r8, #1]\n\t"                                                                                \
+        "add    r8, r8, %[step]\n\t"                                                                                \
+        "strb   %[s2], [r8]\n\t"                                                                                    \
+        "strb   %[s5], [r8, #1]\n\t"                                                                                \
+      : [s0] "+r"(s0), [s1] "+r"(s1), [s2] "+r"(s2), [s3] "+r"(s3), [s4] "+r"(s4), [s5] "+r"(s5)                    \
+      : [h] "r"(head_of_two), [to] "r"(y), [step] "r"(y_step)                                                       \
+      : "r8", "r9", "r10", "r11", "memory")
+
 /* Store a filter's results at some positions. */
 APART void finish_positions(const filters *p, const int32_t *head, uint32_t f, const int32_t *sums, uint32_t n,
                             uint32_t at) {
@@ -933,23 +975,14 @@ APART void compute_patch(const filters *p, const int16_t *patch, const int16_t *
   uint32_t step = p->conv->window.out_channels, f;
   int plain = p->kind == PLAIN && n_positions == POSITIONS && !(p->n & 1u);
   for (f = 0; f < p->n; f += 2u, at += 2u) {
-    const int32_t *head = (const int32_t *)(const void *)four;
+    const int32_t *head = (const int32_t *)(const void *)four + BIAS(f & 2u);
     const int16_t *a = patch, *w = four + 2u * HEAD + 2u * (f & 2u);
-    int32_t s0 = head[BIAS(f & 2u)], s1 = s0, s2 = s0, s3 = head[BIAS(f & 2u) + 1u], s4 = s3, s5 = s3;
+    int32_t s0 = head[0], s1 = s0, s2 = s0, s3 = head[1], s4 = s3, s5 = s3;
     if (n & ~15u) PATCH_RUN(TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS, end_16);
     if (n & 12u) PATCH_RUN(TWO_TAPS TWO_TAPS, end);
-    if (f & 2u) four += 2u * HEAD + FILTERS * n;
+    head = (const int32_t *)(const void *)four;
     if (plain) {
-      const int32_t *of = head + 2u * (f & 2u);
-      int8_t *y = p->y + at;
-      int32_t mantissa = of[0], offset = of[2], shift = head[SHIFT(f & 2u)];
-      y[0] = (int8_t)saturated(upper_half(s0, mantissa, offset) >> shift);
-      y[step] = (int8_t)saturated(upper_half(s1, mantissa, offset) >> shift);
-      y[2u * step] = (int8_t)saturated(upper_half(s2, mantissa, offset) >> shift);
-      mantissa = of[1], offset = of[3], shift = head[SHIFT(f & 2u) + 1u];
-      y[1] = (int8_t)saturated(upper_half(s3, mantissa, offset) >> shift);
-      y[step + 1u] = (int8_t)saturated(upper_half(s4, mantissa, offset) >> shift);
-      y[2u * step + 1u] = (int8_t)saturated(upper_half(s5, mantissa, offset) >> shift);
+      FINISH_SIX(head + MANTISSA(f & 2u), p->y + at, step);
     } else {
       int32_t sums[2u * POSITIONS];
       sums[0] = s0;
@@ -961,6 +994,7 @@ APART void compute_patch(const filters *p, const int16_t *patch, const int16_t *
       finish_positions(p, head, f & 2u, sums, n_positions, at);
       if (f + 1u < p->n) finish_positions(p, head, (f & 2u) + 1u, sums + POSITIONS, n_positions, at + 1u);
     }
+    if (f & 2u) four += 2u * HEAD + FILTERS * n;
   }
 }
 #endif
@@ -977,13 +1011,14 @@ APART void convolve_patches(filters *p, const int8_t *x, uint32_t n, uint32_t fo
   reader r = open_stream(&conv->weights);
   windows from;
 #if !DSP
+  int32_t start[FILTERS];
   taps t;
   part h;
   t.height = t.width = 1u;
   t.n = t.x_run = n;
   t.x_row = t.w_gap = 0u;
   h.x = window;
-  h.start = p->head + BIAS(0u);
+  h.start = start;
   h.n_rows = h.n_columns = 1u;
   h.x_row = h.x_column = 0u;
 #endif
@@ -992,6 +1027,9 @@ APART void convolve_patches(filters *p, const int8_t *x, uint32_t n, uint32_t fo
   from.x = x;
   from.run = (uint32_t)v->kernel_width * v->in_channels;
   from.x_row = (uint32_t)v->dilation_height * v->in_width * v->in_channels;
+  from.y_step = (uint32_t)v->stride_height * v->in_width * v->in_channels;
+  from.x_step = (uint32_t)v->stride_width * v->in_channels;
+  from.origin = ((uint32_t)v->pad_top * v->in_width + v->pad_left) * v->in_channels;
   whole(v->in_height, v->out_height, (v->kernel_height - 1u) * v->dilation_height, v->stride_height, v->pad_top,
         &from.top, &from.bottom);
   whole(v->in_width, v->out_width, v->kernel_width - 1u, v->stride_width, v->pad_left, &from.left, &from.right);
@@ -1022,9 +1060,10 @@ APART void convolve_patches(filters *p, const int8_t *x, uint32_t n, uint32_t fo
 #else
       for (c = 0; c < n_now; c += FILTERS) {
         load_filters(p, first + c, n_now - c < FILTERS ? n_now - c : FILTERS);
+        for (k = 0; k < FILTERS; k++) start[k] = p->head[BIAS(k)];
         h.place = place * n_filters + first + c;
         h.w = w + c / FILTERS * four;
-        compute_kind(FOURS, p, &t, &h);
+        compute_kind(ANY, p, &t, &h);
       }
 #endif
     }
@@ -1251,6 +1290,7 @@ void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, v
   int is_split = DSP && v->kernel_height == 3u && v->kernel_width == 3u && v->dilation_height == 1u &&
                  v->dilation_width == 1u && v->stride_width <= 2u && finish_of(conv, 0) == PLAIN;
   reader r = open_stream(&conv->weights);
+  int32_t start[FILTERS];
   filters p;
   strip s;
   taps t;
@@ -1272,7 +1312,7 @@ void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, v
   t.w_gap = 0;
   h.x = s.codes;
   h.w = w;
-  h.start = p.head + BIAS(0u);
+  h.start = start;
   h.n_columns = v->out_width;
   h.x_row = v->stride_height * s.pitch * FILTERS;
   h.x_column = v->stride_width * FILTERS;
@@ -1319,7 +1359,7 @@ void edgecomp_fully_connected(const edgecomp_linear *linear, const int8_t *x, in
       t.n = linear->n_in - i < EDGECOMP_LINEAR_RUN ? linear->n_in - i : EDGECOMP_LINEAR_RUN;
       if (n_filters < FILTERS) memset(w, 0, FILTERS * t.n * sizeof(int16_t));
       (void)decode_run(&r, t.n, n_filters, w);
-      add_products(ANY, &t, x + i, w, sums);
+      add_products(&t, x + i, w, sums);
     }
     for (f = 0; f < n_filters; f++) y[o + f] = finished(s, o + f, sums[f]);
   }

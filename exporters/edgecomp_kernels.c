@@ -20,6 +20,8 @@
 
 /* Filters that are computed together. */
 #define FILTERS 4u
+/* Where so many fours of filters fit into scratch memory, a convolution is computed on patches. */
+#define ENOUGH_FOURS 6u
 
 /* ---- numbers ---------------------------------------------------------------------------------------------------- */
 
@@ -94,6 +96,22 @@ static void decode(reader *r, uint32_t n, int16_t *out) {
   int sparse = w->form >= EDGECOMP_SPARSE;
   int16_t *end = out + n;
   if (w->form == EDGECOMP_DENSE && bits == 8u) {
+#if DSP
+    for (; n >= 4u; n -= 4u, out += 4) {
+      int32_t four, t;
+      memcpy(&four, p, 4);
+      p += 4;
+      __asm__(
+          "sxtb16 %1, %0\n\t"
+          "sxtb16 %0, %0, ror #8\n\t"
+          "pkhbt  %2, %1, %0, lsl #16\n\t"
+          "pkhtb  %0, %0, %1, asr #16\n\t"
+          : "+r"(four), "=&r"(t), "=&r"(n_held));
+      memcpy(out, &n_held, 4);
+      memcpy(out + 2, &four, 4);
+    }
+    n_held = 0;
+#endif
     while (out != end) *out++ = (int8_t)*p++;
   } else if (w->form == EDGECOMP_DENSE && bits == 4u && n_held == 0u && (n & 3u) == 0u) {
     for (; out != end; out += 4, p += 2) {
@@ -1062,7 +1080,7 @@ APART void convolve_patches(filters *p, const int8_t *x, uint32_t n, uint32_t fo
         load_filters(p, first + c, n_now - c < FILTERS ? n_now - c : FILTERS);
         for (k = 0; k < FILTERS; k++) start[k] = p->head[BIAS(k)];
         h.place = place * n_filters + first + c;
-        h.w = w + c / FILTERS * four;
+        h.w = w + c / FILTERS * four + EDGECOMP_FOUR_BYTES / 2u;
         compute_kind(ANY, p, &t, &h);
       }
 #endif
@@ -1088,7 +1106,7 @@ void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *r
     uint32_t all = (n_taps * n + 3u) & ~3u, fours = (per_group + FILTERS - 1u) / FILTERS;
     uint32_t taken = (n & 3u ? 7u : 6u) * all;
     uint32_t room = scratch_bytes <= taken ? 0u : (scratch_bytes - taken) / (EDGECOMP_FOUR_BYTES + 8u * all);
-    if ((n & 3u) || (DSP && room >= (fours < 8u ? fours : 8u))) {
+    if ((n & 3u) || (DSP && room >= (fours < ENOUGH_FOURS ? fours : ENOUGH_FOURS))) {
       convolve_patches(&p, x, all, room < fours ? room : fours, scratch);
       return;
     }
@@ -1318,6 +1336,7 @@ void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, v
   h.x_column = v->stride_width * FILTERS;
   for (c = 0; c < v->in_channels; c += FILTERS) {
     load_filters(&p, c, v->in_channels - c < FILTERS ? v->in_channels - c : FILTERS);
+    for (i = 0; i < FILTERS; i++) start[i] = p.head[BIAS(i)];
     next_part(&r);
     if (p.n < FILTERS) memset(w, 0, FILTERS * n_taps * sizeof(int16_t));
     if (p.n == FILTERS)

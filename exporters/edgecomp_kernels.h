@@ -102,7 +102,7 @@ typedef struct {
  * where windows reach out of the image, 16 bytes a tap of the kernel and of its width. Where pixels are no fours of codes
  * (one group, not dilated in width): 7 bytes a tap of a filter, rounded up to fours, then, once or for every four of
  * filters, 8 a tap and EDGECOMP_FOUR_BYTES. Other such layers are computed in that way, faster, where that and 6 bytes a tap
- * are there for all fours, or for eight. */
+ * are there for all fours, or for six. */
 void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch,
                      uint32_t scratch_bytes);
 /* One filter a channel; weights: every tap of four channels, then of the next four. scratch: 8 bytes a tap of the kernel,

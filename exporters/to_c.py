@@ -121,7 +121,7 @@ def program_of(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Program:
     scratch = {}
     for i, step in enumerate(work.steps):
         if step.scratch_bytes:
-            # What is free at that time costs nothing.
+            # What is free in the arena at that time costs nothing.
             offset, room = widest_gap(lasting, arena.offsets, arena.n_bytes, i)
             scratch[i] = offset, max(n for n in (step.scratch_bytes, *step.more_scratch) if n <= room)
     place = {source: "in", result: "out"}

@@ -1199,21 +1199,57 @@ APART void split_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, uin
     for (f = 0; f < n_channels; f++) to[f * plane] = a[f];
 }
 
-/* A row of two windows, one beside the other, and of one. */
-#define ROW_OF_TWO(address, outer, middle)                                     \
-  do {                                                                         \
-    int32_t p, t;                                                              \
-    memcpy(&p, (address), 4);                                                  \
-    __asm__(                                                                   \
-        "sxtb16 %[t], %[p]\n\t"                                                \
-        "sxtb16 %[p], %[p], ror #8\n\t"                                        \
-        "smlad  %[s0], %[t], %[o], %[s0]\n\t"                                  \
-        "smlabb %[s0], %[p], %[m], %[s0]\n\t"                                  \
-        "smlad  %[s1], %[p], %[o], %[s1]\n\t"                                  \
-        "smlatb %[s1], %[t], %[m], %[s1]\n\t"                                  \
-        : [s0] "+r"(s0), [s1] "+r"(s1), [p] "+r"(p), [t] "=&r"(t)              \
-        : [o] "r"(outer), [m] "r"(middle));                                    \
+/* Windows of 3x3 by twos, one beside the other, until a reaches end. */
+#define PAIRS_OF_WINDOWS(table, bias_of_both, end)                                                                  \
+  do {                                                                                                              \
+    int32_t s0, s1, p, t;                                                                                           \
+    const int32_t *h = (table);                                                                                     \
+    __asm__ volatile(                                                                                               \
+        "1:\n\t"                                                                                                    \
+        "ldr    %[s0], %[bias]\n\t"                                                                                 \
+        "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"                                                                      \
+        "mov    %[s1], %[s0]\n\t"                                                                                   \
+        "ldr    %[p], [%[a]]\n\t"                                                                                   \
+        "sxtb16 %[t], %[p]\n\t"                                                                                     \
+        "sxtb16 %[p], %[p], ror #8\n\t"                                                                             \
+        "smlad  %[s0], %[t], r8, %[s0]\n\t"                                                                         \
+        "smlabb %[s0], %[p], r9, %[s0]\n\t"                                                                         \
+        "smlad  %[s1], %[p], r8, %[s1]\n\t"                                                                         \
+        "smlatb %[s1], %[t], r9, %[s1]\n\t"                                                                         \
+        "ldr    %[p], [%[a], %[pitch]]\n\t"                                                                         \
+        "sxtb16 %[t], %[p]\n\t"                                                                                     \
+        "sxtb16 %[p], %[p], ror #8\n\t"                                                                             \
+        "smlad  %[s0], %[t], r10, %[s0]\n\t"                                                                        \
+        "smlabb %[s0], %[p], r11, %[s0]\n\t"                                                                        \
+        "smlad  %[s1], %[p], r10, %[s1]\n\t"                                                                        \
+        "smlatb %[s1], %[t], r11, %[s1]\n\t"                                                                        \
+        "ldr    %[p], [%[a], %[pitch], lsl #1]\n\t"                                                                 \
+        "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"                                                                      \
+        "sxtb16 %[t], %[p]\n\t"                                                                                     \
+        "sxtb16 %[p], %[p], ror #8\n\t"                                                                             \
+        "smlad  %[s0], %[t], r8, %[s0]\n\t"                                                                         \
+        "smlabb %[s0], %[p], r9, %[s0]\n\t"                                                                         \
+        "smlad  %[s1], %[p], r8, %[s1]\n\t"                                                                         \
+        "smlatb %[s1], %[t], r9, %[s1]\n\t"                                                                         \
+        "ldr    %[t], [%[h]], #-32\n\t"                                                                             \
+        "smmla  %[s0], %[s0], r10, r11\n\t"                                                                         \
+        "smmla  %[s1], %[s1], r10, r11\n\t"                                                                         \
+        "asr    %[s0], %[s0], %[t]\n\t"                                                                             \
+        "asr    %[s1], %[s1], %[t]\n\t"                                                                             \
+        "ssat   %[s0], #8, %[s0]\n\t"                                                                               \
+        "ssat   %[s1], #8, %[s1]\n\t"                                                                               \
+        "strb   %[s0], [%[y]]\n\t"                                                                                  \
+        "strb   %[s1], [%[y], %[step]]\n\t"                                                                         \
+        "ldr    %[p], %[last]\n\t"                                                                                  \
+        "add    %[y], %[y], %[step], lsl #1\n\t"                                                                    \
+        "add    %[a], %[a], #2\n\t"                                                                                 \
+        "cmp    %[a], %[p]\n\t"                                                                                     \
+        "bne    1b\n\t"                                                                                             \
+        : [a] "+r"(b), [y] "+r"(y), [h] "+r"(h), [s0] "=&r"(s0), [s1] "=&r"(s1), [p] "=&r"(p), [t] "=&r"(t)         \
+        : [pitch] "r"(pitch), [step] "r"(y_step), [bias] "m"(bias_of_both), [last] "m"(end)                         \
+        : "r8", "r9", "r10", "r11", "cc", "memory");                                                                \
   } while (0)
+/* A row of one window. */
 #define ROW_OF_ONE(address, outer, middle)                                     \
   do {                                                                         \
     int32_t p, t;                                                              \
@@ -1232,64 +1268,51 @@ APART void split_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, uin
 APART void compute_plane(const filters *p, uint32_t f, const int16_t *w, uint32_t pitch, const int8_t *a,
                          uint32_t n_rows, int8_t *y) {
   const edgecomp_window *v = &p->conv->window;
-  uint32_t y_step = v->out_channels, shift = (uint32_t)p->head[SHIFT(f)], stride = v->stride_width, n_columns = v->out_width;
-  uint32_t a_step = v->stride_height * pitch, n_pairs = stride == 1u ? n_columns / 2u : 0u, count;
-  int32_t bias = p->head[BIAS(f)], mantissa = p->head[MANTISSA(f)], offset = p->head[OFFSET(f)];
-  uint32_t outer0, outer1, outer2, middle0, middle1, middle2;
-  w += f;
-  outer0 = pair_of(w[0], w[2u * FILTERS]);
-  middle0 = (uint16_t)w[FILTERS];
-  outer1 = pair_of(w[3u * FILTERS], w[5u * FILTERS]);
-  middle1 = (uint16_t)w[4u * FILTERS];
-  outer2 = pair_of(w[6u * FILTERS], w[8u * FILTERS]);
-  middle2 = (uint16_t)w[7u * FILTERS];
-  n_columns -= 2u * n_pairs;
+  uint32_t y_step = v->out_channels, stride = v->stride_width, a_step = v->stride_height * pitch;
+  uint32_t in_pairs = stride == 1u ? v->out_width & ~1u : 0u, n_single = v->out_width - in_pairs, count;
+  int32_t bias = p->head[BIAS(f)], table[9]; /* of each row the weights 0 and 2, and 1; mantissa, offset, shift */
+  for (count = 0, w += f; count < 6u; count += 2u, w += 3u * FILTERS) {
+    table[count] = (int32_t)pair_of(w[0], w[2u * FILTERS]);
+    table[count + 1u] = w[FILTERS];
+  }
+  table[6] = p->head[MANTISSA(f)];
+  table[7] = p->head[OFFSET(f)];
+  table[8] = p->head[SHIFT(f)];
   for (; n_rows; n_rows--, a += a_step) {
-    const int8_t *b = a;
-    for (count = n_pairs; count; count--, b += 2, y += 2u * y_step) {
-      int32_t s0 = bias, s1 = bias;
-      ROW_OF_TWO(b, outer0, middle0);
-      ROW_OF_TWO(b + pitch, outer1, middle1);
-      ROW_OF_TWO(b + 2u * pitch, outer2, middle2);
-      y[0] = (int8_t)saturated(upper_half(s0, mantissa, offset) >> shift);
-      y[y_step] = (int8_t)saturated(upper_half(s1, mantissa, offset) >> shift);
-    }
-    for (count = n_columns; count; count--, b += stride, y += y_step) {
+    const int8_t *b = a, *end = a + in_pairs;
+    if (in_pairs) PAIRS_OF_WINDOWS(table, bias, end);
+    for (count = n_single; count; count--, b += stride, y += y_step) {
       int32_t s0 = bias;
-      ROW_OF_ONE(b, outer0, middle0);
-      ROW_OF_ONE(b + pitch, outer1, middle1);
-      ROW_OF_ONE(b + 2u * pitch, outer2, middle2);
-      y[0] = (int8_t)saturated(upper_half(s0, mantissa, offset) >> shift);
+      ROW_OF_ONE(b, table[0], table[1]);
+      ROW_OF_ONE(b + pitch, table[2], table[3]);
+      ROW_OF_ONE(b + 2u * pitch, table[4], table[5]);
+      y[0] = (int8_t)saturated(upper_half(s0, table[6], table[7]) >> table[8]);
     }
   }
 }
 #endif
 
-static void fill_words(int32_t word, uint32_t n, int8_t *to) {
+/* n bytes, of words. */
+static void fill_words(int8_t code, uint32_t n, int8_t *to) {
+  int32_t word = (int32_t)((uint8_t)code * 0x01010101u);
   int32_t *at = (int32_t *)(void *)to;
-  for (; n; n--) *at++ = word;
+  for (; n; n -= 4u) *at++ = word;
 }
 
-/* Fill a strip with rows of the image, from `top` on, which may lie outside. */
+/* Fill a strip with rows of the image, from `top` on, which may lie outside. What lies beside them is not touched. */
 APART void fill_strip(const edgecomp_conv *conv, const int8_t *x, uint32_t n_channels, int is_split, int32_t top,
-                       const strip *to) {
+                      const strip *to) {
   const edgecomp_window *v = &conv->window;
-  uint32_t left = v->pad_left < to->pitch ? v->pad_left : to->pitch, unit = is_split ? 1u : FILTERS, row, f;
-  uint32_t width = to->pitch - left < v->in_width ? to->pitch - left : v->in_width;
-  uint32_t row_bytes = to->pitch * unit, x_row = (uint32_t)v->in_width * v->in_channels;
-  /* Words at both ends, a part of which pixels may take over. */
-  uint32_t before = (left * unit + 3u) / 4u, behind = ((to->pitch - left - width) * unit + 3u) / 4u;
-  int32_t word = (int32_t)((uint8_t)conv->in_zero * 0x01010101u);
+  uint32_t left = v->pad_left < to->pitch ? v->pad_left : to->pitch, row, f;
+  uint32_t width = to->pitch - left < v->in_width ? to->pitch - left : v->in_width, n_rows = to->n_rows;
+  uint32_t row_bytes = is_split ? to->pitch : to->pitch * FILTERS, x_row = (uint32_t)v->in_width * v->in_channels;
   int8_t *codes = to->codes;
-  for (row = 0; row < to->n_rows; row++, codes += row_bytes) {
+  for (row = 0; row < n_rows; row++, codes += row_bytes) {
     int32_t y = top + (int32_t)row;
-    int is_inside = y >= 0 && y < v->in_height;
-    for (f = 0; f < (is_split ? FILTERS : 1u); f++) {
-      int8_t *start = codes + f * to->plane;
-      fill_words(word, is_inside ? before : row_bytes / 4u, start);
-      if (is_inside) fill_words(word, behind, start + row_bytes - 4u * behind);
+    if (y < 0 || y >= v->in_height) {
+      for (f = 0; f < (is_split ? FILTERS : 1u); f++) fill_words(conv->in_zero, row_bytes, codes + f * to->plane);
+      continue;
     }
-    if (!is_inside) continue;
 #if DSP
     if (is_split) {
       split_pixels(x + (uint32_t)y * x_row, n_channels, v->in_channels, width, to->plane, codes + left);
@@ -1334,6 +1357,7 @@ void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, v
   h.n_columns = v->out_width;
   h.x_row = v->stride_height * s.pitch * FILTERS;
   h.x_column = v->stride_width * FILTERS;
+  fill_words(conv->in_zero, FILTERS * s.plane, s.codes);
   for (c = 0; c < v->in_channels; c += FILTERS) {
     load_filters(&p, c, v->in_channels - c < FILTERS ? v->in_channels - c : FILTERS);
     for (i = 0; i < FILTERS; i++) start[i] = p.head[BIAS(i)];

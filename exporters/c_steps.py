@@ -22,6 +22,8 @@ from .layout import TO_NHWC, feature_orders, moves_data, stored_axis, stored_sha
 
 _MOST = (1 << 16) - 1
 _NARROW_SHIFTS = (33, 54)
+_MOST_LIFT = 8
+"""Weights of 8 bits, multiplied by 2 to this power, are numbers of 16 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -185,8 +187,14 @@ def _weights(label: str, stream: CodeStream) -> tuple[list[Constant], str]:
     return constants, f"{{{label}_codes, {levels}, EDGECOMP_{stream.form.name}, {stream.bits}}}"
 
 
-def _scaling(work: Lowering, label: str, node: Node, weight: Array) -> tuple[list[Constant], str]:
-    """Give bias, mantissas and shifts of a layer; weight (O, taps) as its sums need it."""
+def _scaling(
+    work: Lowering, label: str, node: Node, weight: Array, *, most_lift: int = 0
+) -> tuple[list[Constant], str, int]:
+    """Give bias, mantissas and shifts of a layer; weight (O, taps) as its sums need it.
+
+    Sums may be multiplied by 2 to the power of a lift of at most `most_lift`, the last that is returned: shifts grow by
+    it, and those that the upper half of a product is enough for need no 64 bits.
+    """
     x, y = (_quant(work.graph.tensors[name]) for name in (node.inputs[0], node.outputs[0]))
     bias, scale = work.graph.bias(node), _quant(work.graph.weight(node)).scale
     factor = multiplier(scale.astype(np.float64) * float(x.scale) / float(y.scale))
@@ -194,19 +202,24 @@ def _scaling(work: Lowering, label: str, node: Node, weight: Array) -> tuple[lis
     total = -int(x.zero_point) * rows.sum(axis=1)
     if bias is not None and bias.data is not None:
         total = total + bias.data
-    if (np.abs(total) + 128 * np.abs(rows).sum(axis=1) >= 1 << 31).any():
+    most = int((np.abs(total) + 128 * np.abs(rows).sum(axis=1)).max())
+    if most >= 1 << 31:
         raise ExportError(f"c: {node.name!r}: its sums of products can exceed 32 bits")
     low, high = clamp_codes(node)
+    least, largest = _NARROW_SHIFTS
+    lift = max(0, least - int(factor.shift.min()))
+    if lift > most_lift or most << lift >= 1 << 31 or int(factor.shift.max()) + lift > largest:
+        lift = 0
+    shift = factor.shift + lift
     arrays = {
-        "bias": ("int32_t", total.astype(np.int32)),
+        "bias": ("int32_t", (total << lift).astype(np.int32)),
         "mantissa": ("int32_t", factor.mantissa.astype(np.int32)),
-        "shift": ("uint8_t", factor.shift.astype(np.uint8)),
+        "shift": ("uint8_t", shift.astype(np.uint8)),
     }
     constants = [Constant(name=f"{label}_{key}", type=kind, values=v) for key, (kind, v) in arrays.items()]
-    least, most = _NARROW_SHIFTS
-    wide = int(((factor.shift < least) | (factor.shift > most)).any())
+    wide = int(((shift < least) | (shift > largest)).any())
     names = ", ".join(constant.name for constant in constants)
-    return constants, f"{{{names}, {wide}, {int(y.zero_point)}, {low}, {high}}}"
+    return constants, f"{{{names}, {wide}, {int(y.zero_point)}, {low}, {high}}}", lift
 
 
 def _window(work: Lowering, node: Node, kernel: Sequence[int]) -> str:
@@ -249,7 +262,7 @@ def _conv2d(work: Lowering, node: Node) -> None:
     parts = channel_fours(rows) if depthwise else filter_fours(rows, groups, run)
     stream = code_stream(list(parts), packed=work.packed)
     constants, weights = _weights(label, stream)
-    more, scaling = _scaling(work, label, node, rows)
+    more, scaling, lift = _scaling(work, label, node, rows, most_lift=_MOST_LIFT)
     constants += more
     pointers, output, name = {"a": work.memory_of(node.inputs[0])}, node.outputs[0], node.name
     summed, residual = "0", "0"
@@ -261,7 +274,7 @@ def _conv2d(work: Lowering, node: Node) -> None:
         pointers["b"] = work.memory_of(other)
         output, name = added.outputs[0], f"{node.name} + {added.name}"
     zero = int(_quant(graph.tensors[node.inputs[0]]).zero_point)
-    text = f"{{{_window(work, node, (kh, kw))}, {weights}, {scaling}, {summed}, {groups}, {zero}}}"
+    text = f"{{{_window(work, node, (kh, kw))}, {weights}, {scaling}, {summed}, {groups}, {zero}, {lift}}}"
     constants.append(Constant(name=label, type="edgecomp_conv", values=text))
     scratch, better = _depthwise_scratch(work, node, kh, kw) if depthwise else _conv_scratch(node, tensor.shape, contiguous=contiguous)
     _, _, *space = graph.tensors[output].shape
@@ -313,7 +326,7 @@ def _linear(work: Lowering, node: Node) -> None:
         raise ExportError(f"c: {node.name!r}: {len(rows)} outputs, the kernels take up to {_MOST}")
     stream = code_stream(list(filter_fours(rows, 1, LINEAR_RUN)), packed=work.packed)
     constants, weights = _weights(label, stream)
-    more, scaling = _scaling(work, label, node, rows)
+    more, scaling, _ = _scaling(work, label, node, rows)
     text = f"{{{weights}, {scaling}, {rows.shape[1]}, {rows.shape[0]}}}"
     constants += [*more, Constant(name=label, type="edgecomp_linear", values=text)]
     work.add(

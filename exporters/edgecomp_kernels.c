@@ -182,6 +182,12 @@ static int16_t *decode_run(reader *r, uint32_t n, uint32_t n_filters, int16_t *o
   return out;
 }
 
+/* Multiply n weights by 2^shift. */
+static void lift(int16_t *w, uint32_t n, uint32_t shift) {
+  if (!shift) return;
+  for (; n; n--, w++) *w = (int16_t)(*w * (1 << shift));
+}
+
 /* ---- sums of products ------------------------------------------------------------------------------------------- */
 
 /* Where the taps of a position lie: `height` x `width` runs of `n` codes. Steps are in elements: from the start of a run
@@ -1061,6 +1067,7 @@ APART void convolve_patches(filters *p, const int8_t *x, uint32_t n, uint32_t fo
       write_head(&conv->scaling, first + c, some, (int32_t *)(void *)to);
 #endif
       decode_fours(&r, n_taps, some, to + EDGECOMP_FOUR_BYTES / 2u);
+      lift(to + EDGECOMP_FOUR_BYTES / 2u, FILTERS * n, conv->lift);
     }
     oy = ox = 0;
     for (place = 0; place < n_places; place += POSITIONS) {
@@ -1119,6 +1126,7 @@ void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *r
       if (p.n < FILTERS) memset(w, 0, FILTERS * n_taps * n * sizeof(int16_t));
       next_part(&r);
       for (i = 0; i < n_taps * n; i += run) out = decode_run(&r, run, p.n, out);
+      lift(w, FILTERS * n_taps * n, conv->lift);
       convolve(&p, x + g * n, w, reaches_out(v) && conv->in_zero ? (int32_t *)(w + FILTERS * n_taps * n) : 0);
     }
   }
@@ -1367,6 +1375,7 @@ void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, v
       decode(&r, FILTERS * n_taps, w);
     else
       for (i = 0; i < n_taps; i++) decode(&r, p.n, w + FILTERS * i);
+    lift(w, FILTERS * n_taps, conv->lift);
     for (oy = 0; oy < v->out_height; oy += band) {
       h.n_rows = v->out_height - oy < band ? v->out_height - oy : band;
       h.place = oy * v->out_width * v->out_channels + c;

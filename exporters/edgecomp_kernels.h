@@ -72,6 +72,7 @@ typedef struct {
   const edgecomp_sum *sum; /* what is added to the result, or none */
   uint16_t groups;
   int8_t in_zero;
+  uint8_t lift; /* sums are multiplied by 2^lift, as biases and shifts are already: so that shifts are not too small */
 } edgecomp_conv;
 
 typedef struct {

@@ -276,7 +276,10 @@ def _conv2d(work: Lowering, node: Node) -> None:
     zero = int(_quant(graph.tensors[node.inputs[0]]).zero_point)
     text = f"{{{_window(work, node, (kh, kw))}, {weights}, {scaling}, {summed}, {groups}, {zero}, {lift}}}"
     constants.append(Constant(name=label, type="edgecomp_conv", values=text))
-    scratch, better = _depthwise_scratch(work, node, kh, kw) if depthwise else _conv_scratch(node, tensor.shape, contiguous=contiguous)
+    if depthwise:
+        scratch, better = _depthwise_scratch(work, node, kh, kw)
+    else:
+        scratch, better = _conv_scratch(node, tensor.shape, contiguous=contiguous)
     _, _, *space = graph.tensors[output].shape
     work.steps.append(
         Step(
@@ -304,7 +307,8 @@ def _conv_scratch(node: Node, shape: Sequence[int], *, contiguous: bool) -> tupl
         first, *more = ((8 * taps + FOUR_BYTES) * k + 7 * taps for k in range(1, n_fours + 1))
         return first, more
     least = 8 * kh * kw * n + (16 * kw * (kh + 1) if any(ints(node.attrs, "pads")) else 0)
-    fours = range(min(n_fours, PATCH_FOURS), n_fours + 1) if contiguous else ()
+    enough = min(n_fours, PATCH_FOURS) if kh * kw == 1 else PATCH_FOURS
+    fours = range(enough, n_fours + 1) if contiguous else ()
     return least, [n_bytes for k in fours if (n_bytes := (8 * taps + FOUR_BYTES) * k + 6 * taps) > least]
 
 

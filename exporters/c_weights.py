@@ -13,7 +13,7 @@ from edgecomp.graph import Array
 LINEAR_RUN = 128
 """So many taps of a linear layer are decoded at a time: EDGECOMP_LINEAR_RUN of the kernels."""
 PATCH_FOURS = 6
-"""Where so many fours of filters fit into scratch memory, a convolution is computed on patches."""
+"""ENOUGH_FOURS of the kernels: with so many fours of filters in scratch memory a convolution is computed on patches."""
 FOUR_BYTES = 64
 """EDGECOMP_FOUR_BYTES of the kernels."""
 _OF_FOUR = (0, 2, 1, 3)

@@ -2,8 +2,9 @@
 
 #include <string.h>
 
-#if defined(__ARM_FEATURE_DSP) && __ARM_FEATURE_DSP && defined(__ARM_FEATURE_SIMD32) && __ARM_FEATURE_SIMD32
-#include <arm_acle.h>
+/* Unoptimized code has no registers left for the loops below. */
+#if defined(__ARM_FEATURE_DSP) && __ARM_FEATURE_DSP && defined(__ARM_FEATURE_SIMD32) && __ARM_FEATURE_SIMD32 && \
+    defined(__OPTIMIZE__)
 #define DSP 1
 #else
 #define DSP 0
@@ -20,7 +21,8 @@
 
 /* Filters that are computed together. */
 #define FILTERS 4u
-/* Where so many fours of filters fit into scratch memory, a convolution is computed on patches. */
+/* Where so many fours of filters fit into scratch memory, a convolution is computed on patches; fewer do not pay for them,
+ * unless a window is a pixel. */
 #define ENOUGH_FOURS 6u
 
 /* ---- numbers ---------------------------------------------------------------------------------------------------- */
@@ -219,22 +221,37 @@ static int32_t upper_half(int32_t a, int32_t b, int32_t added) { return (int32_t
 #endif
 
 #if DSP
-/* Four taps of four filters. No compiler tried keeps all this in registers. */
-#define FOUR_TAPS                          \
-  "ldr    %[p], [%[a]], #4\n\t"            \
-  "ldmia  %[w]!, {r8, r9, r10, r11}\n\t"   \
-  "sxtb16 %[t], %[p]\n\t"                  \
-  "smlad  %[s0], %[t], r8, %[s0]\n\t"      \
-  "smlad  %[s1], %[t], r9, %[s1]\n\t"      \
-  "smlad  %[s2], %[t], r10, %[s2]\n\t"     \
-  "smlad  %[s3], %[t], r11, %[s3]\n\t"     \
-  "ldmia  %[w]!, {r8, r9, r10, r11}\n\t"   \
-  "sxtb16 %[p], %[p], ror #8\n\t"          \
-  "smlad  %[s0], %[p], r8, %[s0]\n\t"      \
-  "smlad  %[s1], %[p], r9, %[s1]\n\t"      \
-  "smlad  %[s2], %[p], r10, %[s2]\n\t"     \
-  "smlad  %[s3], %[p], r11, %[s3]\n\t"
+/* Loops that leave no register for their end. Clang would want one for an operand in memory, and has to loop itself. */
+#ifdef __clang__
+#define REPEATED(body, temporary) body
+#define END_IN_MEMORY(end) [last] "i"(0)
+#define AGAIN(at, end) ((at) != (end))
+#else
+#define REPEATED(body, temporary)          \
+  "1:\n\t" body                            \
+  "ldr    " temporary ", %[last]\n\t"      \
+  "cmp    %[a], " temporary "\n\t"         \
+  "bne    1b\n\t"
+#define END_IN_MEMORY(end) [last] "m"(end)
+#define AGAIN(at, end) 0
+#endif
 
+/* Four taps of four filters. No compiler tried keeps all this in registers. Without a space that is not needed: a text of
+ * more than 4,095 characters is none that every compiler takes. */
+#define FOUR_TAPS                       \
+  "ldr %[p],[%[a]],#4\n"               \
+  "ldmia %[w]!,{r8-r11}\n"             \
+  "sxtb16 %[t],%[p]\n"                 \
+  "smlad %[s0],%[t],r8,%[s0]\n"        \
+  "smlad %[s1],%[t],r9,%[s1]\n"        \
+  "smlad %[s2],%[t],r10,%[s2]\n"       \
+  "smlad %[s3],%[t],r11,%[s3]\n"       \
+  "ldmia %[w]!,{r8-r11}\n"             \
+  "sxtb16 %[p],%[p],ror #8\n"          \
+  "smlad %[s0],%[p],r8,%[s0]\n"        \
+  "smlad %[s1],%[p],r9,%[s1]\n"        \
+  "smlad %[s2],%[p],r10,%[s2]\n"       \
+  "smlad %[s3],%[p],r11,%[s3]\n"
 /* Until a reaches end, at least once. */
 #define LOOP(body)          \
   "1:\n\t" body             \
@@ -511,7 +528,15 @@ typedef struct {
 } part;
 
 #if DSP
-/* Rows of a window, each of one run of n codes; gaps: of the image, and of the weights. */
+/* Rows of a window, each of one run of n codes; gaps, in bytes: of the image, and of the weights. */
+#ifdef __clang__
+#define WINDOW(body)                                                       \
+  do {                                                                     \
+    RUN(body, a + n);                                                      \
+    a += gaps[0];                                                          \
+    w += gaps[1] / 2;                                                      \
+  } while (w != w_end)
+#else
 #define WINDOW(body)                                                                                                \
   do {                                                                                                              \
     int32_t p, h;                                                                                                   \
@@ -531,6 +556,7 @@ typedef struct {
         : [n] "m"(n), [gaps] "m"(gaps), [w_end] "m"(w_end)                                                          \
         : "r8", "r9", "r10", "r11", "cc", "memory");                                                                \
   } while (0)
+#endif
 
 /* Four filters at many positions, where a row of a window is a run of fours, and there is a row. */
 INLINE void compute_rows(enum taps_kind kind, const filters *p, const taps *t, const part *h) {
@@ -921,19 +947,16 @@ static void decode_fours(reader *r, uint32_t n, uint32_t n_filters, int16_t *out
   "smlad  %[s3], r8, %[v], %[s3]\n\t"       \
   "smlad  %[s4], r9, %[v], %[s4]\n\t"       \
   "smlad  %[s5], r10, %[v], %[s5]\n\t"
-/* Until a reaches end, a variable in memory: all registers are taken. */
+/* Until a reaches end. */
 #define PATCH_RUN(body, end)                                                                                        \
   do {                                                                                                              \
     int32_t u, v;                                                                                                   \
-    __asm__ volatile("1:\n\t" body                                                                                  \
-                     "ldr    %[u], %[last]\n\t"                                                                     \
-                     "cmp    %[a], %[u]\n\t"                                                                        \
-                     "bne    1b\n\t"                                                                                \
+    __asm__ volatile(REPEATED(body, "%[u]")                                                                         \
                      : [a] "+r"(a), [w] "+r"(w), [s0] "+r"(s0), [s1] "+r"(s1), [s2] "+r"(s2), [s3] "+r"(s3),        \
                        [s4] "+r"(s4), [s5] "+r"(s5), [u] "=&r"(u), [v] "=&r"(v)                                     \
-                     : [last] "m"(end)                                                                              \
+                     : END_IN_MEMORY(end)                                                                           \
                      : "r8", "r9", "r10", "cc", "memory");                                                          \
-  } while (0)
+  } while (AGAIN(a, end))
 
 /* PLAIN, of two filters at three positions. */
 #define FINISH_SIX(head_of_two, y, y_step)                                                                          \
@@ -1113,8 +1136,9 @@ void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *r
     uint32_t all = (n_taps * n + 3u) & ~3u, fours = (per_group + FILTERS - 1u) / FILTERS;
     uint32_t taken = (n & 3u ? 7u : 6u) * all;
     uint32_t room = scratch_bytes <= taken ? 0u : (scratch_bytes - taken) / (EDGECOMP_FOUR_BYTES + 8u * all);
-    if ((n & 3u) || (DSP && room >= (fours < ENOUGH_FOURS ? fours : ENOUGH_FOURS))) {
-      convolve_patches(&p, x, all, room < fours ? room : fours, scratch);
+    if (room > fours) room = fours;
+    if ((n & 3u) || (DSP && room >= (n_taps == 1u && fours < ENOUGH_FOURS ? fours : ENOUGH_FOURS))) {
+      convolve_patches(&p, x, all, room, scratch);
       return;
     }
   }
@@ -1207,56 +1231,56 @@ APART void split_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, uin
     for (f = 0; f < n_channels; f++) to[f * plane] = a[f];
 }
 
-/* Windows of 3x3 by twos, one beside the other, until a reaches end. */
-#define PAIRS_OF_WINDOWS(table, bias_of_both, end)                                                                  \
+/* Windows of 3x3, two of them, one beside the other. h: of each row the weights 0 and 2, and 1; then mantissa, offset, shift
+ * and bias. */
+#define PAIR_OF_WINDOWS                     \
+  "ldr    %[s0], [%[h], #36]\n\t"           \
+  "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"    \
+  "mov    %[s1], %[s0]\n\t"                 \
+  "ldr    %[p], [%[a]]\n\t"                 \
+  "sxtb16 %[t], %[p]\n\t"                   \
+  "sxtb16 %[p], %[p], ror #8\n\t"           \
+  "smlad  %[s0], %[t], r8, %[s0]\n\t"       \
+  "smlabb %[s0], %[p], r9, %[s0]\n\t"       \
+  "smlad  %[s1], %[p], r8, %[s1]\n\t"       \
+  "smlatb %[s1], %[t], r9, %[s1]\n\t"       \
+  "ldr    %[p], [%[a], %[pitch]]\n\t"       \
+  "sxtb16 %[t], %[p]\n\t"                   \
+  "sxtb16 %[p], %[p], ror #8\n\t"           \
+  "smlad  %[s0], %[t], r10, %[s0]\n\t"      \
+  "smlabb %[s0], %[p], r11, %[s0]\n\t"      \
+  "smlad  %[s1], %[p], r10, %[s1]\n\t"      \
+  "smlatb %[s1], %[t], r11, %[s1]\n\t"      \
+  "ldr    %[p], [%[a], %[pitch], lsl #1]\n\t" \
+  "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"    \
+  "sxtb16 %[t], %[p]\n\t"                   \
+  "sxtb16 %[p], %[p], ror #8\n\t"           \
+  "smlad  %[s0], %[t], r8, %[s0]\n\t"       \
+  "smlabb %[s0], %[p], r9, %[s0]\n\t"       \
+  "smlad  %[s1], %[p], r8, %[s1]\n\t"       \
+  "smlatb %[s1], %[t], r9, %[s1]\n\t"       \
+  "ldr    %[t], [%[h]], #-32\n\t"           \
+  "smmla  %[s0], %[s0], r10, r11\n\t"       \
+  "smmla  %[s1], %[s1], r10, r11\n\t"       \
+  "asr    %[s0], %[s0], %[t]\n\t"           \
+  "asr    %[s1], %[s1], %[t]\n\t"           \
+  "ssat   %[s0], #8, %[s0]\n\t"             \
+  "ssat   %[s1], #8, %[s1]\n\t"             \
+  "strb   %[s0], [%[y]]\n\t"                \
+  "strb   %[s1], [%[y], %[step]]\n\t"       \
+  "add    %[y], %[y], %[step], lsl #1\n\t"  \
+  "add    %[a], %[a], #2\n\t"
+/* Until b reaches end. */
+#define PAIRS_OF_WINDOWS(table, end)                                                                                \
   do {                                                                                                              \
     int32_t s0, s1, p, t;                                                                                           \
     const int32_t *h = (table);                                                                                     \
-    __asm__ volatile(                                                                                               \
-        "1:\n\t"                                                                                                    \
-        "ldr    %[s0], %[bias]\n\t"                                                                                 \
-        "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"                                                                      \
-        "mov    %[s1], %[s0]\n\t"                                                                                   \
-        "ldr    %[p], [%[a]]\n\t"                                                                                   \
-        "sxtb16 %[t], %[p]\n\t"                                                                                     \
-        "sxtb16 %[p], %[p], ror #8\n\t"                                                                             \
-        "smlad  %[s0], %[t], r8, %[s0]\n\t"                                                                         \
-        "smlabb %[s0], %[p], r9, %[s0]\n\t"                                                                         \
-        "smlad  %[s1], %[p], r8, %[s1]\n\t"                                                                         \
-        "smlatb %[s1], %[t], r9, %[s1]\n\t"                                                                         \
-        "ldr    %[p], [%[a], %[pitch]]\n\t"                                                                         \
-        "sxtb16 %[t], %[p]\n\t"                                                                                     \
-        "sxtb16 %[p], %[p], ror #8\n\t"                                                                             \
-        "smlad  %[s0], %[t], r10, %[s0]\n\t"                                                                        \
-        "smlabb %[s0], %[p], r11, %[s0]\n\t"                                                                        \
-        "smlad  %[s1], %[p], r10, %[s1]\n\t"                                                                        \
-        "smlatb %[s1], %[t], r11, %[s1]\n\t"                                                                        \
-        "ldr    %[p], [%[a], %[pitch], lsl #1]\n\t"                                                                 \
-        "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"                                                                      \
-        "sxtb16 %[t], %[p]\n\t"                                                                                     \
-        "sxtb16 %[p], %[p], ror #8\n\t"                                                                             \
-        "smlad  %[s0], %[t], r8, %[s0]\n\t"                                                                         \
-        "smlabb %[s0], %[p], r9, %[s0]\n\t"                                                                         \
-        "smlad  %[s1], %[p], r8, %[s1]\n\t"                                                                         \
-        "smlatb %[s1], %[t], r9, %[s1]\n\t"                                                                         \
-        "ldr    %[t], [%[h]], #-32\n\t"                                                                             \
-        "smmla  %[s0], %[s0], r10, r11\n\t"                                                                         \
-        "smmla  %[s1], %[s1], r10, r11\n\t"                                                                         \
-        "asr    %[s0], %[s0], %[t]\n\t"                                                                             \
-        "asr    %[s1], %[s1], %[t]\n\t"                                                                             \
-        "ssat   %[s0], #8, %[s0]\n\t"                                                                               \
-        "ssat   %[s1], #8, %[s1]\n\t"                                                                               \
-        "strb   %[s0], [%[y]]\n\t"                                                                                  \
-        "strb   %[s1], [%[y], %[step]]\n\t"                                                                         \
-        "ldr    %[p], %[last]\n\t"                                                                                  \
-        "add    %[y], %[y], %[step], lsl #1\n\t"                                                                    \
-        "add    %[a], %[a], #2\n\t"                                                                                 \
-        "cmp    %[a], %[p]\n\t"                                                                                     \
-        "bne    1b\n\t"                                                                                             \
-        : [a] "+r"(b), [y] "+r"(y), [h] "+r"(h), [s0] "=&r"(s0), [s1] "=&r"(s1), [p] "=&r"(p), [t] "=&r"(t)         \
-        : [pitch] "r"(pitch), [step] "r"(y_step), [bias] "m"(bias_of_both), [last] "m"(end)                         \
-        : "r8", "r9", "r10", "r11", "cc", "memory");                                                                \
-  } while (0)
+    __asm__ volatile(REPEATED(PAIR_OF_WINDOWS, "%[p]")                                                              \
+                     : [a] "+r"(b), [y] "+r"(y), [h] "+r"(h), [s0] "=&r"(s0), [s1] "=&r"(s1), [p] "=&r"(p),         \
+                       [t] "=&r"(t)                                                                                 \
+                     : [pitch] "r"(pitch), [step] "r"(y_step), END_IN_MEMORY(end)                                   \
+                     : "r8", "r9", "r10", "r11", "cc", "memory");                                                   \
+  } while (AGAIN(b, end))
 /* A row of one window. */
 #define ROW_OF_ONE(address, outer, middle)                                     \
   do {                                                                         \
@@ -1278,7 +1302,7 @@ APART void compute_plane(const filters *p, uint32_t f, const int16_t *w, uint32_
   const edgecomp_window *v = &p->conv->window;
   uint32_t y_step = v->out_channels, stride = v->stride_width, a_step = v->stride_height * pitch;
   uint32_t in_pairs = stride == 1u ? v->out_width & ~1u : 0u, n_single = v->out_width - in_pairs, count;
-  int32_t bias = p->head[BIAS(f)], table[9]; /* of each row the weights 0 and 2, and 1; mantissa, offset, shift */
+  int32_t table[10]; /* of each row the weights 0 and 2, and 1; mantissa, offset, shift, bias */
   for (count = 0, w += f; count < 6u; count += 2u, w += 3u * FILTERS) {
     table[count] = (int32_t)pair_of(w[0], w[2u * FILTERS]);
     table[count + 1u] = w[FILTERS];
@@ -1286,11 +1310,12 @@ APART void compute_plane(const filters *p, uint32_t f, const int16_t *w, uint32_
   table[6] = p->head[MANTISSA(f)];
   table[7] = p->head[OFFSET(f)];
   table[8] = p->head[SHIFT(f)];
+  table[9] = p->head[BIAS(f)];
   for (; n_rows; n_rows--, a += a_step) {
     const int8_t *b = a, *end = a + in_pairs;
-    if (in_pairs) PAIRS_OF_WINDOWS(table, bias, end);
+    if (in_pairs) PAIRS_OF_WINDOWS(table, end);
     for (count = n_single; count; count--, b += stride, y += y_step) {
-      int32_t s0 = bias;
+      int32_t s0 = table[9];
       ROW_OF_ONE(b, table[0], table[1]);
       ROW_OF_ONE(b + pitch, table[2], table[3]);
       ROW_OF_ONE(b + 2u * pitch, table[4], table[5]);

@@ -3,7 +3,7 @@
  * Images are H x W x C, a byte a code. The caller gives all memory; nothing is allocated, and no state is kept, so
  * networks may run in several threads, each with an arena of its own. Every result is that of edgecomp's integer
  * reference, to the last bit. Chosen by the compiler's flags: with the DSP extension of Armv7E-M and Armv8-M
- * (__ARM_FEATURE_DSP, __ARM_FEATURE_SIMD32) two products an instruction, else portable C.
+ * (__ARM_FEATURE_DSP, __ARM_FEATURE_SIMD32), and optimized, two products an instruction, else portable C.
  */
 #ifndef EDGECOMP_KERNELS_H_
 #define EDGECOMP_KERNELS_H_
@@ -103,7 +103,7 @@ typedef struct {
  * where windows reach out of the image, 16 bytes a tap of the kernel and of its width. Where pixels are no fours of codes
  * (one group, not dilated in width): 7 bytes a tap of a filter, rounded up to fours, then, once or for every four of
  * filters, 8 a tap and EDGECOMP_FOUR_BYTES. Other such layers are computed in that way, faster, where that and 6 bytes a tap
- * are there for all fours, or for six. */
+ * are there for six fours, or, where a window is a pixel, for all. */
 void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch,
                      uint32_t scratch_bytes);
 /* One filter a channel; weights: every tap of four channels, then of the next four. scratch: 8 bytes a tap of the kernel,

@@ -24,7 +24,8 @@ enum edgecomp_form {
 
 /* The weights of a layer: filters by fours, and of them the taps in the order in which the kernels read them. Of every
  * four taps of a run come 0 and 2 of each filter, then 1 and 3 of each; then the rest of the run, each tap of all filters
- * in turn. A run is what lies side by side in the image: a kernel's row, or its pixel. */
+ * in turn. A run is a kernel's row, or its pixel if it is dilated in width or there are groups; where pixels are no fours of
+ * codes, and neither is so, it is all of the kernel. */
 typedef struct {
   const uint8_t *stream;
   const int8_t *levels;

@@ -115,17 +115,12 @@ def program_of(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Program:
     input_offset = None
     if with_input.n_bytes == arena.n_bytes:
         arena, input_offset = with_input, with_input.offsets[source]
-    if input_offset is not None:
-        buffers[source] = replace(taken, first=0)
-    lasting = [b for name, b in buffers.items() if not name.startswith("scratch:")]
-    scratch = {}
-    for i, step in enumerate(work.steps):
-        if step.scratch_bytes:
-            # What is free in the arena at that time costs nothing.
-            offset, room = widest_gap(lasting, arena.offsets, arena.n_bytes, i)
-            scratch[i] = offset, max(n for n in (step.scratch_bytes, *step.more_scratch) if n <= room)
+    inside = {**buffers, source: replace(taken, first=0)} if input_offset is not None else buffers
+    inside, arena = _with_free_memory(work.steps, inside, arena)
     place = {source: "in", result: "out"}
-    place |= {b.name: f"memory + {arena.offsets[b.name]}" for b in lasting if b.name != source}
+    place |= {name: f"memory + {arena.offsets[name]}" for name in buffers if not name.startswith("scratch:")}
+    keys = {i: f"scratch:{i}" for i in range(len(work.steps)) if f"scratch:{i}" in buffers}
+    scratch = {i: (arena.offsets[key], inside[key].n_bytes) for i, key in keys.items()}
     names = {name for step in work.steps for name in step.pointers.values()}
     return Program(
         name=_NAME.sub("_", graph.name.lower()).strip("_") or "net",
@@ -197,6 +192,21 @@ def _buffers(work: Lowering, own: _Shared) -> list[Buffer]:
         if step.scratch_bytes
     ]
     return found
+
+
+def _with_free_memory(
+    steps: Sequence[Step], buffers: Mapping[str, Buffer], arena: Arena
+) -> tuple[dict[str, Buffer], Arena]:
+    """Let scratch memory grow where that costs nothing: into what is free in the arena at that time."""
+    grown, offsets = dict(buffers), dict(arena.offsets)
+    lasting = [b for name, b in buffers.items() if not name.startswith("scratch:")]
+    for i, step in enumerate(steps):
+        if step.more_scratch:
+            offset, room = widest_gap(lasting, arena.offsets, arena.n_bytes, i)
+            n_bytes = max(n for n in (step.scratch_bytes, *step.more_scratch) if n <= room)
+            grown[f"scratch:{i}"] = replace(grown[f"scratch:{i}"], n_bytes=n_bytes)
+            offsets[f"scratch:{i}"] = offset
+    return grown, replace(arena, offsets=offsets)
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

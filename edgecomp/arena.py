@@ -87,6 +87,26 @@ def least_bytes(buffers: Sequence[Buffer]) -> int:
     return max((sum(_rounded(b) for b in buffers if b.first <= s <= b.last) for s in steps), default=0)
 
 
+def widest_gap(buffers: Iterable[Buffer], offsets: Mapping[str, int], n_bytes: int, step: int) -> tuple[int, int]:
+    """Find the largest part of a block that no buffer has during a step.
+
+    Args:
+        buffers: those that count.
+        offsets: where they lie, as `arrange` gives them.
+        n_bytes: of the block.
+        step: which.
+
+    Returns:
+        its offset and its bytes; the first of equal ones.
+    """
+    placed = sorted((offsets[b.name], _rounded(b)) for b in buffers if b.first <= step <= b.last)
+    found, end = (0, 0), 0
+    for offset, taken in [*placed, (n_bytes, 0)]:
+        found = max(found, (end, offset - end), key=lambda gap: gap[1])
+        end = max(end, offset + taken)
+    return found
+
+
 Placed = tuple[tuple[Buffer, int], ...]
 
 

@@ -17,11 +17,13 @@ from edgecomp.graph import Array, Graph, Node, Op, QuantParams, Tensor
 from edgecomp.ops import clamp_codes, ints
 from edgecomp.quantmath import ACT_MAX, ACT_MIN, add_multipliers, multiplier
 
-from .c_weights import LINEAR_RUN, CodeStream, channel_fours, code_stream, filter_fours
+from .c_weights import FOUR_BYTES, LINEAR_RUN, PATCH_FOURS, CodeStream, channel_fours, code_stream, filter_fours
 from .layout import TO_NHWC, feature_orders, moves_data, stored_axis, stored_shape
 
 _MOST = (1 << 16) - 1
 _NARROW_SHIFTS = (33, 54)
+_MOST_LIFT = 8
+"""Weights of 8 bits, multiplied by 2 to this power, are numbers of 16 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,7 +57,8 @@ class Step:
         pointers: tensor name by the name of the pointer.
         output: the tensor that is written, {y}.
         may_overwrite: tensors whose memory the output may have if nobody needs them afterwards.
-        scratch_bytes: for the time of the call.
+        scratch_bytes: for the time of the call, at least; where the kernel is told, {scratch_bytes} in `arguments`.
+        more_scratch: numbers of bytes, ascending, with each of which it does better.
         constants: in order.
         layer: the node whose weights these are, or none.
         weights: of a layer.
@@ -69,6 +72,7 @@ class Step:
     output: str
     may_overwrite: tuple[str, ...] = ()
     scratch_bytes: int = 0
+    more_scratch: Sequence[int] = ()
     constants: tuple[Constant, ...] = ()
     layer: str = ""
     weights: CodeStream | None = None
@@ -183,8 +187,14 @@ def _weights(label: str, stream: CodeStream) -> tuple[list[Constant], str]:
     return constants, f"{{{label}_codes, {levels}, EDGECOMP_{stream.form.name}, {stream.bits}}}"
 
 
-def _scaling(work: Lowering, label: str, node: Node, weight: Array) -> tuple[list[Constant], str]:
-    """Give bias, mantissas and shifts of a layer; weight (O, taps) as its sums need it."""
+def _scaling(
+    work: Lowering, label: str, node: Node, weight: Array, *, most_lift: int = 0
+) -> tuple[list[Constant], str, int]:
+    """Give bias, mantissas and shifts of a layer; weight (O, taps) as its sums need it.
+
+    Sums may be multiplied by 2 to the power of a lift of at most `most_lift`, the last that is returned: shifts grow by
+    it, and those that the upper half of a product is enough for need no 64 bits.
+    """
     x, y = (_quant(work.graph.tensors[name]) for name in (node.inputs[0], node.outputs[0]))
     bias, scale = work.graph.bias(node), _quant(work.graph.weight(node)).scale
     factor = multiplier(scale.astype(np.float64) * float(x.scale) / float(y.scale))
@@ -192,19 +202,24 @@ def _scaling(work: Lowering, label: str, node: Node, weight: Array) -> tuple[lis
     total = -int(x.zero_point) * rows.sum(axis=1)
     if bias is not None and bias.data is not None:
         total = total + bias.data
-    if (np.abs(total) + 128 * np.abs(rows).sum(axis=1) >= 1 << 31).any():
+    most = int((np.abs(total) + 128 * np.abs(rows).sum(axis=1)).max())
+    if most >= 1 << 31:
         raise ExportError(f"c: {node.name!r}: its sums of products can exceed 32 bits")
     low, high = clamp_codes(node)
+    least, largest = _NARROW_SHIFTS
+    lift = max(0, least - int(factor.shift.min()))
+    if lift > most_lift or most << lift >= 1 << 31 or int(factor.shift.max()) + lift > largest:
+        lift = 0
+    shift = factor.shift + lift
     arrays = {
-        "bias": ("int32_t", total.astype(np.int32)),
+        "bias": ("int32_t", (total << lift).astype(np.int32)),
         "mantissa": ("int32_t", factor.mantissa.astype(np.int32)),
-        "shift": ("uint8_t", factor.shift.astype(np.uint8)),
+        "shift": ("uint8_t", shift.astype(np.uint8)),
     }
     constants = [Constant(name=f"{label}_{key}", type=kind, values=v) for key, (kind, v) in arrays.items()]
-    least, most = _NARROW_SHIFTS
-    wide = int(((factor.shift < least) | (factor.shift > most)).any())
+    wide = int(((shift < least) | (shift > largest)).any())
     names = ", ".join(constant.name for constant in constants)
-    return constants, f"{{{names}, {wide}, {int(y.zero_point)}, {low}, {high}}}"
+    return constants, f"{{{names}, {wide}, {int(y.zero_point)}, {low}, {high}}}", lift
 
 
 def _window(work: Lowering, node: Node, kernel: Sequence[int]) -> str:
@@ -243,10 +258,11 @@ def _conv2d(work: Lowering, node: Node) -> None:
     depthwise = _is_depthwise(graph, node)
     rows = tensor.data.transpose(TO_NHWC).reshape(o, -1)
     contiguous = groups == 1 and ints(node.attrs, "dilation")[1] == 1 and not depthwise
-    parts = channel_fours(rows) if depthwise else filter_fours(rows, groups, n * kw if contiguous else n)
+    run = n if not contiguous else n * kw if n % 4 == 0 else n * kw * kh
+    parts = channel_fours(rows) if depthwise else filter_fours(rows, groups, run)
     stream = code_stream(list(parts), packed=work.packed)
     constants, weights = _weights(label, stream)
-    more, scaling = _scaling(work, label, node, rows)
+    more, scaling, lift = _scaling(work, label, node, rows, most_lift=_MOST_LIFT)
     constants += more
     pointers, output, name = {"a": work.memory_of(node.inputs[0])}, node.outputs[0], node.name
     summed, residual = "0", "0"
@@ -258,28 +274,51 @@ def _conv2d(work: Lowering, node: Node) -> None:
         pointers["b"] = work.memory_of(other)
         output, name = added.outputs[0], f"{node.name} + {added.name}"
     zero = int(_quant(graph.tensors[node.inputs[0]]).zero_point)
-    text = f"{{{_window(work, node, (kh, kw))}, {weights}, {scaling}, {summed}, {groups}, {zero}}}"
+    text = f"{{{_window(work, node, (kh, kw))}, {weights}, {scaling}, {summed}, {groups}, {zero}, {lift}}}"
     constants.append(Constant(name=label, type="edgecomp_conv", values=text))
-    taps = kh * kw * (1 if depthwise else n)
-    scratch = 8 * taps
-    if any(ints(node.attrs, "pads")):
-        scratch += taps if n % 4 and contiguous else 16 * kw * (kh + 1)
+    if depthwise:
+        scratch, better = _depthwise_scratch(work, node, kh, kw)
+    else:
+        scratch, better = _conv_scratch(node, tensor.shape, contiguous=contiguous)
     _, _, *space = graph.tensors[output].shape
     work.steps.append(
         Step(
             name=name,
             kernel="edgecomp_depthwise" if depthwise else "edgecomp_conv2d",
-            arguments=f"&{label}, {{a}}, {'' if depthwise else f'{residual}, '}{{y}}, {{scratch}}",
+            arguments=f"&{label}, {{a}}, {'' if depthwise else f'{residual}, '}{{y}}, {{scratch}}, {{scratch_bytes}}u",
             pointers={**pointers, "y": output},
             output=output,
             may_overwrite=(pointers["b"],) if "b" in pointers and pointers["b"] != pointers["a"] else (),
             scratch_bytes=scratch,
+            more_scratch=better,
             constants=tuple(constants),
             layer=node.name,
             weights=stream,
             macs=tensor.data.size * math.prod(space),
         )
     )
+
+
+def _conv_scratch(node: Node, shape: Sequence[int], *, contiguous: bool) -> tuple[int, Sequence[int]]:
+    """Give the bytes that `edgecomp_conv2d` needs, and those that are of use to it: see there."""
+    o, n, kh, kw = shape
+    n_fours, taps = -(-o // 4), -(-kh * kw * n // 4) * 4
+    if contiguous and n % 4:
+        first, *more = ((8 * taps + FOUR_BYTES) * k + 7 * taps for k in range(1, n_fours + 1))
+        return first, more
+    least = 8 * kh * kw * n + (16 * kw * (kh + 1) if any(ints(node.attrs, "pads")) else 0)
+    enough = min(n_fours, PATCH_FOURS) if kh * kw == 1 else PATCH_FOURS
+    fours = range(enough, n_fours + 1) if contiguous else ()
+    return least, [n_bytes for k in fours if (n_bytes := (8 * taps + FOUR_BYTES) * k + 6 * taps) > least]
+
+
+def _depthwise_scratch(work: Lowering, node: Node, kh: int, kw: int) -> tuple[int, Sequence[int]]:
+    """The same for `edgecomp_depthwise`."""
+    (oh, ow), stride = work.graph.tensors[node.outputs[0]].shape[2:], ints(node.attrs, "stride")
+    dilation = ints(node.attrs, "dilation")
+    row = 4 * (-(-((ow - 1) * stride[1] + (kw - 1) * dilation[1] + 1) // 4) * 4)
+    first, *more = (8 * kh * kw + row * (k * stride[0] + (kh - 1) * dilation[0] + 1) for k in range(oh))
+    return first, more
 
 
 def _linear(work: Lowering, node: Node) -> None:
@@ -291,7 +330,7 @@ def _linear(work: Lowering, node: Node) -> None:
         raise ExportError(f"c: {node.name!r}: {len(rows)} outputs, the kernels take up to {_MOST}")
     stream = code_stream(list(filter_fours(rows, 1, LINEAR_RUN)), packed=work.packed)
     constants, weights = _weights(label, stream)
-    more, scaling = _scaling(work, label, node, rows)
+    more, scaling, _ = _scaling(work, label, node, rows)
     text = f"{{{weights}, {scaling}, {rows.shape[1]}, {rows.shape[0]}}}"
     constants += [*more, Constant(name=label, type="edgecomp_linear", values=text)]
     work.add(

@@ -12,6 +12,10 @@ from edgecomp.graph import Array
 
 LINEAR_RUN = 128
 """So many taps of a linear layer are decoded at a time: EDGECOMP_LINEAR_RUN of the kernels."""
+PATCH_FOURS = 6
+"""ENOUGH_FOURS of the kernels: with so many fours of filters in scratch memory a convolution is computed on patches."""
+FOUR_BYTES = 64
+"""EDGECOMP_FOUR_BYTES of the kernels."""
 _OF_FOUR = (0, 2, 1, 3)
 """The order in which one instruction widens the bytes of a word, two by two."""
 
@@ -53,7 +57,7 @@ def filter_fours(weight: Array, groups: int, run: int) -> Iterator[Array]:
     Args:
         weight: int8 (O, taps), in the order of the image in memory.
         groups: of filters; no four belong to two.
-        run: taps that lie side by side in the image; divides their number, but for linear layers.
+        run: taps that lie side by side in what the kernel reads; divides their number, but for linear layers.
     """
     n_taps = weight.shape[1]
     for group in np.split(weight, groups):

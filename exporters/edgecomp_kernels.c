@@ -2,8 +2,9 @@
 
 #include <string.h>
 
-#if defined(__ARM_FEATURE_DSP) && __ARM_FEATURE_DSP && defined(__ARM_FEATURE_SIMD32) && __ARM_FEATURE_SIMD32
-#include <arm_acle.h>
+/* Unoptimized code has no registers left for the loops below. */
+#if defined(__ARM_FEATURE_DSP) && __ARM_FEATURE_DSP && defined(__ARM_FEATURE_SIMD32) && __ARM_FEATURE_SIMD32 && \
+    defined(__OPTIMIZE__)
 #define DSP 1
 #else
 #define DSP 0
@@ -11,12 +12,18 @@
 
 #ifdef __GNUC__
 #define INLINE static inline __attribute__((always_inline))
+/* For loops that need all registers for themselves. */
+#define APART static __attribute__((noinline))
 #else
 #define INLINE static
+#define APART static
 #endif
 
 /* Filters that are computed together. */
 #define FILTERS 4u
+/* Where so many fours of filters fit into scratch memory, a convolution is computed on patches; fewer do not pay for them,
+ * unless a window is a pixel. */
+#define ENOUGH_FOURS 6u
 
 /* ---- numbers ---------------------------------------------------------------------------------------------------- */
 
@@ -91,6 +98,22 @@ static void decode(reader *r, uint32_t n, int16_t *out) {
   int sparse = w->form >= EDGECOMP_SPARSE;
   int16_t *end = out + n;
   if (w->form == EDGECOMP_DENSE && bits == 8u) {
+#if DSP
+    for (; n >= 4u; n -= 4u, out += 4) {
+      int32_t four, t;
+      memcpy(&four, p, 4);
+      p += 4;
+      __asm__(
+          "sxtb16 %1, %0\n\t"
+          "sxtb16 %0, %0, ror #8\n\t"
+          "pkhbt  %2, %1, %0, lsl #16\n\t"
+          "pkhtb  %0, %0, %1, asr #16\n\t"
+          : "+r"(four), "=&r"(t), "=&r"(n_held));
+      memcpy(out, &n_held, 4);
+      memcpy(out + 2, &four, 4);
+    }
+    n_held = 0;
+#endif
     while (out != end) *out++ = (int8_t)*p++;
   } else if (w->form == EDGECOMP_DENSE && bits == 4u && n_held == 0u && (n & 3u) == 0u) {
     for (; out != end; out += 4, p += 2) {
@@ -161,6 +184,12 @@ static int16_t *decode_run(reader *r, uint32_t n, uint32_t n_filters, int16_t *o
   return out;
 }
 
+/* Multiply n weights by 2^shift. */
+static void lift(int16_t *w, uint32_t n, uint32_t shift) {
+  if (!shift) return;
+  for (; n; n--, w++) *w = (int16_t)(*w * (1 << shift));
+}
+
 /* ---- sums of products ------------------------------------------------------------------------------------------- */
 
 /* Where the taps of a position lie: `height` x `width` runs of `n` codes. Steps are in elements: from the start of a run
@@ -169,7 +198,6 @@ static int16_t *decode_run(reader *r, uint32_t n, uint32_t n_filters, int16_t *o
 typedef struct {
   uint32_t height, width, n;
   uint32_t x_row, x_run, w_gap;
-  int depthwise;
 } taps;
 
 #if DSP
@@ -193,22 +221,37 @@ static int32_t upper_half(int32_t a, int32_t b, int32_t added) { return (int32_t
 #endif
 
 #if DSP
-/* Four taps of four filters. No compiler tried keeps all this in registers. */
-#define FOUR_TAPS                          \
-  "ldr    %[p], [%[a]], #4\n\t"            \
-  "ldmia  %[w]!, {r8, r9, r10, r11}\n\t"   \
-  "sxtb16 %[t], %[p]\n\t"                  \
-  "smlad  %[s0], %[t], r8, %[s0]\n\t"      \
-  "smlad  %[s1], %[t], r9, %[s1]\n\t"      \
-  "smlad  %[s2], %[t], r10, %[s2]\n\t"     \
-  "smlad  %[s3], %[t], r11, %[s3]\n\t"     \
-  "ldmia  %[w]!, {r8, r9, r10, r11}\n\t"   \
-  "sxtb16 %[p], %[p], ror #8\n\t"          \
-  "smlad  %[s0], %[p], r8, %[s0]\n\t"      \
-  "smlad  %[s1], %[p], r9, %[s1]\n\t"      \
-  "smlad  %[s2], %[p], r10, %[s2]\n\t"     \
-  "smlad  %[s3], %[p], r11, %[s3]\n\t"
+/* Loops that leave no register for their end. Clang would want one for an operand in memory, and has to loop itself. */
+#ifdef __clang__
+#define REPEATED(body, temporary) body
+#define END_IN_MEMORY(end) [last] "i"(0)
+#define AGAIN(at, end) ((at) != (end))
+#else
+#define REPEATED(body, temporary)          \
+  "1:\n\t" body                            \
+  "ldr    " temporary ", %[last]\n\t"      \
+  "cmp    %[a], " temporary "\n\t"         \
+  "bne    1b\n\t"
+#define END_IN_MEMORY(end) [last] "m"(end)
+#define AGAIN(at, end) 0
+#endif
 
+/* Four taps of four filters. No compiler tried keeps all this in registers. Without a space that is not needed: a text of
+ * more than 4,095 characters is none that every compiler takes. */
+#define FOUR_TAPS                       \
+  "ldr %[p],[%[a]],#4\n"               \
+  "ldmia %[w]!,{r8-r11}\n"             \
+  "sxtb16 %[t],%[p]\n"                 \
+  "smlad %[s0],%[t],r8,%[s0]\n"        \
+  "smlad %[s1],%[t],r9,%[s1]\n"        \
+  "smlad %[s2],%[t],r10,%[s2]\n"       \
+  "smlad %[s3],%[t],r11,%[s3]\n"       \
+  "ldmia %[w]!,{r8-r11}\n"             \
+  "sxtb16 %[p],%[p],ror #8\n"          \
+  "smlad %[s0],%[p],r8,%[s0]\n"        \
+  "smlad %[s1],%[p],r9,%[s1]\n"        \
+  "smlad %[s2],%[p],r10,%[s2]\n"       \
+  "smlad %[s3],%[p],r11,%[s3]\n"
 /* Until a reaches end, at least once. */
 #define LOOP(body)          \
   "1:\n\t" body             \
@@ -253,12 +296,12 @@ static int32_t gap(uint32_t step, uint32_t done) { return (int32_t)step - (int32
 /* Add the products of four channels at one position to sums. */
 INLINE void add_channels(const taps *t, const int8_t *a, const int16_t *w, int32_t *sums) {
   int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
-  uint32_t row = t->height, run, step = t->x_run, w_gap = t->w_gap;
+  uint32_t row = t->height, run, step = t->x_run;
   int32_t row_gap = gap(t->x_row, t->width * step);
 #if DSP
   if (t->width == 3u) {
     row_gap += (int32_t)step;
-    for (; row; row--, a += row_gap, w += w_gap) {
+    for (; row; row--, a += row_gap) {
       TAP_OF_CHANNELS("[%[a]]");
       TAP_OF_CHANNELS("[%[a], %[step]]");
       a += 2u * step;
@@ -266,7 +309,7 @@ INLINE void add_channels(const taps *t, const int8_t *a, const int16_t *w, int32
     }
   }
 #endif
-  for (; row; row--, a += row_gap, w += w_gap) {
+  for (; row; row--, a += row_gap) {
     for (run = t->width; run; run--, a += step) {
 #if DSP
       TAP_OF_CHANNELS("[%[a]]");
@@ -285,50 +328,28 @@ INLINE void add_channels(const taps *t, const int8_t *a, const int16_t *w, int32
   sums[3] = s3;
 }
 
-/* The same for fewer channels, the last ones: what would be read of others might lie outside the image. */
-static void add_few_channels(const taps *t, uint32_t n, const int8_t *a, const int16_t *w, int32_t *sums) {
-  uint32_t row, run, f;
-  int32_t row_gap = gap(t->x_row, t->width * t->x_run);
-  for (row = t->height; row; row--, a += row_gap, w += t->w_gap)
-    for (run = t->width; run; run--, a += t->x_run, w += FILTERS)
-      for (f = 0; f < n; f++) sums[f] += a[f] * w[f];
-}
-
 /* What is known of the taps of many positions, so that nothing has to be asked at each. */
 enum taps_kind {
-  CHANNELS, /* depthwise */
-  SIXTEENS, /* one run a row, of a multiple of 16 codes */
-  FOURS,    /* one run a row, of a multiple of 4 codes */
+  CHANNELS,     /* depthwise */
+  FORTY_EIGHTS, /* one run a row, of a multiple of 48 codes */
+  SIXTEENS,     /* of 16 */
+  FOURS,        /* of 4 */
   ANY
 };
 
+#if DSP
 static enum taps_kind kind_of(const taps *t) {
-  if (t->depthwise) return CHANNELS;
-  if (t->width != 1u || (t->n & 3u)) return ANY;
-  return t->n & 15u ? FOURS : SIXTEENS;
+  if (t->width != 1u || (t->n & 3u) || !t->n || !t->height) return ANY;
+  if (t->n & 15u) return FOURS;
+  return t->n % 48u ? SIXTEENS : FORTY_EIGHTS;
 }
+#endif
 
 /* Add the products of four filters at one position to sums. */
-INLINE void add_products(enum taps_kind kind, const taps *t, const int8_t *a, const int16_t *w, int32_t *sums) {
+static void add_products(const taps *t, const int8_t *a, const int16_t *w, int32_t *sums) {
   int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
   uint32_t row, run, n_16 = t->n & ~15u, n_4 = t->n & 12u, n_1 = t->n & 3u, w_gap = t->w_gap;
   int32_t run_gap = gap(t->x_run, t->n), row_gap = gap(t->x_row, t->width * t->x_run);
-#if DSP
-  if (kind == SIXTEENS || kind == FOURS) {
-    row_gap += run_gap;
-    for (row = t->height; row; row--, a += row_gap, w += w_gap) {
-      if (kind == SIXTEENS || n_16) RUN(SIXTEEN_TAPS, a + n_16);
-      if (kind == FOURS) RUN(FOUR_TAPS, a + n_4);
-    }
-    sums[0] = s0;
-    sums[1] = s1;
-    sums[2] = s2;
-    sums[3] = s3;
-    return;
-  }
-#else
-  (void)kind;
-#endif
   for (row = t->height; row; row--, a += row_gap, w += w_gap) {
     for (run = t->width; run; run--, a += run_gap) {
       const int8_t *last;
@@ -357,7 +378,41 @@ INLINE void add_products(enum taps_kind kind, const taps *t, const int8_t *a, co
   sums[3] = s3;
 }
 
-/* ---- convolution ------------------------------------------------------------------------------------------------ */
+/* ---- results ---------------------------------------------------------------------------------------------------- */
+
+/* What becomes of the sums of four filters: of the first two, then of the others, mantissas, offsets, which hold zero point
+ * and rounding before the shift, shifts, less 32 where the upper half of a product is enough, and biases. */
+#define HEAD (EDGECOMP_FOUR_BYTES / 4u)
+#define MANTISSA(f) (((f) & 2u) * 4u + ((f) & 1u))
+#define OFFSET(f) (MANTISSA(f) + 2u)
+#define SHIFT(f) (MANTISSA(f) + 4u)
+#define BIAS(f) (MANTISSA(f) + 6u)
+
+static void write_head(const edgecomp_scaling *s, uint32_t channel, uint32_t n, int32_t *head) {
+  uint32_t f;
+  for (f = 0; f < FILTERS; f++) {
+    /* Those that are missing compute what another does. */
+    uint32_t c = channel + (f < n ? f : 0u), shift = s->shift[c] - (s->wide ? 0u : 32u);
+    head[MANTISSA(f)] = s->mantissa[c];
+    head[OFFSET(f)] = s->wide ? 0 : (2 * s->zero + 1) * (int32_t)(1u << (shift - 1u));
+    head[SHIFT(f)] = (int32_t)shift;
+    head[BIAS(f)] = s->bias[c];
+  }
+}
+
+/* What has to be done with sums. */
+enum finish_kind {
+  PLAIN,  /* no sum, all codes in range, and 32 bits are enough */
+  SUMMED, /* a sum is added, else the same */
+  OTHER
+};
+
+static enum finish_kind finish_of(const edgecomp_conv *conv, const int8_t *residual) {
+  const edgecomp_scaling *s = &conv->scaling;
+  if (s->wide || s->low != -128 || s->high != 127) return OTHER;
+  if (!residual) return PLAIN;
+  return conv->sum->low == -128 && conv->sum->high == 127 ? SUMMED : OTHER;
+}
 
 /* Filters at work. */
 typedef struct {
@@ -365,25 +420,101 @@ typedef struct {
   const int8_t *residual;
   int8_t *y;
   uint32_t channel, n;
-  int32_t bias[FILTERS], mantissa[FILTERS];
-  int32_t offset[FILTERS]; /* zero point and rounding, before the shift */
-  uint32_t shift[FILTERS]; /* less 32 */
+  enum finish_kind kind;
+  int32_t head[HEAD];
 } filters;
 
 static void load_filters(filters *p, uint32_t channel, uint32_t n) {
-  const edgecomp_scaling *s = &p->conv->scaling;
-  uint32_t f;
   p->channel = channel;
   p->n = n;
-  for (f = 0; f < FILTERS; f++) {
-    /* Those that are missing compute what another does. */
-    uint32_t c = channel + (f < n ? f : 0u);
-    p->bias[f] = s->bias[c];
-    p->mantissa[f] = s->mantissa[c];
-    p->shift[f] = s->wide ? s->shift[c] : s->shift[c] - 32u;
-    p->offset[f] = s->wide ? 0 : s->zero * (int32_t)(1u << p->shift[f]) + (int32_t)(1u << (p->shift[f] - 1u));
-  }
+  p->kind = n == FILTERS ? finish_of(p->conv, p->residual) : OTHER;
+  write_head(&p->conv->scaling, channel, n, p->head);
 }
+
+/* The result of one sum, whatever has to become of it; f: of the four filters. */
+static int8_t code_of(const edgecomp_scaling *s, const int32_t *head, uint32_t f, int32_t sum) {
+  uint32_t shift = (uint32_t)head[SHIFT(f)];
+  return s->wide ? rescaled_wide(sum, head[MANTISSA(f)], shift, s->zero, s->low, s->high)
+                 : clamped(upper_half(sum, head[MANTISSA(f)], head[OFFSET(f)]) >> shift, s->low, s->high);
+}
+
+/* Store the results of some filters at a position. */
+APART void finish(const filters *p, const int32_t *sums, uint32_t place) {
+  const edgecomp_scaling *s = &p->conv->scaling;
+  int8_t found[FILTERS];
+  int8_t *y = p->residual ? found : p->y + place;
+  uint32_t f;
+  for (f = 0; f < p->n; f++) y[f] = code_of(s, p->head, f, sums[f]);
+  if (p->residual) add_codes(p->conv->sum, p->n, found, p->residual + place, p->y + place);
+}
+
+#if DSP
+/* What a sum is made of, and the code of it. */
+typedef struct {
+  int32_t a_factor, b_factor, start, shift, zero;
+} addition;
+
+static addition addition_of(const edgecomp_sum *sum) {
+  addition found;
+  found.a_factor = sum->a_factor;
+  found.b_factor = sum->b_factor;
+  /* Unsigned: parts of a sum may leave the range that all of it keeps. */
+  found.start = (int32_t)((1u << (sum->shift - 1u)) - (uint32_t)(sum->a_zero * sum->a_factor) -
+                          (uint32_t)(sum->b_zero * sum->b_factor));
+  found.shift = sum->shift;
+  found.zero = sum->zero;
+  return found;
+}
+
+INLINE int8_t added(const addition *sum, int32_t a, int32_t b) {
+  uint32_t total = (uint32_t)sum->start + (uint32_t)(a * sum->a_factor) + (uint32_t)(b * sum->b_factor);
+  return (int8_t)saturated(((int32_t)total >> sum->shift) + sum->zero);
+}
+
+/* The same, where a sum is added and all codes are in range. */
+APART void finish_sums(const filters *p, const int32_t *sums, uint32_t place) {
+  const addition sum = addition_of(p->conv->sum);
+  const int8_t *b = p->residual + place;
+  const int32_t *h = p->head;
+  int8_t *y = p->y + place;
+  y[0] = added(&sum, saturated(upper_half(sums[0], h[MANTISSA(0u)], h[OFFSET(0u)]) >> h[SHIFT(0u)]), b[0]);
+  y[1] = added(&sum, saturated(upper_half(sums[1], h[MANTISSA(1u)], h[OFFSET(1u)]) >> h[SHIFT(1u)]), b[1]);
+  y[2] = added(&sum, saturated(upper_half(sums[2], h[MANTISSA(2u)], h[OFFSET(2u)]) >> h[SHIFT(2u)]), b[2]);
+  y[3] = added(&sum, saturated(upper_half(sums[3], h[MANTISSA(3u)], h[OFFSET(3u)]) >> h[SHIFT(3u)]), b[3]);
+}
+
+/* PLAIN. */
+#define FINISH_FOUR(s0, s1, s2, s3, head_of_filters, y)                                                             \
+  do {                                                                                                              \
+    const int32_t *from = (head_of_filters);                                                                        \
+    __asm__ volatile(                                                                                               \
+        "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"                                                                      \
+        "smmla  %[a], %[a], r8, r10\n\t"                                                                            \
+        "smmla  %[b], %[b], r9, r11\n\t"                                                                            \
+        "ldrd   r8, r9, [%[h]], #16\n\t"                                                                            \
+        "asr    %[a], %[a], r8\n\t"                                                                                 \
+        "asr    %[b], %[b], r9\n\t"                                                                                 \
+        "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"                                                                      \
+        "smmla  %[c], %[c], r8, r10\n\t"                                                                            \
+        "smmla  %[d], %[d], r9, r11\n\t"                                                                            \
+        "ldrd   r8, r9, [%[h]]\n\t"                                                                                 \
+        "asr    %[c], %[c], r8\n\t"                                                                                 \
+        "asr    %[d], %[d], r9\n\t"                                                                                 \
+        "ssat   %[a], #8, %[a]\n\t"                                                                                 \
+        "ssat   %[b], #8, %[b]\n\t"                                                                                 \
+        "ssat   %[c], #8, %[c]\n\t"                                                                                 \
+        "ssat   %[d], #8, %[d]\n\t"                                                                                 \
+        "strb   %[a], [%[to]]\n\t"                                                                                  \
+        "strb   %[b], [%[to], #1]\n\t"                                                                              \
+        "strb   %[c], [%[to], #2]\n\t"                                                                              \
+        "strb   %[d], [%[to], #3]\n\t"                                                                              \
+        : [a] "+r"(s0), [b] "+r"(s1), [c] "+r"(s2), [d] "+r"(s3), [h] "+r"(from)                                    \
+        : [to] "r"(y)                                                                                               \
+        : "r8", "r9", "r10", "r11", "memory");                                                                      \
+  } while (0)
+#endif
+
+/* ---- convolution ------------------------------------------------------------------------------------------------ */
 
 /* A part of the result, of positions whose windows lie alike: where it starts, in the image and in the result, and how far
  * apart its columns and rows lie. */
@@ -396,8 +527,78 @@ typedef struct {
   uint32_t x_row, x_column;
 } part;
 
-/* The common case, without what it does not need: four filters or channels, no sum, and all codes in range. */
-INLINE void compute_four(enum taps_kind kind, const filters *p, const taps *t, const part *h) {
+#if DSP
+/* Rows of a window, each of one run of n codes; gaps, in bytes: of the image, and of the weights. */
+#ifdef __clang__
+#define WINDOW(body)                                                       \
+  do {                                                                     \
+    RUN(body, a + n);                                                      \
+    a += gaps[0];                                                          \
+    w += gaps[1] / 2;                                                      \
+  } while (w != w_end)
+#else
+#define WINDOW(body)                                                                                                \
+  do {                                                                                                              \
+    int32_t p, h;                                                                                                   \
+    const int8_t *end;                                                                                              \
+    __asm__ volatile(                                                                                               \
+        "2:\n\t"                                                                                                    \
+        "ldr    %[end], %[n]\n\t"                                                                                   \
+        "add    %[end], %[end], %[a]\n\t" LOOP(body)                                                                \
+        "ldrd   %[p], %[t], %[gaps]\n\t"                                                                            \
+        "add    %[a], %[a], %[p]\n\t"                                                                               \
+        "add    %[w], %[w], %[t]\n\t"                                                                               \
+        "ldr    %[p], %[w_end]\n\t"                                                                                 \
+        "cmp    %[w], %[p]\n\t"                                                                                     \
+        "bne    2b\n\t"                                                                                             \
+        : [a] "+r"(a), [w] "+r"(w), [s0] "+r"(s0), [s1] "+r"(s1), [s2] "+r"(s2), [s3] "+r"(s3), [p] "=&r"(p),       \
+          [t] "=&r"(h), [end] "=&r"(end)                                                                            \
+        : [n] "m"(n), [gaps] "m"(gaps), [w_end] "m"(w_end)                                                          \
+        : "r8", "r9", "r10", "r11", "cc", "memory");                                                                \
+  } while (0)
+#endif
+
+/* Four filters at many positions, where a row of a window is a run of fours, and there is a row. */
+INLINE void compute_rows(enum taps_kind kind, const filters *p, const taps *t, const part *h) {
+  const int16_t *first = h->w;
+  const int32_t *start = h->start;
+  uint32_t x_step = h->x_column, y_step = p->conv->window.out_channels, n = t->n, row;
+  const int16_t *w_end = first + t->height * (FILTERS * t->n + t->w_gap);
+  const int32_t gaps[2] = {gap(t->x_row, n), (int32_t)(t->w_gap * sizeof(int16_t))};
+  enum finish_kind finished_by = p->kind;
+  for (row = 0; row < h->n_rows; row++) {
+    const int8_t *x = h->x + row * h->x_row;
+    int8_t *y = p->y + h->place + row * p->conv->window.out_width * y_step;
+    uint32_t count = h->n_columns;
+    for (; count; count--, x += x_step, y += y_step) {
+      const int8_t *a = x;
+      const int16_t *w = first;
+      int32_t s0 = start[0], s1 = start[1], s2 = start[2], s3 = start[3];
+      if (kind == FORTY_EIGHTS)
+        WINDOW(SIXTEEN_TAPS SIXTEEN_TAPS SIXTEEN_TAPS);
+      else if (kind == SIXTEENS)
+        WINDOW(SIXTEEN_TAPS);
+      else
+        WINDOW(FOUR_TAPS);
+      if (finished_by == PLAIN) {
+        FINISH_FOUR(s0, s1, s2, s3, p->head, y);
+      } else {
+        int32_t sums[FILTERS];
+        sums[0] = s0;
+        sums[1] = s1;
+        sums[2] = s2;
+        sums[3] = s3;
+        if (finished_by == SUMMED)
+          finish_sums(p, sums, (uint32_t)(y - p->y));
+        else
+          finish(p, sums, (uint32_t)(y - p->y));
+      }
+    }
+  }
+}
+#endif
+
+INLINE void compute_kind(enum taps_kind kind, const filters *p, const taps *t, const part *h) {
   const int16_t *w = h->w;
   const int32_t *start = h->start;
   uint32_t y_step = p->conv->window.out_channels, x_step = h->x_column, row;
@@ -405,9 +606,9 @@ INLINE void compute_four(enum taps_kind kind, const filters *p, const taps *t, c
   int32_t sums[FILTERS];
   for (row = 0; row < h->n_rows; row++) {
     const int8_t *a = h->x + row * h->x_row;
-    int8_t *y = p->y + h->place + row * p->conv->window.out_width * y_step;
+    uint32_t place = h->place + row * p->conv->window.out_width * y_step;
     uint32_t count = h->n_columns;
-    for (; count; count--, a += x_step, y += y_step) {
+    for (; count; count--, a += x_step, place += y_step) {
       sums[0] = start[0];
       sums[1] = start[1];
       sums[2] = start[2];
@@ -415,54 +616,33 @@ INLINE void compute_four(enum taps_kind kind, const filters *p, const taps *t, c
       if (kind == CHANNELS)
         add_channels(&here, a, w, sums);
       else
-        add_products(kind, &here, a, w, sums);
-      y[0] = (int8_t)saturated(upper_half(sums[0], p->mantissa[0], p->offset[0]) >> p->shift[0]);
-      y[1] = (int8_t)saturated(upper_half(sums[1], p->mantissa[1], p->offset[1]) >> p->shift[1]);
-      y[2] = (int8_t)saturated(upper_half(sums[2], p->mantissa[2], p->offset[2]) >> p->shift[2]);
-      y[3] = (int8_t)saturated(upper_half(sums[3], p->mantissa[3], p->offset[3]) >> p->shift[3]);
+        add_products(&here, a, w, sums);
+      if (p->kind == PLAIN) {
+        const int32_t *head = p->head;
+        int8_t *y = p->y + place;
+        y[0] = (int8_t)saturated(upper_half(sums[0], head[MANTISSA(0u)], head[OFFSET(0u)]) >> head[SHIFT(0u)]);
+        y[1] = (int8_t)saturated(upper_half(sums[1], head[MANTISSA(1u)], head[OFFSET(1u)]) >> head[SHIFT(1u)]);
+        y[2] = (int8_t)saturated(upper_half(sums[2], head[MANTISSA(2u)], head[OFFSET(2u)]) >> head[SHIFT(2u)]);
+        y[3] = (int8_t)saturated(upper_half(sums[3], head[MANTISSA(3u)], head[OFFSET(3u)]) >> head[SHIFT(3u)]);
+      } else {
+        finish(p, sums, place);
+      }
     }
   }
 }
 
-static void compute(const filters *p, const taps *t, const part *h) {
-  const edgecomp_scaling *s = &p->conv->scaling;
+APART void compute(const filters *p, const taps *t, const part *h) {
+#if DSP
   enum taps_kind kind = kind_of(t);
-  uint32_t n = p->n, row, column, f;
-  int32_t low = s->low, high = s->high, sums[FILTERS];
-  if (!s->wide && !p->residual && n == FILTERS && low == -128 && high == 127) {
-    if (kind == CHANNELS)
-      compute_four(CHANNELS, p, t, h);
-    else if (kind == SIXTEENS)
-      compute_four(SIXTEENS, p, t, h);
-    else if (kind == FOURS)
-      compute_four(FOURS, p, t, h);
-    else
-      compute_four(ANY, p, t, h);
-    return;
-  }
-  for (row = 0; row < h->n_rows; row++) {
-    for (column = 0; column < h->n_columns; column++) {
-      const int8_t *a = h->x + row * h->x_row + column * h->x_column;
-      uint32_t place = h->place + (row * p->conv->window.out_width + column) * p->conv->window.out_channels;
-      int8_t found[FILTERS];
-      int8_t *y = p->residual ? found : p->y + place;
-      for (f = 0; f < FILTERS; f++) sums[f] = h->start[f];
-      if (kind == SIXTEENS)
-        add_products(SIXTEENS, t, a, h->w, sums);
-      else if (kind != CHANNELS)
-        add_products(ANY, t, a, h->w, sums);
-      else if (n == FILTERS)
-        add_channels(t, a, h->w, sums);
-      else
-        add_few_channels(t, n, a, h->w, sums);
-      if (s->wide)
-        for (f = 0; f < n; f++) y[f] = rescaled_wide(sums[f], p->mantissa[f], p->shift[f], s->zero, low, high);
-      else
-        for (f = 0; f < n; f++)
-          y[f] = clamped(upper_half(sums[f], p->mantissa[f], p->offset[f]) >> p->shift[f], low, high);
-      if (p->residual) add_codes(p->conv->sum, n, found, p->residual + place, p->y + place);
-    }
-  }
+  if (kind == FORTY_EIGHTS)
+    compute_rows(FORTY_EIGHTS, p, t, h);
+  else if (kind == SIXTEENS)
+    compute_rows(SIXTEENS, p, t, h);
+  else if (kind == FOURS)
+    compute_rows(FOURS, p, t, h);
+  else
+#endif
+    compute_kind(ANY, p, t, h);
 }
 
 /* The taps of a window that lie inside, along one axis: [first, last). */
@@ -482,7 +662,7 @@ static void add_four(const int32_t *from, int32_t *to) {
 }
 
 /* What the zero point gives at each tap of the kernel, times the weights there, for every filter: what a tap outside the
- * image lacks in sums from whose bias all of it was taken. Not for parts of fours: see `patched`. */
+ * image lacks in sums from whose bias all of it was taken. */
 static void sum_taps(const edgecomp_conv *conv, const int16_t *w, int32_t *tap_sums) {
   const edgecomp_window *v = &conv->window;
   uint32_t n = (uint32_t)v->in_channels / conv->groups, n_taps = (uint32_t)v->kernel_height * v->kernel_width, k;
@@ -525,21 +705,6 @@ static void add_columns(const int32_t *columns, uint32_t first, uint32_t last, i
   for (k = first; k < last; k++) add_four(columns + FILTERS * k, sums);
 }
 
-/* Copy a window of the image, with the zero point where it reaches outside. */
-static void copy_patch(const edgecomp_conv *conv, const int8_t *x, int32_t top, int32_t left, const uint32_t rows[2],
-                       const uint32_t cols[2], int8_t *patch) {
-  const edgecomp_window *v = &conv->window;
-  uint32_t run = (uint32_t)v->kernel_width * v->in_channels;
-  uint32_t k;
-  memset(patch, conv->in_zero, (size_t)v->kernel_height * run);
-  for (k = rows[0]; k < rows[1]; k++) {
-    uint32_t row = (uint32_t)(top + (int32_t)(k * v->dilation_height));
-    uint32_t column = (uint32_t)(left + (int32_t)cols[0]);
-    memcpy(patch + k * run + cols[0] * v->in_channels, x + (row * v->in_width + column) * v->in_channels,
-           (size_t)(cols[1] - cols[0]) * v->in_channels);
-  }
-}
-
 /* Rows or columns of the result whose windows lie inside the image: [first, last). */
 static void whole(uint32_t extent, uint32_t n_out, uint32_t reach, uint32_t stride, uint32_t pad, uint32_t *first,
                   uint32_t *last) {
@@ -551,52 +716,22 @@ static void whole(uint32_t extent, uint32_t n_out, uint32_t reach, uint32_t stri
   *last = hi;
 }
 
-/* Compute a part whose windows reach out of an image whose pixels are no fours of codes, position by position, each on a
- * copy of its window. */
-static void compute_patched(const filters *p, const taps *t, const part *h, const int8_t *x, uint32_t oy, uint32_t ox,
-                            int8_t *patch) {
-  const edgecomp_conv *conv = p->conv;
-  const edgecomp_window *v = &conv->window;
-  uint32_t row, column, rows[2], cols[2];
-  taps all = *t;
-  part one = *h;
-  all.height = v->kernel_height;
-  all.x_row = t->n;
-  one.x = patch;
-  one.n_rows = one.n_columns = 1u;
-  for (row = 0; row < h->n_rows; row++) {
-    int32_t top = (int32_t)((oy + row) * v->stride_height) - v->pad_top;
-    inside(top, v->in_height, v->kernel_height, v->dilation_height, &rows[0], &rows[1]);
-    for (column = 0; column < h->n_columns; column++) {
-      int32_t left = (int32_t)((ox + column) * v->stride_width) - v->pad_left;
-      inside(left, v->in_width, v->kernel_width, v->dilation_width, &cols[0], &cols[1]);
-      copy_patch(conv, x, top, left, rows, cols, patch);
-      one.place = h->place + (row * v->out_width + column) * v->out_channels;
-      compute(p, &all, &one);
-    }
-  }
-}
-
-/* Go through all positions with some filters: of a group, or of some channels if depthwise. The result is cut into parts
- * at its borders, where windows reach out of the image. */
-static void convolve(const filters *p, int depthwise, const int8_t *x, const int16_t *w, int32_t *tap_sums,
-                     int8_t *patch) {
+/* Go through all positions with some filters of a group. The result is cut into parts at its borders, where windows reach
+ * out of the image. */
+APART void convolve(const filters *p, const int8_t *x, const int16_t *w, int32_t *tap_sums) {
   const edgecomp_conv *conv = p->conv;
   const edgecomp_window *v = &conv->window;
   uint32_t n = (uint32_t)v->in_channels / conv->groups, width = v->kernel_width, k;
-  int is_row = conv->groups == 1u && v->dilation_width == 1u && !depthwise;
+  int is_row = conv->groups == 1u && v->dilation_width == 1u;
   int32_t *columns = tap_sums ? tap_sums + FILTERS * v->kernel_height * width : 0;
   int32_t start[FILTERS], edge[FILTERS];
   uint32_t rows[2], cols[2], top, bottom, lo, hi, oy, ox;
-  taps all;
+  taps t;
   part h;
-  all.depthwise = depthwise;
-  all.height = v->kernel_height;
-  all.width = is_row ? 1u : width;
-  all.n = is_row ? n * width : n;
-  all.x_row = (uint32_t)v->dilation_height * v->in_width * v->in_channels;
-  all.x_run = is_row ? all.n : (uint32_t)v->dilation_width * v->in_channels;
-  all.w_gap = 0u;
+  t.x_row = (uint32_t)v->dilation_height * v->in_width * v->in_channels;
+  t.x_run = (uint32_t)v->dilation_width * v->in_channels;
+  t.n = n;
+  t.width = 1u;
   h.x_row = (uint32_t)v->stride_height * v->in_width * v->in_channels;
   h.x_column = (uint32_t)v->stride_width * v->in_channels;
   whole(v->in_height, v->out_height, (v->kernel_height - 1u) * v->dilation_height, v->stride_height, v->pad_top, &top,
@@ -607,20 +742,13 @@ static void convolve(const filters *p, int depthwise, const int8_t *x, const int
     int32_t y0 = (int32_t)(oy * v->stride_height) - v->pad_top;
     h.n_rows = oy == top && bottom ? bottom - top : 1u;
     inside(y0, v->in_height, v->kernel_height, v->dilation_height, &rows[0], &rows[1]);
-    for (k = 0; k < FILTERS; k++) start[k] = p->bias[k];
+    for (k = 0; k < FILTERS; k++) start[k] = p->head[BIAS(k)];
     if (tap_sums) add_outside(conv, tap_sums, rows, start, columns);
     for (ox = 0; ox < v->out_width; ox += h.n_columns) {
       int32_t x0 = (int32_t)(ox * v->stride_width) - v->pad_left;
-      taps t = all;
       h.n_columns = ox == lo && hi ? hi - lo : 1u;
       h.place = (oy * v->out_width + ox) * v->out_channels + p->channel;
       inside(x0, v->in_width, width, v->dilation_width, &cols[0], &cols[1]);
-      if (patch && (rows[1] - rows[0] != v->kernel_height || cols[1] - cols[0] != width)) {
-        h.w = w;
-        h.start = p->bias;
-        compute_patched(p, &t, &h, x, oy, ox, patch);
-        continue;
-      }
       for (k = 0; k < FILTERS; k++) edge[k] = start[k];
       if (columns) {
         add_columns(columns, 0u, cols[0], edge);
@@ -651,22 +779,369 @@ static int reaches_out(const edgecomp_window *v) {
          (v->out_width - 1u) * v->stride_width + (v->kernel_width - 1u) * v->dilation_width >= v->in_width;
 }
 
-void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch) {
+/* ---- convolution on patches ------------------------------------------------------------------------------------- */
+
+/* A patch holds the windows of some positions, the zero point where they reach out of the image, so that one long run is
+ * left for all filters that are decoded. With DSP it is widened to 16 bits once, not by every filter, and the weights that
+ * are loaded serve three positions. */
+#if DSP
+#define POSITIONS 3u
+#define PATCH_BYTES (2u * POSITIONS)
+#else
+#define POSITIONS 1u
+#define PATCH_BYTES 0u
+#endif
+
+static void fill(int8_t code, uint32_t n, int8_t *to) {
+  for (; n; n--) *to++ = code;
+}
+
+static void copy_codes(const int8_t *a, uint32_t n, int8_t *to) {
+#if DSP
+  const int8_t *last = a + n - 4;
+  if (n >= 4u) {
+    int8_t *end = to + n - 4;
+    for (; a < last; a += 4, to += 4) memcpy(to, a, 4);
+    memcpy(end, last, 4);
+    return;
+  }
+#endif
+  for (; n; n--) *to++ = *a++;
+}
+
+#if DSP
+/* Widen codes, four by four: 0 and 2, then, behind the other positions' 0 and 2, 1 and 3. */
+APART int16_t *widen(const int8_t *a, uint32_t n, int16_t *to) {
+  const int8_t *end = a + n;
+  while (a != end) {
+    int32_t p, t;
+    __asm__ volatile(
+        "ldr    %[p], [%[a]], #4\n\t"
+        "sxtb16 %[t], %[p]\n\t"
+        "sxtb16 %[p], %[p], ror #8\n\t"
+        "str    %[t], [%[to]], #12\n\t"
+        "str    %[p], [%[to]], #12\n\t"
+        : [a] "+r"(a), [to] "+r"(to), [p] "=&r"(p), [t] "=&r"(t)
+        :
+        : "memory");
+  }
+  return to;
+}
+
+static int16_t *widen_fill(int8_t code, uint32_t n, int16_t *to) {
+  for (; n; n -= 2u, to += 2u * POSITIONS) to[0] = to[1] = code;
+  return to;
+}
+#endif
+
+/* Where the windows of a layer begin, and how they are copied. */
+typedef struct {
+  const edgecomp_conv *conv;
+  const int8_t *x;
+  uint32_t run, x_row;               /* codes of a row of a window, and from one to the next in the image */
+  uint32_t y_step, x_step, origin;   /* from window to window, and from the first one to the image */
+  uint32_t top, bottom, left, right; /* positions whose windows lie inside */
+} windows;
+
+/* Copy a window with the zero point where it reaches out of the image: as it is, or widened. */
+APART void copy_border(const windows *c, int32_t top, int32_t left, int is_wide, int8_t *window, int16_t *patch) {
+  const edgecomp_window *v = &c->conv->window;
+  uint32_t n = v->in_channels, k, rows[2], cols[2];
+  int8_t zero = c->conv->in_zero;
+  inside(top, v->in_height, v->kernel_height, v->dilation_height, &rows[0], &rows[1]);
+  inside(left, v->in_width, v->kernel_width, 1u, &cols[0], &cols[1]);
+  for (k = 0; k < v->kernel_height; k++) {
+    int is_inside = cols[0] != cols[1] && k >= rows[0] && k < rows[1];
+    uint32_t before = is_inside ? cols[0] * n : c->run, some = is_inside ? (cols[1] - cols[0]) * n : 0u;
+    uint32_t behind = c->run - before - some;
+    const int8_t *a = c->x;
+    if (is_inside)
+      a += ((uint32_t)(top + (int32_t)(k * v->dilation_height)) * v->in_width + (uint32_t)(left + (int32_t)cols[0])) * n;
+#if DSP
+    if (is_wide) {
+      patch = widen_fill(zero, before, patch);
+      patch = widen(a, some, patch);
+      patch = widen_fill(zero, behind, patch);
+      continue;
+    }
+#endif
+    fill(zero, before, window);
+    copy_codes(a, some, window + before);
+    fill(zero, behind, window + before + some);
+    window += c->run;
+  }
+  (void)is_wide;
+  (void)patch;
+}
+
+/* The same for a window that lies inside. */
+static int8_t *copy_rows(const int8_t *a, uint32_t height, uint32_t run, uint32_t x_row, int8_t *to) {
+  for (; height; height--, a += x_row) {
+#if DSP
+    if (run >= 4u) {
+      const int8_t *b = a, *last = a + run - 4u;
+      int8_t *end = to + run - 4u;
+      for (; b < last; b += 4, to += 4) memcpy(to, b, 4);
+      memcpy(end, last, 4);
+      to = end + 4;
+      continue;
+    }
+#endif
+    copy_codes(a, run, to);
+    to += run;
+  }
+  return to;
+}
+
+/* Copy the window of a position into a patch; n: its taps, rounded up to fours. */
+static void copy_window(const windows *c, uint32_t oy, uint32_t ox, uint32_t n, int8_t *window, int16_t *patch) {
+  const edgecomp_window *v = &c->conv->window;
+  int is_inside = oy >= c->top && oy < c->bottom && ox >= c->left && ox < c->right;
+  int is_wide = DSP && !((is_inside ? c->run : v->in_channels) & 3u);
+  if (is_inside) {
+    const int8_t *a = c->x + (oy * c->y_step + ox * c->x_step - c->origin);
+    uint32_t k;
+    if (!is_wide) (void)copy_rows(a, v->kernel_height, c->run, c->x_row, window);
+#if DSP
+    for (k = v->kernel_height; is_wide && k; k--, a += c->x_row) patch = widen(a, c->run, patch);
+#else
+    (void)k;
+#endif
+  } else {
+    copy_border(c, (int32_t)(oy * v->stride_height) - v->pad_top, (int32_t)(ox * v->stride_width) - v->pad_left, is_wide,
+                window, patch);
+  }
+#if DSP
+  if (!is_wide) (void)widen(window, n, patch);
+#else
+  (void)n;
+#endif
+}
+
+/* Decode a run of four filters, or fewer, so that it ends with a four of taps. */
+static void decode_fours(reader *r, uint32_t n, uint32_t n_filters, int16_t *out) {
+  int16_t rest[3u * FILTERS];
+  uint32_t n_rest = n & 3u, f;
+  next_part(r);
+  if (n_filters < FILTERS) memset(out, 0, FILTERS * n * sizeof(int16_t));
+  out = decode_run(r, n, n_filters, out) - FILTERS * n_rest;
+  if (!n_rest) return;
+  memset(rest, 0, sizeof rest);
+  memcpy(rest, out, FILTERS * n_rest * sizeof(int16_t));
+  for (f = 0; f < FILTERS; f++, out += 2) {
+    out[0] = rest[f];
+    out[1] = rest[2u * FILTERS + f];
+    out[2u * FILTERS] = rest[FILTERS + f];
+    out[2u * FILTERS + 1u] = 0;
+  }
+}
+
+#if DSP
+/* Two taps of two filters at three positions. */
+#define TWO_TAPS                            \
+  "ldmia  %[a]!, {r8, r9, r10}\n\t"         \
+  "ldrd   %[u], %[v], [%[w]], #16\n\t"      \
+  "smlad  %[s0], r8, %[u], %[s0]\n\t"       \
+  "smlad  %[s1], r9, %[u], %[s1]\n\t"       \
+  "smlad  %[s2], r10, %[u], %[s2]\n\t"      \
+  "smlad  %[s3], r8, %[v], %[s3]\n\t"       \
+  "smlad  %[s4], r9, %[v], %[s4]\n\t"       \
+  "smlad  %[s5], r10, %[v], %[s5]\n\t"
+/* Until a reaches end. */
+#define PATCH_RUN(body, end)                                                                                        \
+  do {                                                                                                              \
+    int32_t u, v;                                                                                                   \
+    __asm__ volatile(REPEATED(body, "%[u]")                                                                         \
+                     : [a] "+r"(a), [w] "+r"(w), [s0] "+r"(s0), [s1] "+r"(s1), [s2] "+r"(s2), [s3] "+r"(s3),        \
+                       [s4] "+r"(s4), [s5] "+r"(s5), [u] "=&r"(u), [v] "=&r"(v)                                     \
+                     : END_IN_MEMORY(end)                                                                           \
+                     : "r8", "r9", "r10", "cc", "memory");                                                          \
+  } while (AGAIN(a, end))
+
+/* PLAIN, of two filters at three positions. */
+#define FINISH_SIX(head_of_two, y, y_step)                                                                          \
+  __asm__ volatile(                                                                                                 \
+        "ldmia  %[h], {r8, r9, r10, r11}\n\t"                                                                       \
+        "smmla  %[s0], %[s0], r8, r10\n\t"                                                                          \
+        "smmla  %[s1], %[s1], r8, r10\n\t"                                                                          \
+        "smmla  %[s2], %[s2], r8, r10\n\t"                                                                          \
+        "smmla  %[s3], %[s3], r9, r11\n\t"                                                                          \
+        "smmla  %[s4], %[s4], r9, r11\n\t"                                                                          \
+        "smmla  %[s5], %[s5], r9, r11\n\t"                                                                          \
+        "ldrd   r8, r9, [%[h], #16]\n\t"                                                                            \
+        "asr    %[s0], %[s0], r8\n\t"                                                                               \
+        "asr    %[s1], %[s1], r8\n\t"                                                                               \
+        "asr    %[s2], %[s2], r8\n\t"                                                                               \
+        "asr    %[s3], %[s3], r9\n\t"                                                                               \
+        "asr    %[s4], %[s4], r9\n\t"                                                                               \
+        "asr    %[s5], %[s5], r9\n\t"                                                                               \
+        "ssat   %[s0], #8, %[s0]\n\t"                                                                               \
+        "ssat   %[s1], #8, %[s1]\n\t"                                                                               \
+        "ssat   %[s2], #8, %[s2]\n\t"                                                                               \
+        "ssat   %[s3], #8, %[s3]\n\t"                                                                               \
+        "ssat   %[s4], #8, %[s4]\n\t"                                                                               \
+        "ssat   %[s5], #8, %[s5]\n\t"                                                                               \
+        "strb   %[s0], [%[to]]\n\t"                                                                                 \
+        "strb   %[s3], [%[to], #1]\n\t"                                                                             \
+        "add    r8, %[to], %[step]\n\t"                                                                             \
+        "strb   %[s1], [r8]\n\t"                                                                                    \
+        "strb   %[s4], [r8, #1]\n\t"                                                                                \
+        "add    r8, r8, %[step]\n\t"                                                                                \
+        "strb   %[s2], [r8]\n\t"                                                                                    \
+        "strb   %[s5], [r8, #1]\n\t"                                                                                \
+      : [s0] "+r"(s0), [s1] "+r"(s1), [s2] "+r"(s2), [s3] "+r"(s3), [s4] "+r"(s4), [s5] "+r"(s5)                    \
+      : [h] "r"(head_of_two), [to] "r"(y), [step] "r"(y_step)                                                       \
+      : "r8", "r9", "r10", "r11", "memory")
+
+/* Store a filter's results at some positions. */
+APART void finish_positions(const filters *p, const int32_t *head, uint32_t f, const int32_t *sums, uint32_t n,
+                            uint32_t at) {
+  uint32_t step = p->conv->window.out_channels, k;
+  if (p->kind == SUMMED) {
+    const addition sum = addition_of(p->conv->sum);
+    int32_t mantissa = head[MANTISSA(f)], offset = head[OFFSET(f)], shift = head[SHIFT(f)];
+    const int8_t *b = p->residual + at;
+    int8_t *y = p->y + at;
+    for (k = 0; k < n; k++, b += step, y += step)
+      *y = added(&sum, saturated(upper_half(sums[k], mantissa, offset) >> shift), *b);
+    return;
+  }
+  for (k = 0; k < n; k++, at += step) {
+    int8_t found = code_of(&p->conv->scaling, head, f, sums[k]);
+    if (p->residual)
+      add_codes(p->conv->sum, 1u, &found, p->residual + at, p->y + at);
+    else
+      p->y[at] = found;
+  }
+}
+
+/* Compute some filters at three positions, or fewer. n: taps; four: the first four filters, with their head. */
+APART void compute_patch(const filters *p, const int16_t *patch, const int16_t *four, uint32_t n, uint32_t at,
+                         uint32_t n_positions) {
+  const int16_t *end_16 = patch + POSITIONS * (n & ~15u), *end = patch + POSITIONS * n;
+  uint32_t step = p->conv->window.out_channels, f;
+  int plain = p->kind == PLAIN && n_positions == POSITIONS && !(p->n & 1u);
+  for (f = 0; f < p->n; f += 2u, at += 2u) {
+    const int32_t *head = (const int32_t *)(const void *)four + BIAS(f & 2u);
+    const int16_t *a = patch, *w = four + 2u * HEAD + 2u * (f & 2u);
+    int32_t s0 = head[0], s1 = s0, s2 = s0, s3 = head[1], s4 = s3, s5 = s3;
+    if (n & ~15u) PATCH_RUN(TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS TWO_TAPS, end_16);
+    if (n & 12u) PATCH_RUN(TWO_TAPS TWO_TAPS, end);
+    head = (const int32_t *)(const void *)four;
+    if (plain) {
+      FINISH_SIX(head + MANTISSA(f & 2u), p->y + at, step);
+    } else {
+      int32_t sums[2u * POSITIONS];
+      sums[0] = s0;
+      sums[1] = s1;
+      sums[2] = s2;
+      sums[3] = s3;
+      sums[4] = s4;
+      sums[5] = s5;
+      finish_positions(p, head, f & 2u, sums, n_positions, at);
+      if (f + 1u < p->n) finish_positions(p, head, (f & 2u) + 1u, sums + POSITIONS, n_positions, at + 1u);
+    }
+    if (f & 2u) four += 2u * HEAD + FILTERS * n;
+  }
+}
+#endif
+
+/* Go through all positions with as many filters at a time as are decoded, four and four. n: taps of a filter, rounded up to
+ * fours. */
+APART void convolve_patches(filters *p, const int8_t *x, uint32_t n, uint32_t fours, void *scratch) {
+  const edgecomp_conv *conv = p->conv;
+  const edgecomp_window *v = &conv->window;
+  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width * v->in_channels, four = EDGECOMP_FOUR_BYTES / 2u + FILTERS * n;
+  uint32_t n_places = (uint32_t)v->out_height * v->out_width, n_filters = v->out_channels, first, c, place, oy, ox;
+  int16_t *w = (int16_t *)scratch, *patch = w + fours * four;
+  int8_t *window = (int8_t *)patch + PATCH_BYTES * n;
+  reader r = open_stream(&conv->weights);
+  windows from;
+#if !DSP
+  int32_t start[FILTERS];
+  taps t;
+  part h;
+  t.height = t.width = 1u;
+  t.n = t.x_run = n;
+  t.x_row = t.w_gap = 0u;
+  h.x = window;
+  h.start = start;
+  h.n_rows = h.n_columns = 1u;
+  h.x_row = h.x_column = 0u;
+#endif
+  p->kind = finish_of(conv, p->residual);
+  from.conv = conv;
+  from.x = x;
+  from.run = (uint32_t)v->kernel_width * v->in_channels;
+  from.x_row = (uint32_t)v->dilation_height * v->in_width * v->in_channels;
+  from.y_step = (uint32_t)v->stride_height * v->in_width * v->in_channels;
+  from.x_step = (uint32_t)v->stride_width * v->in_channels;
+  from.origin = ((uint32_t)v->pad_top * v->in_width + v->pad_left) * v->in_channels;
+  whole(v->in_height, v->out_height, (v->kernel_height - 1u) * v->dilation_height, v->stride_height, v->pad_top,
+        &from.top, &from.bottom);
+  whole(v->in_width, v->out_width, v->kernel_width - 1u, v->stride_width, v->pad_left, &from.left, &from.right);
+  for (c = n_taps; c < n; c++) window[c] = 0;
+  for (first = 0; first < n_filters; first += FILTERS * fours) {
+    uint32_t n_now = n_filters - first < FILTERS * fours ? n_filters - first : FILTERS * fours;
+    for (c = 0; c < n_now; c += FILTERS) {
+      uint32_t some = n_now - c < FILTERS ? n_now - c : FILTERS;
+      int16_t *to = w + c / FILTERS * four;
+#if DSP
+      write_head(&conv->scaling, first + c, some, (int32_t *)(void *)to);
+#endif
+      decode_fours(&r, n_taps, some, to + EDGECOMP_FOUR_BYTES / 2u);
+      lift(to + EDGECOMP_FOUR_BYTES / 2u, FILTERS * n, conv->lift);
+    }
+    oy = ox = 0;
+    for (place = 0; place < n_places; place += POSITIONS) {
+      uint32_t count = n_places - place < POSITIONS ? n_places - place : POSITIONS, k;
+      for (k = 0; k < count; k++) {
+        copy_window(&from, oy, ox, n, window, patch + 2u * k);
+        if (++ox == v->out_width) {
+          ox = 0;
+          oy++;
+        }
+      }
+#if DSP
+      p->n = n_now;
+      compute_patch(p, patch, w, n, place * n_filters + first, count);
+#else
+      for (c = 0; c < n_now; c += FILTERS) {
+        load_filters(p, first + c, n_now - c < FILTERS ? n_now - c : FILTERS);
+        for (k = 0; k < FILTERS; k++) start[k] = p->head[BIAS(k)];
+        h.place = place * n_filters + first + c;
+        h.w = w + c / FILTERS * four + EDGECOMP_FOUR_BYTES / 2u;
+        compute_kind(ANY, p, &t, &h);
+      }
+#endif
+    }
+  }
+}
+
+void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch,
+                     uint32_t scratch_bytes) {
   const edgecomp_window *v = &conv->window;
   uint32_t n = (uint32_t)v->in_channels / conv->groups, per_group = (uint32_t)v->out_channels / conv->groups;
   uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width;
   int is_row = conv->groups == 1u && v->dilation_width == 1u;
   uint32_t run = is_row ? n * v->kernel_width : n;
-  /* Parts of a run can be read only from a four on. */
-  int padded = reaches_out(v), patched = padded && is_row && (n & 3u);
   int16_t *w = (int16_t *)scratch;
-  void *rest = w + FILTERS * n_taps * n;
   reader r = open_stream(&conv->weights);
   uint32_t g, o;
   filters p;
   p.conv = conv;
   p.residual = residual;
   p.y = y;
+  if (is_row) {
+    uint32_t all = (n_taps * n + 3u) & ~3u, fours = (per_group + FILTERS - 1u) / FILTERS;
+    uint32_t taken = (n & 3u ? 7u : 6u) * all;
+    uint32_t room = scratch_bytes <= taken ? 0u : (scratch_bytes - taken) / (EDGECOMP_FOUR_BYTES + 8u * all);
+    if (room > fours) room = fours;
+    if ((n & 3u) || (DSP && room >= (n_taps == 1u && fours < ENOUGH_FOURS ? fours : ENOUGH_FOURS))) {
+      convolve_patches(&p, x, all, room, scratch);
+      return;
+    }
+  }
   for (g = 0; g < conv->groups; g++) {
     for (o = 0; o < per_group; o += FILTERS) {
       int16_t *out = w;
@@ -675,32 +1150,270 @@ void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *r
       if (p.n < FILTERS) memset(w, 0, FILTERS * n_taps * n * sizeof(int16_t));
       next_part(&r);
       for (i = 0; i < n_taps * n; i += run) out = decode_run(&r, run, p.n, out);
-      convolve(&p, 0, x + g * n, w, padded && !patched && conv->in_zero ? (int32_t *)rest : 0,
-               patched ? (int8_t *)rest : 0);
+      lift(w, FILTERS * n_taps * n, conv->lift);
+      convolve(&p, x + g * n, w, reaches_out(v) && conv->in_zero ? (int32_t *)(w + FILTERS * n_taps * n) : 0);
     }
   }
 }
 
-void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, void *scratch) {
+/* ---- depthwise convolution -------------------------------------------------------------------------------------- */
+
+/* Rows of four channels, copied out of the image with the zero point around, so that no window reaches out. A row is
+ * `pitch` pixels long. As they lie in the image, or each channel by itself, `plane` bytes apart. */
+typedef struct {
+  int8_t *codes;
+  uint32_t pitch, plane, n_rows;
+} strip;
+
+APART void copy_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, uint32_t n, int8_t *to) {
+  uint32_t f;
+  for (; n; n--, a += step, to += FILTERS) {
+#if DSP
+    if (n_channels == FILTERS) {
+      memcpy(to, a, FILTERS);
+      continue;
+    }
+#endif
+    for (f = 0; f < n_channels; f++) to[f] = a[f];
+  }
+}
+
+#if DSP
+static uint32_t lower_halves(uint32_t first, uint32_t second) {
+  uint32_t found;
+  __asm__("pkhbt %0, %1, %2, lsl #16" : "=r"(found) : "r"(first), "r"(second));
+  return found;
+}
+
+static uint32_t upper_halves(uint32_t first, uint32_t second) {
+  uint32_t found;
+  __asm__("pkhtb %0, %2, %1, asr #16" : "=r"(found) : "r"(first), "r"(second));
+  return found;
+}
+
+static uint32_t pair_of(int16_t first, int16_t second) {
+  return lower_halves((uint16_t)first, (uint16_t)second);
+}
+
+static void put_word(uint32_t word, int8_t *to) { memcpy(to, &word, 4); }
+
+/* The same, channel by channel. */
+APART void split_pixels(const int8_t *a, uint32_t n_channels, uint32_t step, uint32_t n, uint32_t plane, int8_t *to) {
+  uint32_t f;
+  if (n_channels == FILTERS) {
+    const uint32_t even = 0x00ff00ffu;
+    uint32_t p0, p1, p2, p3, low, high;
+    for (; n >= 4u; n -= 4u, to += 4) {
+      memcpy(&p0, a, 4);
+      memcpy(&p1, a + step, 4);
+      a += 2u * step;
+      memcpy(&p2, a, 4);
+      memcpy(&p3, a + step, 4);
+      a += 2u * step;
+      low = (p0 & even) | (p1 & even) << 8;
+      high = (p2 & even) | (p3 & even) << 8;
+      put_word(lower_halves(low, high), to);
+      put_word(upper_halves(low, high), to + 2u * plane);
+      low = (p0 & ~even) >> 8 | (p1 & ~even);
+      high = (p2 & ~even) >> 8 | (p3 & ~even);
+      put_word(lower_halves(low, high), to + plane);
+      put_word(upper_halves(low, high), to + 3u * plane);
+    }
+    for (; n; n--, a += step, to++) {
+      memcpy(&p0, a, 4);
+      to[0] = (int8_t)p0;
+      to[plane] = (int8_t)(p0 >> 8);
+      to[2u * plane] = (int8_t)(p0 >> 16);
+      to[3u * plane] = (int8_t)(p0 >> 24);
+    }
+  }
+  for (; n; n--, a += step, to++)
+    for (f = 0; f < n_channels; f++) to[f * plane] = a[f];
+}
+
+/* Windows of 3x3, two of them, one beside the other. h: of each row the weights 0 and 2, and 1; then mantissa, offset, shift
+ * and bias. */
+#define PAIR_OF_WINDOWS                     \
+  "ldr    %[s0], [%[h], #36]\n\t"           \
+  "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"    \
+  "mov    %[s1], %[s0]\n\t"                 \
+  "ldr    %[p], [%[a]]\n\t"                 \
+  "sxtb16 %[t], %[p]\n\t"                   \
+  "sxtb16 %[p], %[p], ror #8\n\t"           \
+  "smlad  %[s0], %[t], r8, %[s0]\n\t"       \
+  "smlabb %[s0], %[p], r9, %[s0]\n\t"       \
+  "smlad  %[s1], %[p], r8, %[s1]\n\t"       \
+  "smlatb %[s1], %[t], r9, %[s1]\n\t"       \
+  "ldr    %[p], [%[a], %[pitch]]\n\t"       \
+  "sxtb16 %[t], %[p]\n\t"                   \
+  "sxtb16 %[p], %[p], ror #8\n\t"           \
+  "smlad  %[s0], %[t], r10, %[s0]\n\t"      \
+  "smlabb %[s0], %[p], r11, %[s0]\n\t"      \
+  "smlad  %[s1], %[p], r10, %[s1]\n\t"      \
+  "smlatb %[s1], %[t], r11, %[s1]\n\t"      \
+  "ldr    %[p], [%[a], %[pitch], lsl #1]\n\t" \
+  "ldmia  %[h]!, {r8, r9, r10, r11}\n\t"    \
+  "sxtb16 %[t], %[p]\n\t"                   \
+  "sxtb16 %[p], %[p], ror #8\n\t"           \
+  "smlad  %[s0], %[t], r8, %[s0]\n\t"       \
+  "smlabb %[s0], %[p], r9, %[s0]\n\t"       \
+  "smlad  %[s1], %[p], r8, %[s1]\n\t"       \
+  "smlatb %[s1], %[t], r9, %[s1]\n\t"       \
+  "ldr    %[t], [%[h]], #-32\n\t"           \
+  "smmla  %[s0], %[s0], r10, r11\n\t"       \
+  "smmla  %[s1], %[s1], r10, r11\n\t"       \
+  "asr    %[s0], %[s0], %[t]\n\t"           \
+  "asr    %[s1], %[s1], %[t]\n\t"           \
+  "ssat   %[s0], #8, %[s0]\n\t"             \
+  "ssat   %[s1], #8, %[s1]\n\t"             \
+  "strb   %[s0], [%[y]]\n\t"                \
+  "strb   %[s1], [%[y], %[step]]\n\t"       \
+  "add    %[y], %[y], %[step], lsl #1\n\t"  \
+  "add    %[a], %[a], #2\n\t"
+/* Until b reaches end. */
+#define PAIRS_OF_WINDOWS(table, end)                                                                                \
+  do {                                                                                                              \
+    int32_t s0, s1, p, t;                                                                                           \
+    const int32_t *h = (table);                                                                                     \
+    __asm__ volatile(REPEATED(PAIR_OF_WINDOWS, "%[p]")                                                              \
+                     : [a] "+r"(b), [y] "+r"(y), [h] "+r"(h), [s0] "=&r"(s0), [s1] "=&r"(s1), [p] "=&r"(p),         \
+                       [t] "=&r"(t)                                                                                 \
+                     : [pitch] "r"(pitch), [step] "r"(y_step), END_IN_MEMORY(end)                                   \
+                     : "r8", "r9", "r10", "r11", "cc", "memory");                                                   \
+  } while (AGAIN(b, end))
+/* A row of one window. */
+#define ROW_OF_ONE(address, outer, middle)                                     \
+  do {                                                                         \
+    int32_t p, t;                                                              \
+    memcpy(&p, (address), 4);                                                  \
+    __asm__(                                                                   \
+        "sxtb16 %[t], %[p]\n\t"                                                \
+        "sxtb16 %[p], %[p], ror #8\n\t"                                        \
+        "smlad  %[s0], %[t], %[o], %[s0]\n\t"                                  \
+        "smlabb %[s0], %[p], %[m], %[s0]\n\t"                                  \
+        : [s0] "+r"(s0), [p] "+r"(p), [t] "=&r"(t)                             \
+        : [o] "r"(outer), [m] "r"(middle));                                    \
+  } while (0)
+
+/* One channel's 3x3 windows in a strip, next to each other or every second one: of a row's four codes two instructions
+ * make pairs, 0 and 2, 1 and 3, that serve two windows. */
+APART void compute_plane(const filters *p, uint32_t f, const int16_t *w, uint32_t pitch, const int8_t *a,
+                         uint32_t n_rows, int8_t *y) {
+  const edgecomp_window *v = &p->conv->window;
+  uint32_t y_step = v->out_channels, stride = v->stride_width, a_step = v->stride_height * pitch;
+  uint32_t in_pairs = stride == 1u ? v->out_width & ~1u : 0u, n_single = v->out_width - in_pairs, count;
+  int32_t table[10]; /* of each row the weights 0 and 2, and 1; mantissa, offset, shift, bias */
+  for (count = 0, w += f; count < 6u; count += 2u, w += 3u * FILTERS) {
+    table[count] = (int32_t)pair_of(w[0], w[2u * FILTERS]);
+    table[count + 1u] = w[FILTERS];
+  }
+  table[6] = p->head[MANTISSA(f)];
+  table[7] = p->head[OFFSET(f)];
+  table[8] = p->head[SHIFT(f)];
+  table[9] = p->head[BIAS(f)];
+  for (; n_rows; n_rows--, a += a_step) {
+    const int8_t *b = a, *end = a + in_pairs;
+    if (in_pairs) PAIRS_OF_WINDOWS(table, end);
+    for (count = n_single; count; count--, b += stride, y += y_step) {
+      int32_t s0 = table[9];
+      ROW_OF_ONE(b, table[0], table[1]);
+      ROW_OF_ONE(b + pitch, table[2], table[3]);
+      ROW_OF_ONE(b + 2u * pitch, table[4], table[5]);
+      y[0] = (int8_t)saturated(upper_half(s0, table[6], table[7]) >> table[8]);
+    }
+  }
+}
+#endif
+
+/* n bytes, of words. */
+static void fill_words(int8_t code, uint32_t n, int8_t *to) {
+  int32_t word = (int32_t)((uint8_t)code * 0x01010101u);
+  int32_t *at = (int32_t *)(void *)to;
+  for (; n; n -= 4u) *at++ = word;
+}
+
+/* Fill a strip with rows of the image, from `top` on, which may lie outside. What lies beside them is not touched. */
+APART void fill_strip(const edgecomp_conv *conv, const int8_t *x, uint32_t n_channels, int is_split, int32_t top,
+                      const strip *to) {
   const edgecomp_window *v = &conv->window;
-  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width, c, i;
+  uint32_t left = v->pad_left < to->pitch ? v->pad_left : to->pitch, row, f;
+  uint32_t width = to->pitch - left < v->in_width ? to->pitch - left : v->in_width, n_rows = to->n_rows;
+  uint32_t row_bytes = is_split ? to->pitch : to->pitch * FILTERS, x_row = (uint32_t)v->in_width * v->in_channels;
+  int8_t *codes = to->codes;
+  for (row = 0; row < n_rows; row++, codes += row_bytes) {
+    int32_t y = top + (int32_t)row;
+    if (y < 0 || y >= v->in_height) {
+      for (f = 0; f < (is_split ? FILTERS : 1u); f++) fill_words(conv->in_zero, row_bytes, codes + f * to->plane);
+      continue;
+    }
+#if DSP
+    if (is_split) {
+      split_pixels(x + (uint32_t)y * x_row, n_channels, v->in_channels, width, to->plane, codes + left);
+      continue;
+    }
+#endif
+    copy_pixels(x + (uint32_t)y * x_row, n_channels, v->in_channels, width, codes + left * FILTERS);
+  }
+}
+
+void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, void *scratch, uint32_t scratch_bytes) {
+  const edgecomp_window *v = &conv->window;
+  uint32_t n_taps = (uint32_t)v->kernel_height * v->kernel_width, c, i, oy, band;
+  uint32_t reach = (v->kernel_height - 1u) * v->dilation_height + 1u;
   int16_t *w = (int16_t *)scratch;
-  void *rest = w + FILTERS * n_taps;
+  int is_split = DSP && v->kernel_height == 3u && v->kernel_width == 3u && v->dilation_height == 1u &&
+                 v->dilation_width == 1u && v->stride_width <= 2u && finish_of(conv, 0) == PLAIN;
   reader r = open_stream(&conv->weights);
+  int32_t start[FILTERS];
   filters p;
+  strip s;
+  taps t;
+  part h;
   p.conv = conv;
   p.residual = 0;
   p.y = y;
+  s.codes = (int8_t *)(w + FILTERS * n_taps);
+  s.pitch = ((v->out_width - 1u) * v->stride_width + (v->kernel_width - 1u) * v->dilation_width + 4u) & ~3u;
+  /* As many rows as there is room for: whole bands of the result. */
+  band = (scratch_bytes - 8u * n_taps) / (FILTERS * s.pitch);
+  band = band <= reach ? 1u : (band - reach) / v->stride_height + 1u;
+  s.plane = s.pitch * ((band - 1u) * v->stride_height + reach);
+  t.height = v->kernel_height;
+  t.width = v->kernel_width;
+  t.n = 1u;
+  t.x_row = v->dilation_height * s.pitch * FILTERS;
+  t.x_run = v->dilation_width * FILTERS;
+  t.w_gap = 0;
+  h.x = s.codes;
+  h.w = w;
+  h.start = start;
+  h.n_columns = v->out_width;
+  h.x_row = v->stride_height * s.pitch * FILTERS;
+  h.x_column = v->stride_width * FILTERS;
+  fill_words(conv->in_zero, FILTERS * s.plane, s.codes);
   for (c = 0; c < v->in_channels; c += FILTERS) {
     load_filters(&p, c, v->in_channels - c < FILTERS ? v->in_channels - c : FILTERS);
+    for (i = 0; i < FILTERS; i++) start[i] = p.head[BIAS(i)];
     next_part(&r);
-    if (p.n == FILTERS) {
+    if (p.n < FILTERS) memset(w, 0, FILTERS * n_taps * sizeof(int16_t));
+    if (p.n == FILTERS)
       decode(&r, FILTERS * n_taps, w);
-    } else {
-      memset(w, 0, FILTERS * n_taps * sizeof(int16_t));
+    else
       for (i = 0; i < n_taps; i++) decode(&r, p.n, w + FILTERS * i);
+    lift(w, FILTERS * n_taps, conv->lift);
+    for (oy = 0; oy < v->out_height; oy += band) {
+      h.n_rows = v->out_height - oy < band ? v->out_height - oy : band;
+      h.place = oy * v->out_width * v->out_channels + c;
+      s.n_rows = (h.n_rows - 1u) * v->stride_height + reach;
+      fill_strip(conv, x + c, p.n, is_split, (int32_t)(oy * v->stride_height) - v->pad_top, &s);
+#if DSP
+      if (is_split) {
+        for (i = 0; i < p.n; i++) compute_plane(&p, i, w, s.pitch, s.codes + i * s.plane, h.n_rows, y + h.place + i);
+        continue;
+      }
+#endif
+      compute_kind(CHANNELS, &p, &t, &h);
     }
-    convolve(&p, 1, x + c, w, reaches_out(v) && conv->in_zero ? (int32_t *)rest : 0, 0);
   }
 }
 
@@ -723,7 +1436,7 @@ void edgecomp_fully_connected(const edgecomp_linear *linear, const int8_t *x, in
       t.n = linear->n_in - i < EDGECOMP_LINEAR_RUN ? linear->n_in - i : EDGECOMP_LINEAR_RUN;
       if (n_filters < FILTERS) memset(w, 0, FILTERS * t.n * sizeof(int16_t));
       (void)decode_run(&r, t.n, n_filters, w);
-      add_products(ANY, &t, x + i, w, sums);
+      add_products(&t, x + i, w, sums);
     }
     for (f = 0; f < n_filters; f++) y[o + f] = finished(s, o + f, sums[f]);
   }

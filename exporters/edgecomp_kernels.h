@@ -3,7 +3,7 @@
  * Images are H x W x C, a byte a code. The caller gives all memory; nothing is allocated, and no state is kept, so
  * networks may run in several threads, each with an arena of its own. Every result is that of edgecomp's integer
  * reference, to the last bit. Chosen by the compiler's flags: with the DSP extension of Armv7E-M and Armv8-M
- * (__ARM_FEATURE_DSP, __ARM_FEATURE_SIMD32) two products an instruction, else portable C.
+ * (__ARM_FEATURE_DSP, __ARM_FEATURE_SIMD32), and optimized, two products an instruction, else portable C.
  */
 #ifndef EDGECOMP_KERNELS_H_
 #define EDGECOMP_KERNELS_H_
@@ -24,7 +24,8 @@ enum edgecomp_form {
 
 /* The weights of a layer: filters by fours, and of them the taps in the order in which the kernels read them. Of every
  * four taps of a run come 0 and 2 of each filter, then 1 and 3 of each; then the rest of the run, each tap of all filters
- * in turn. A run is what lies side by side in the image: a kernel's row, or its pixel. */
+ * in turn. A run is a kernel's row, or its pixel if it is dilated in width or there are groups; where pixels are no fours of
+ * codes, and neither is so, it is all of the kernel. */
 typedef struct {
   const uint8_t *stream;
   const int8_t *levels;
@@ -72,6 +73,7 @@ typedef struct {
   const edgecomp_sum *sum; /* what is added to the result, or none */
   uint16_t groups;
   int8_t in_zero;
+  uint8_t lift; /* sums are multiplied by 2^lift, as biases and shifts are already: so that shifts are not too small */
 } edgecomp_conv;
 
 typedef struct {
@@ -94,14 +96,21 @@ typedef struct {
 
 /* So many taps of a linear layer are decoded at a time. */
 #define EDGECOMP_LINEAR_RUN 128u
+/* What becomes of the sums of four filters takes so many bytes where they are computed on patches. */
+#define EDGECOMP_FOUR_BYTES 64u
 
 /* Convolution, dense or in groups. y may be the memory of `residual`, which has the shape of y, where a sum is fused.
- * scratch, on a multiple of 4: 8 bytes a tap of a filter (kernel height x width x channels of a group), then, where
- * windows reach out of the image, 16 bytes a tap of the kernel and of its width, or a byte a tap of the filter.
- * Depthwise: the same, with one channel. Linear: 8 bytes a tap, of at most EDGECOMP_LINEAR_RUN. */
-void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch);
-/* One filter a channel; weights: every tap of four channels, then of the next four. */
-void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, void *scratch);
+ * scratch, on a multiple of 4: at least 8 bytes a tap of a filter (kernel height x width x channels of a group), then,
+ * where windows reach out of the image, 16 bytes a tap of the kernel and of its width. Where pixels are no fours of codes
+ * (one group, not dilated in width): 7 bytes a tap of a filter, rounded up to fours, then, once or for every four of
+ * filters, 8 a tap and EDGECOMP_FOUR_BYTES. Other such layers are computed in that way, faster, where that and 6 bytes a tap
+ * are there for six fours, or, where a window is a pixel, for all. */
+void edgecomp_conv2d(const edgecomp_conv *conv, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch,
+                     uint32_t scratch_bytes);
+/* One filter a channel; weights: every tap of four channels, then of the next four. scratch: 8 bytes a tap of the kernel,
+ * then 4 a pixel of the rows that a window reaches over, rounded up to fours of pixels; the more rows the better. */
+void edgecomp_depthwise(const edgecomp_conv *conv, const int8_t *x, int8_t *y, void *scratch, uint32_t scratch_bytes);
+/* scratch: 8 bytes a tap, of at most EDGECOMP_LINEAR_RUN. */
 void edgecomp_fully_connected(const edgecomp_linear *linear, const int8_t *x, int8_t *y, void *scratch);
 
 /* y may be a or b. */

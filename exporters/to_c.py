@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecomp.arena import Arena, Buffer, arrange, drawn
+from edgecomp.arena import Arena, Buffer, arrange, drawn, widest_gap
 from edgecomp.artifact import FILES, AtRest, Exported, StoredWeight
 from edgecomp.compress import border_codes, run_codes
 from edgecomp.errors import ExportError
@@ -38,7 +38,7 @@ class Program:
         graph: that it computes.
         steps: in order.
         place: of every tensor, in C: an offset in the arena, or the caller's input or output.
-        scratch: offset of the memory that a step has for itself, by its number.
+        scratch: offset and bytes of the memory that a step has for itself, by its number.
         buffers: all that lies in the arena.
         arena: their places.
         input_offset: where the input may lie in the arena, at no cost; None where it would make the arena larger.
@@ -50,7 +50,7 @@ class Program:
     graph: Graph
     steps: Sequence[Step]
     place: Mapping[str, str]
-    scratch: Mapping[int, int]
+    scratch: Mapping[int, tuple[int, int]]
     buffers: Sequence[Buffer]
     arena: Arena
     input_offset: int | None
@@ -118,15 +118,18 @@ def program_of(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Program:
     source, result = work.memory_of(graph.inputs[0]), own(graph.outputs[0])
     buffers = {b.name: b for b in _buffers(work, own) if b.name != result}
     taken = buffers.pop(source)
-    inside = list(buffers.values())
-    arena = arrange(inside)
-    with_input = arrange(both := [*inside, replace(taken, first=0)])
+    inside = buffers
+    arena = arrange(inside.values())
+    both = {**buffers, source: replace(taken, first=0)}
+    with_input = arrange(both.values())
     input_offset = None
     if with_input.n_bytes == arena.n_bytes:
         inside, arena, input_offset = both, with_input, with_input.offsets[source]
+    inside, arena = _with_free_memory(work.steps, inside, arena)
     place = {source: "in", result: "out"}
     place |= {name: f"memory + {arena.offsets[name]}" for name in buffers if not name.startswith(_SCRATCH)}
-    scratch = {i: arena.offsets[f"{_SCRATCH}{i}"] for i in range(len(work.steps)) if f"{_SCRATCH}{i}" in buffers}
+    keys = {i: f"{_SCRATCH}{i}" for i in range(len(work.steps)) if f"{_SCRATCH}{i}" in buffers}
+    scratch = {i: (arena.offsets[key], inside[key].n_bytes) for i, key in keys.items()}
     names = {name for step in work.steps for name in step.pointers.values()}
     return Program(
         name=_NAME.sub("_", graph.name.lower()).strip("_") or "net",
@@ -134,7 +137,7 @@ def program_of(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Program:
         steps=work.steps,
         place={name: place[own(name)] for name in names},
         scratch=scratch,
-        buffers=inside,
+        buffers=tuple(inside.values()),
         arena=arena,
         input_offset=input_offset,
         left_out=work.left_out,
@@ -205,6 +208,21 @@ def _buffers(work: Lowering, own: _Shared) -> list[Buffer]:
         if step.scratch_bytes
     ]
     return found
+
+
+def _with_free_memory(
+    steps: Sequence[Step], buffers: Mapping[str, Buffer], arena: Arena
+) -> tuple[dict[str, Buffer], Arena]:
+    """Let scratch memory grow where that costs nothing: into what is free in the arena at that time."""
+    grown, offsets = dict(buffers), dict(arena.offsets)
+    lasting = [b for name, b in buffers.items() if not name.startswith(_SCRATCH)]
+    for i, step in enumerate(steps):
+        if step.more_scratch:
+            offset, room = widest_gap(lasting, arena.offsets, arena.n_bytes, i)
+            n_bytes = max(n for n in (step.scratch_bytes, *step.more_scratch) if n <= room)
+            grown[f"{_SCRATCH}{i}"] = replace(grown[f"{_SCRATCH}{i}"], n_bytes=n_bytes)
+            offsets[f"{_SCRATCH}{i}"] = offset
+    return grown, replace(arena, offsets=offsets)
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -379,7 +397,8 @@ def _call(program: Program, i: int) -> str:
     step = program.steps[i]
     pointers = {key: program.place[name] for key, name in step.pointers.items()}
     if i in program.scratch:
-        pointers["scratch"] = f"memory + {program.scratch[i]}"
+        offset, n_bytes = program.scratch[i]
+        pointers |= {"scratch": f"memory + {offset}", "scratch_bytes": str(n_bytes)}
     return f"  {step.kernel}({step.arguments.format(**pointers)}); /* {_comment(step.name)} */"
 
 
@@ -387,12 +406,13 @@ def _table(program: Program) -> str:
     """Show which kernel runs each layer, on what."""
     head = ("layer", "kernel", "weights", "bytes", "scratch bytes", "multiplications")
     rows = [head]
-    for step in program.steps:
+    for i, step in enumerate(program.steps):
         w = step.weights
+        scratch = program.scratch.get(i, (0, 0))[1]
         stored = "" if w is None else f"{w.form.name.lower()}, {w.bits} bits"
         size = "" if w is None else f"{w.n_bytes:,}"
         kernel = step.kernel.removeprefix("edgecomp_")
-        rows.append((_comment(step.name), kernel, stored, size, f"{step.scratch_bytes:,}", f"{step.macs:,}"))
+        rows.append((_comment(step.name), kernel, stored, size, f"{scratch:,}", f"{step.macs:,}"))
     widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
     lines = (" * " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from edgecomp.benchmarks.compiled_c import host_compiler
 from edgecomp.compress import border_codes
 from edgecomp.exporters import export, files_of
 from edgecomp.exporters.c_facts import read_facts
+from edgecomp.exporters.to_c import Program
 from edgecomp.graph import Array, Graph
 
 SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -51,6 +52,18 @@ def program(graph: Graph, folder: Path, *options: str) -> Path:
     sources = [str(folder / name) for name in ("main.c", "network.c", "edgecomp_kernels.c")]
     subprocess.run([*host_compiler(), *options, "-g", "-o", str(folder / "run"), *sources], check=True)
     return folder / "run"
+
+
+def with_least_scratch(source: str, found: Program) -> str:
+    """The same network, whose kernels are told of no more scratch memory than they need."""
+    for i, (offset, n_bytes) in found.scratch.items():
+        step = found.steps[i]
+        if step.more_scratch:
+            (call,) = (line for line in source.splitlines() if f"(&step{i}, " in line)
+            given, least = (f" memory + {offset}, {n}u);" for n in (n_bytes, step.scratch_bytes))
+            assert given in call
+            source = source.replace(call, call.replace(given, least))
+    return source
 
 
 def codes_for(graph: Graph, x: Array) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecomp.arena import ALIGNMENT, Arena, Buffer, arrange, drawn
+from edgecomp.arena import ALIGNMENT, Arena, Buffer, arrange, drawn, widest_gap
 
 
 def buffers(most: int) -> st.SearchStrategy[list[Buffer]]:
@@ -53,6 +53,20 @@ def test_places_are_legal_and_no_worse_than_greedy(wanted: list[Buffer]) -> None
     assert arena.least_bytes <= arena.n_bytes <= greedy_bytes(wanted)
     assert arena.optimal or arena.n_bytes > arena.least_bytes
     assert arrange(reversed(wanted)) == arena
+
+
+@settings(deadline=None)
+@given(buffers(8), st.integers(0, 12))
+def test_the_widest_gap_is_free_and_there_is_no_wider_one(wanted: list[Buffer], step: int) -> None:
+    arena = arrange(wanted)
+    offset, n_bytes = widest_gap(wanted, arena.offsets, arena.n_bytes, step)
+    text = bytearray(b" " * arena.n_bytes)
+    for b in wanted:
+        if b.first <= step <= b.last:
+            at = arena.offsets[b.name]
+            text[at : at + rounded(b.n_bytes)] = b"x" * rounded(b.n_bytes)
+    assert text[offset : offset + n_bytes] == b" " * n_bytes
+    assert n_bytes == max(map(len, text.split(b"x")))
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecomp.coding import plain_c_bits
-from edgecomp.exporters.c_weights import CodeStream, Form, channel_fours, code_stream, filter_fours
+from edgecomp.exporters.c_weights import (
+    FOUR_BYTES,
+    LINEAR_RUN,
+    PATCH_FOURS,
+    CodeStream,
+    Form,
+    channel_fours,
+    code_stream,
+    filter_fours,
+)
+from edgecomp.exporters.to_c import kernel_files
 from edgecomp.graph import Array
 
 
@@ -111,3 +123,11 @@ def test_channels_by_fours() -> None:
     first, last = channel_fours(weight)
     assert first.tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
     assert last.tolist() == [12, 15, 13, 16, 14, 17]
+
+
+def test_the_kernels_have_the_same_numbers() -> None:
+    text = b"".join(kernel_files().values()).decode()
+    found = {name: int(value) for name, value in re.findall(r"#define (\w+) (\d+)u\n", text)}
+    assert found["EDGECOMP_LINEAR_RUN"] == LINEAR_RUN
+    assert found["EDGECOMP_FOUR_BYTES"] == FOUR_BYTES
+    assert found["ENOUGH_FOURS"] == PATCH_FOURS

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from elftools.elf.elffile import ELFFile
 
@@ -26,8 +27,10 @@ from edgecomp.compress import border_codes, compress
 from edgecomp.errors import ParityError, TargetError
 from edgecomp.exporters import export, files_of
 from edgecomp.exporters.c_facts import read_facts
+from edgecomp.exporters.to_c import program_of
 from edgecomp.graph import Array, Graph
 from edgecomp.targets import load, names
+from tests.c_program import with_least_scratch
 from tests.graphs import GRAPHS, images, plan_for
 from tests.tiny import Place
 
@@ -122,6 +125,22 @@ def test_a_second_emulator_gives_the_same(cpu: str, tmp_path: Path) -> None:
         again.mkdir()
         facts = read_facts(files("gated")["network.c"], "network.c")
         assert run_in_qemu(files("gated"), facts, CORES[cpu], cpu, x[0], again).output.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("name", ["separable", "gated"])
+def test_outputs_are_the_same_with_the_least_scratch_memory(name: str, tmp_path: Path) -> None:
+    """Patches of all filters or of four, strips of all rows or of one window's."""
+    x, y = codes(name, 1)
+    given = dict(files(name))
+    given["network.c"] = with_least_scratch(given["network.c"].decode(), program_of(network(name))).encode()
+    assert given != files(name)
+    least, most = tmp_path / "least", tmp_path / "most"
+    for folder in (least, most):
+        folder.mkdir()
+    runs = [emulate(link(f, M4, folder), M4, x) for f, folder in ((given, least), (files(name), most))]
+    for run in runs:
+        np.testing.assert_array_equal(run.outputs, y)
+    assert runs[0].instructions > runs[1].instructions
 
 
 def test_counts_are_the_same_in_every_run_and_for_every_image(tmp_path: Path) -> None:

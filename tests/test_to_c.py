@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from edgecomp.exporters.c_facts import read_facts
 from edgecomp.exporters.to_c import Program, program_of, to_c
 from edgecomp.graph import Array, Graph, Op
 from edgecomp.plan import Io
-from tests.c_program import SANITIZERS, codes_for, program, written
+from tests.c_program import SANITIZERS, codes_for, program, with_least_scratch, written
 from tests.graphs import GRAPHS, Build, dense, images, multiplied, plan_for, residual
 from tests.soak_graphs import random_case
 
@@ -183,6 +184,49 @@ def test_sums_are_fused_and_written_over_what_they_add() -> None:
     # Read once more behind the sum: it must not be written over.
     assert 3 * map_bytes <= twice.arena.n_bytes
     assert once.arena.optimal
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_scratch_memory_lies_where_nobody_else_does_and_more_of_it_changes_no_result(name: str) -> None:
+    graph = mixed(name)
+    found = program_of(graph)
+    text = to_c(graph).data.decode()
+    lives: dict[str, list[int]] = {}
+    for i, step in enumerate(found.steps):
+        for tensor in step.pointers.values():
+            lives.setdefault(found.place[tensor], []).append(i)
+    sizes = {found.place[t]: graph.tensors[t].shape for step in found.steps for t in step.pointers.values()}
+    for i, (offset, n_bytes) in found.scratch.items():
+        step = found.steps[i]
+        assert n_bytes in {step.scratch_bytes, *step.more_scratch}
+        assert n_bytes >= step.scratch_bytes
+        assert offset + n_bytes <= found.arena.n_bytes
+        for place in (found.place[t] for t in step.pointers.values()):
+            if place.startswith("memory"):
+                start = int(place.removeprefix("memory + "))
+                assert offset + n_bytes <= start or start + math.prod(sizes[place]) <= offset
+    least = with_least_scratch(text, found)
+    x = images(graph, 3)
+    assert CompiledC(least.encode()).run(x).tobytes() == CompiledC(text.encode()).run(x).tobytes()
+
+
+def test_a_step_takes_what_the_arena_has_anyway() -> None:
+    """Four filters at a time are enough for a first layer of three channels; behind it more memory is needed."""
+    b = Build(0, (3, 12, 12))
+    x = b.conv("wide", b.conv("stem", "input", 8), 32)
+    graph = b.graph(b.linear("fc", b.node(Op.FLATTEN, "flatten", (b.avg_pool("pool", x),), {}), 4), "growing")
+    found = program_of(compress(graph, plan_for(graph, 4)))
+    (stem, *_), (_, given), taps = found.steps, found.scratch[0], 28
+    assert (stem.scratch_bytes, given) == ((8 + 7) * taps + 64, (2 * 8 + 7) * taps + 2 * 64)
+    assert found.arena.n_bytes == found.arena.least_bytes
+
+
+def test_sums_are_lifted_so_that_few_layers_need_64_bits() -> None:
+    text = to_c(mixed("separable")).data.decode()
+    layers = re.findall(r"step\d+_shift, (\d), [^}]*}, [^,]*, \d+, -?\d+, (\d+)};", text)
+    assert len(layers) == 5
+    assert {wide for wide, _ in layers} == {"0"}
+    assert sum(lift != "0" for _, lift in layers) >= 2
 
 
 def test_an_arena_out_of_line_is_refused() -> None:

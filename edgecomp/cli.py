@@ -314,6 +314,13 @@ def _verify(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from edgecomp.benching import bench_artifact, bench_target
 
+    if args.target is not None and args.target.endswith("-emulated"):
+        from edgecomp.devices import bench_emulated_board
+
+        boards = bench_emulated_board(args.artifact, args.target, runtime=args.runtime, seed=args.seed, stage=_stage)
+        values = [json.loads(b.comparison.to_json()) for b in boards] if args.json else []
+        print(json.dumps(values, indent=1) if args.json else "\n\n".join(b.table() for b in boards))
+        return 0
     if args.target is not None:
         report = bench_target(args.artifact, args.target, seed=args.seed, stage=_stage, runtime=args.runtime)
         print(json.dumps(report.to_json(), indent=1) if args.json else report.table())
@@ -344,8 +351,14 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _targets(args: argparse.Namespace) -> int:
-    from edgecomp.boards import board_facts, board_table, boards_table
+    from edgecomp.boards import board_facts, board_table, boards_table, install, write_runner
 
+    if args.install:
+        print(install(args.name, stage=_stage))
+        return 0
+    if args.runner is not None:
+        print(write_runner(args.runner))
+        return 0
     shown = board_table(args.name) if args.name else boards_table()
     print(json.dumps(board_facts(args.name), indent=1) if args.json else shown)
     return 0

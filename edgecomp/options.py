@@ -126,7 +126,8 @@ def _add_bench(verbs: Any) -> None:
     p = verbs.add_parser("bench", help="latency and memory on this machine, beside the float and plain int8 model")
     p.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a built folder, or an .onnx or .tflite file")
     p.add_argument("--runtime", metavar="R", help="onnxruntime, onnxruntime-lean, litert, tflite-micro and others")
-    p.add_argument("--target", metavar="NAME", help="run the folder's network in C on an emulated core: cortex-m4, ...")
+    about = "cortex-m4, ...: the network in C, emulated; rpi4-emulated, ...: ONNX and TFLite, emulated"
+    p.add_argument("--target", metavar="NAME", help=about)
     p.add_argument("--threads", type=int, default=1, metavar="N")
     p.add_argument("--min-secs", type=float, default=2.0, metavar="S", help="measuring time for each model at least")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the runs")
@@ -151,6 +152,8 @@ def _add_inspect(verbs: Any) -> None:
 
 
 def _add_targets(verbs: Any) -> None:
-    p = verbs.add_parser("targets", help="the boards edgecomp knows")
+    p = verbs.add_parser("targets", help="the boards edgecomp knows; makes what an emulated one needs")
     p.add_argument("name", nargs="?", metavar="NAME")
+    p.add_argument("--install", action="store_true", help="of NAME, e.g. rpi4-emulated: fetch and set up, into a cache")
+    p.add_argument("--runner", type=Path, metavar="FILE", help="write the runner, to measure by hand: python3 FILE -h")
     p.add_argument("--json", action="store_true")

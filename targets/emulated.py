@@ -64,9 +64,7 @@ def _core(name: str, qemu: str, features: str, part: str, variant: str, revision
 
 
 _V8 = "fp asimd evtstrm crc32 cpuid"
-_V82 = (
-    "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
-)
+_V82 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
 _A53 = _core("Cortex-A53", "cortex-a53", _V8, "0xd03", "0x0", "4")
 _A72 = _core("Cortex-A72", "cortex-a72", _V8, "0xd08", "0x0", "3")
 _A76 = _core("Cortex-A76", "cortex-a76", _V82, "0xd0b", "0x4", "1")
@@ -356,7 +354,9 @@ def _add_plugin(root: Path) -> None:
 def _check_imports(root: Path) -> None:
     """Import what is to run there, which also leaves it compiled."""
     with _temporary(root) as work:
-        code = "import numpy, onnxruntime, ai_edge_litert.interpreter as i, platform; print(platform.machine())"
+        # Beside the runtimes, what the runner imports of Python's own: later runs leave nothing behind.
+        own = "argparse, dataclasses, email, importlib.metadata, importlib.resources, json, subprocess, tempfile, zipfile"
+        code = f"import numpy, onnxruntime, ai_edge_litert.interpreter, platform, {own}; print(platform.machine())"
         command = inside(root, next(iter(EMULATED.values())), work, ["/usr/bin/python3", "-c", code])
         said = _run(command, what="the new root file system", limit_s=300)
     if said.strip() != "aarch64":

@@ -152,7 +152,8 @@ def test_damaged_reports_are_one_line(text, what):
     assert "\n" not in str(caught.value)
 
 
-FAST = {**MEASURED, "label": "fast", "samples_us": (5.0, 10.0), "p50_us": 7.5, "p90_us": 9.5, "p99_us": 9.95, "min_us": 5.0}
+FAST = {**MEASURED, "label": "fast", "samples_us": (5.0, 10.0), "p50_us": 7.5, "p90_us": 9.5, "p99_us": 9.95,
+        "min_us": 5.0}  # fmt: skip
 COMPARISON = Comparison(
     reports=(BenchReport(**MEASURED), BenchReport(**FAST)),
     baseline="4 bits",

@@ -156,8 +156,8 @@ def take(runtime: str, file: Path, threads: int, *, emulated: bool = False) -> d
         file: the model.
         threads: of the runtime.
         emulated: this is QEMU's user mode, whose own memory is not to be counted. The model is run once beforehand, so
-            that its instructions are translated and QEMU grows no more; at (a) only what the program itself has mapped
-            is counted, and the peak is that and what the model adds.
+            that its instructions are translated; what QEMU itself grows by afterwards is taken off. At (a) only what
+            the program itself has mapped is counted, and the peak is that and what the model adds.
 
     Raises:
         BundleError: the file cannot be loaded.
@@ -188,10 +188,14 @@ def take(runtime: str, file: Path, threads: int, *, emulated: bool = False) -> d
     for _ in range(RUNS):
         model.infer_once()
     after = _status_bytes("VmHWM")
+    if emulated:
+        grown = (_status_bytes("VmRSS") - _guest_bytes()) - (base - resident)
+        loaded, after = (resident + max(0, peak - base - grown) for peak in (loaded, after))
+        base, before = resident, 0
     return {
-        "runtime_bytes": resident,
-        "loaded_bytes": loaded - base + resident,
-        "peak_bytes": resident + after - base if emulated else max(before, after),
+        "runtime_bytes": base,
+        "loaded_bytes": loaded,
+        "peak_bytes": max(before, after),
         "model_bytes": after - base,
         "load_ms": load_ms,
     }

@@ -68,7 +68,9 @@ def _outputs(r: BenchReport) -> str:
     n, different = r.execution["values_compared"], r.execution["values_different"]
     if not different:
         return f"all {n} as on this machine"
-    return f"{different} of {n} not as on this machine, by {r.execution['largest_difference']:.3g} at most"
+    largest, why = r.execution["largest_difference"], r.execution["computed_otherwise"]
+    assert isinstance(why, tuple)
+    return f"{different} of {n} not as on this machine, by {largest:.3g} at most: {', '.join(why) or 'real numbers'}"
 
 
 def bench_emulated_board(

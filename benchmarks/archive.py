@@ -1,4 +1,4 @@
-"""The runner as one file: what `python3 runner.pyz` needs beside numpy and a runtime, in an archive that Python runs."""
+"""The runner as one file: what `python3 runner.pyz` needs beside numpy and a runtime, as an archive that Python runs."""
 
 from __future__ import annotations
 

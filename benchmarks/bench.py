@@ -16,7 +16,7 @@ from edgecomp.report import BenchReport, Comparison, Source, summarise
 
 from .environment import environment, state
 from .harness import Clock, measure, ratio
-from .memory import STATUS, Footprint, footprint
+from .memory import PROCESSES, STATUS, Footprint, footprint
 from .runners import OnnxRuntime, Runner, default_runtime, runner_class
 from .validity import why_not_valid
 
@@ -41,6 +41,7 @@ def bench(
     profile: bool = False,
     attempts: int = 1,
     pause_s: float = 5.0,
+    processes: int = PROCESSES,
 ) -> Comparison:
     """Measure several models in one run, in turns; one inference is one image.
 
@@ -60,6 +61,7 @@ def bench(
         profile: also time each operator, where the runtime has a profiler.
         attempts: so often at most is measured, until a run is valid.
         pause_s: before another attempt, so that a hot board cools; seconds.
+        processes: fresh ones in which memory and load time of a model are taken.
 
     Raises:
         BundleError: a file cannot be read, or its runtime refuses it.
@@ -105,7 +107,8 @@ def bench(
         layers = {label: layer_times(runner) if profile else {} for label, runner in runners.items()}
         footprints: list[Footprint | None] = []
         for i, (file, name) in enumerate(zip(files, runtimes, strict=True)):
-            footprints.append(footprint(file, name, threads=threads) if STATUS.exists() else None)
+            taken = footprint(file, name, threads=threads, processes=processes) if STATUS.exists() else None
+            footprints.append(taken)
             report("memory", (i + 1) / len(files))
         ratios = {label: ratio(timings[label], timings[baseline], rng=draws) for label in labels if label != baseline}
         reports = []

@@ -23,6 +23,7 @@ from edgecomp.errors import BundleError, EdgecompError, TargetError, UsageError
 from edgecomp.files import write_file
 
 from .bench import Entry, bench
+from .memory import PROCESSES
 from .memory import main as weigh
 from .runners import default_runtime, runner_class
 from .runtime import Runner
@@ -70,6 +71,7 @@ def _time(args: argparse.Namespace) -> int:
         seed=args.seed,
         profile=args.enable_op_profiling,
         attempts=1 + args.repeat,
+        processes=args.processes,
     )
     text = comparison.to_json()
     if args.result is None:
@@ -165,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--enable_op_profiling", "-p", type=_truth, nargs="?", const=True, default=False, help="time each operator")
     add("--cores", type=_cores, default=(), metavar="A,B", help="run on these cores alone")
     add("--repeat", type=int, default=0, metavar="N", help="again up to N times while the run is not valid")
+    add("--processes", type=int, default=PROCESSES, metavar="N", help="in which memory and load time are taken")
     add("--seed", type=int, default=0, metavar="N", help="of the order of turns")
     add("-m", dest="how", action=_How, choices=("times", "duration"), help="-r or -t alone decides how long it takes")
     add("-e", dest="provider", choices=("cpu",), default="cpu", help="there is no other")

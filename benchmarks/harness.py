@@ -88,7 +88,13 @@ def measure(
     """
     if not bodies:
         raise UsageError("nothing to measure: expected at least one model")
-    if min(rounds, samples) < 1 or warmup_runs < 0 or not 0 <= min_s <= max_s or not 0 <= warmup_min_s <= warmup_max_s or tolerance <= 0:
+    if (
+        min(rounds, samples) < 1
+        or warmup_runs < 0
+        or not 0 <= min_s <= max_s
+        or not 0 <= warmup_min_s <= warmup_max_s
+        or tolerance <= 0
+    ):
         raise UsageError(
             f"rounds {rounds}, seconds {min_s} to {max_s}, warm-up {warmup_min_s} to {warmup_max_s}, tolerance "
             f"{tolerance}; expected at least one round, rising seconds, a tolerance above 0"

@@ -46,6 +46,7 @@ def bench_over_ssh(
     flags: Sequence[str] = (),
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
+    opened: Callable[[Session], object] | None = None,
 ) -> Comparison:
     """Measure models on a device, in turns.
 
@@ -59,6 +60,7 @@ def bench_over_ssh(
         flags: more of the runner's, see `benchmarks.device`.
         seed: of the order of turns.
         progress: called with 1 when connected, set up, and done.
+        opened: is given the session, to end it from another thread.
 
     Returns:
         measured reports, whether valid or not (`not_valid` says why).
@@ -73,7 +75,10 @@ def bench_over_ssh(
         raise TargetError(f"runtime {unknown[0]} does not run on a device; expected one of {', '.join(PACKAGES)}")
     packages = sorted({package for name in names for package in PACKAGES[name]})
     program = resources.files(__package__).joinpath("session.py").read_bytes()
-    with Session(address, program) as session:
+    with Session(address) as session:
+        if opened is not None:
+            opened(session)
+        session.start(program)
         step(1)
         key = _set_up(session, address, packages)
         step(1)

@@ -1,11 +1,12 @@
 """The device's end of a session over SSH: sent there as text and run by its python3, with nothing but its own library.
 
-Both ends take turns. The device speaks first; every message is a line of JSON, some have bytes behind them. Files lie in
-a private temporary folder, which is removed however the session ends: by a last word, by a signal, by a time limit, or
-by a lost connection, which is noticed because standard input ends. What stays is an environment for each set of wheels,
-in the user's cache folder.
+Both ends take turns. The device speaks first; every message is a line of JSON, some have bytes behind them. Files lie
+in a private temporary folder, which is removed however the session ends: by a last word, by a signal, by a time limit,
+or by a lost connection, which is noticed because standard input ends. What stays is an environment for each set of
+wheels, in the user's cache folder.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -60,7 +61,7 @@ def take_files(folder, files):
     trouble = None
     for name, size in files:
         try:
-            out = open(os.path.join(folder, os.path.basename(name)), "wb")
+            out = open(os.path.join(folder, os.path.basename(name)), "wb")  # noqa: SIM115
         except OSError as e:
             out, trouble = None, trouble or e
         while size:
@@ -140,10 +141,8 @@ def run_watched(command, limit_s, env):
                 if time.monotonic() > deadline:
                     raise OSError(f"not done after {limit_s} s")
         finally:
-            try:
+            with contextlib.suppress(OSError):
                 os.killpg(child.pid, signal.SIGKILL)
-            except OSError:
-                pass
             child.wait()
         out.seek(0)
         err.seek(0)
@@ -175,7 +174,7 @@ def run(message, work):
                 watch()
         words = [word.replace("@", work + os.sep, 1) if word.startswith("@") else word for word in message["argv"]]
         words = [word.replace("=@", "=" + work + os.sep, 1) for word in words]
-        command = [python, "-s", "-B"] + words
+        command = [python, "-s", "-B", *words]
         code, out, err = run_watched(command, message["limit_s"], {"TMPDIR": work})
     answer({"exit": code, "stderr": err[-4000:]}, out)
 

@@ -41,7 +41,7 @@ def why_not_valid(before: Mapping[str, Fact], after: Mapping[str, Fact], timings
             reasons.append(f"drifted: {label} had not settled when its warm-up was over")
         if timing.rounds >= MIN_ROUNDS:
             medians = np.median(np.reshape(timing.samples_us, (timing.rounds, -1)), axis=1)
-            third = max(1, timing.rounds // 3)
+            third = max(2, timing.rounds // 3)
             first, last = float(np.median(medians[:third])), float(np.median(medians[-third:]))
             if abs(last - first) > DRIFT * max(first, 1e-3):
                 reasons.append(f"drifted: {label} took {first:.1f} us at first and {last:.1f} us at last")

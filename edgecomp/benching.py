@@ -57,6 +57,8 @@ class Benched:
         threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
         cpu = first.environment.get("cpu", "unknown processor")
         title = f"{self.title}: {first.runtime} {first.runtime_version}, {threads}, {cpu}; measured"
+        if first.not_valid:
+            title += f"\nnot valid: {'; '.join(first.not_valid)}"
         unpacked = [r.label for r in reports.values() if r.execution.get("unpacked_at_load")]
         if unpacked:
             title += f"\n{', '.join(unpacked)}: unpacked to int8 when it is loaded; load and memory include that"

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgecomp import __version__, errors, launched, options
 
@@ -313,24 +313,32 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from edgecomp.benching import bench_artifact, bench_target
+    from edgecomp.devices import Flags, bench_devices, bench_emulated_board, kind_of
 
-    if args.target is not None and args.target.endswith("-emulated"):
-        from edgecomp.devices import bench_emulated_board
-
-        boards = bench_emulated_board(args.artifact, args.target, runtime=args.runtime, seed=args.seed, stage=_stage)
-        values = [json.loads(b.comparison.to_json()) for b in boards] if args.json else []
-        print(json.dumps(values, indent=1) if args.json else "\n\n".join(b.table() for b in boards))
-        return 0
-    if args.target is not None:
-        report = bench_target(args.artifact, args.target, seed=args.seed, stage=_stage, runtime=args.runtime)
+    kind = kind_of(args.target)
+    how = {"runtime": args.runtime, "seed": args.seed, "stage": _stage}
+    if kind == "core":
+        report = bench_target(args.artifact, args.target[0], **how)
         print(json.dumps(report.to_json(), indent=1) if args.json else report.table())
         return 0
-    comparisons = bench_artifact(
-        args.artifact, runtime=args.runtime, threads=args.threads, min_s=args.min_secs, seed=args.seed, stage=_stage
-    )
-    values = [json.loads(c.comparison.to_json()) for c in comparisons] if args.json else []
-    print(json.dumps(values, indent=1) if args.json else "\n\n".join(c.table() for c in comparisons))
-    return 0
+    flags = Flags(profile=args.profile, cores=args.cores, repeat=args.repeat)
+    if kind != "ssh" and flags != Flags():
+        raise errors.UsageError("--profile, --cores and --repeat are for --target ssh://...")
+    if kind == "emulated":
+        found: Sequence[Any] = bench_emulated_board(args.artifact, args.target[0], **how)
+    else:
+        how |= {"threads": args.threads, "min_s": args.min_secs}
+        there = kind == "ssh"
+        found = (
+            bench_devices(args.artifact, args.target, flags=flags, **how)
+            if there
+            else bench_artifact(args.artifact, **how)
+        )
+    values = [json.loads(each.comparison.to_json()) for each in found] if args.json else []
+    print(json.dumps(values, indent=1) if args.json else "\n\n".join(each.table() for each in found))
+    spoilt = [f"{each.title}: {why}" for each in found for why in each.comparison.reports[0].not_valid]
+    # On this machine, used by others too, the table says it: ratios are of models in turns, which a drift hits alike.
+    return _complain(f"not valid: {'; '.join(spoilt)}", 6) if spoilt and kind == "ssh" else 0
 
 
 def _gate(args: argparse.Namespace) -> int:

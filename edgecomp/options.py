@@ -126,10 +126,16 @@ def _add_bench(verbs: Any) -> None:
     p = verbs.add_parser("bench", help="latency and memory on this machine, beside the float and plain int8 model")
     p.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a built folder, or an .onnx or .tflite file")
     p.add_argument("--runtime", metavar="R", help="onnxruntime, onnxruntime-lean, litert, tflite-micro and others")
-    about = "cortex-m4, ...: the network in C, emulated; rpi4-emulated, ...: ONNX and TFLite, emulated"
-    p.add_argument("--target", metavar="NAME", help=about)
+    about = (
+        "ssh://[user@]host[:port][?board=NAME]: measured there, may be given several times; rpi4-emulated, ...: ONNX "
+        "and TFLite, emulated; cortex-m4, ...: the network in C, emulated"
+    )
+    p.add_argument("--target", metavar="T", action="append", default=[], help=about)
     p.add_argument("--threads", type=int, default=1, metavar="N")
     p.add_argument("--min-secs", type=float, default=2.0, metavar="S", help="measuring time for each model at least")
+    p.add_argument("--profile", action="store_true", help="over SSH: also time each operator, in onnxruntime")
+    p.add_argument("--cores", metavar="A,B", help="over SSH: run on these cores alone")
+    p.add_argument("--repeat", type=int, default=0, metavar="N", help="over SSH: while a run is not valid")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the runs")
     p.add_argument("--json", action="store_true", help="everything, all raw samples included")
 

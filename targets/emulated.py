@@ -228,7 +228,9 @@ def _check_tools() -> None:
         raise TargetError(f"{', '.join(missing)} not found; install: apt-get install {' '.join(packages)}")
 
 
-def _run(command: Sequence[object], *, env: Mapping[str, str] | None = None, what: str = "", limit_s: float = 900) -> str:
+def _run(
+    command: Sequence[object], *, env: Mapping[str, str] | None = None, what: str = "", limit_s: float = 900
+) -> str:
     """Run a program of this machine, and give its standard output.
 
     Raises:
@@ -355,7 +357,7 @@ def _check_imports(root: Path) -> None:
     """Import what is to run there, which also leaves it compiled."""
     with _temporary(root) as work:
         # Beside the runtimes, what the runner imports of Python's own: later runs leave nothing behind.
-        own = "argparse, dataclasses, email, importlib.metadata, importlib.resources, json, subprocess, tempfile, zipfile"
+        own = "argparse, dataclasses, email, importlib.metadata, importlib.resources, json, subprocess, zipfile"
         code = f"import numpy, onnxruntime, ai_edge_litert.interpreter, platform, {own}; print(platform.machine())"
         command = inside(root, next(iter(EMULATED.values())), work, ["/usr/bin/python3", "-c", code])
         said = _run(command, what="the new root file system", limit_s=300)

@@ -88,15 +88,16 @@ def parse_address(text: str) -> Address:
 class Session:
     """A program on a device that answers one message after the other; see `benchmarks.session` for its side."""
 
-    def __init__(self, address: Address, program: bytes) -> None:
-        """Connect and start the program, which begins by saying what the device is (`facts`).
+    def __init__(self, address: Address) -> None:
+        """Begin to connect.
 
         Raises:
-            TargetError: ssh is missing, the device cannot be reached or is not who it was, or it has no python3.
+            TargetError: ssh is missing.
         """
         if shutil.which("ssh") is None:
             raise TargetError("ssh not found; install OpenSSH's client: apt-get install openssh-client")
         self._address, self._buffer = address, b""
+        self.facts: dict[str, Any] = {}
         options = {"BatchMode": "yes", "ConnectTimeout": CONNECT_S, "ServerAliveInterval": CONNECT_S}
         options["ServerAliveCountMax"] = 4
         words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
@@ -111,12 +112,19 @@ class Session:
             bufsize=0,
             start_new_session=True,
         )
-        try:
-            self._send(b"%d\n" % len(program) + program, FIRST_ANSWER_S)
-            self.facts, _ = self._answer(FIRST_ANSWER_S)
-        except BaseException:
-            self.close()
-            raise
+
+    def start(self, program: bytes) -> None:
+        """Start the program, which begins by saying what the device is (`facts`).
+
+        Raises:
+            TargetError: the device cannot be reached or is not who it was, or it has no python3.
+        """
+        self._send(b"%d\n" % len(program) + program, FIRST_ANSWER_S)
+        self.facts, _ = self._answer(FIRST_ANSWER_S)
+
+    def end(self) -> None:
+        """End the connection at once, from any thread; whoever waits for an answer is told that it is gone."""
+        self._process.terminate()
 
     def ask(
         self, message: Mapping[str, object], files: Mapping[str, bytes] | None = None, *, limit_s: float
@@ -240,7 +248,7 @@ def platforms_of(machine: str, libc: str) -> tuple[str, ...]:
     if found is None:
         raise TargetError(f"the device's C library says {libc!r:.40}; expected glibc, for which there are wheels")
     minor = int(found.group(1))
-    return tuple(f"manylinux_2_{n}_{machine}" for n in range(minor, 16, -1)) + (f"manylinux2014_{machine}",)
+    return (*(f"manylinux_2_{n}_{machine}" for n in range(minor, 16, -1)), f"manylinux2014_{machine}")
 
 
 def read_wheels(paths: Sequence[Path]) -> dict[str, bytes]:

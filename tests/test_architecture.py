@@ -34,17 +34,18 @@ LEVELS = (
      "pytorch.trial", "pytorch.recover", "pytorch.prune", "pytorch.sparsify", "pytorch.rebuild", "pytorch.views",
      "pytorch.progress", "pytorch.descent", "pytorch.finetune",
      "samples.train"),
-    ("targets", "targets.emulated", "exporters.layout", "exporters.fused", "exporters.modelfacts", "exporters.flatbuffer",
-     "exporters.unpack_tflite", "exporters.tflite_schema", "exporters.tflm_decode", "exporters.tflite_weights",
+    ("targets", "targets.emulated", "targets.ssh", "exporters.layout", "exporters.fused", "exporters.modelfacts",
+     "exporters.flatbuffer", "exporters.unpack_tflite", "exporters.tflite_schema", "exporters.tflm_decode",
+     "exporters.tflite_weights",
      "exporters.protobuf", "exporters.onnx_model", "exporters.onnx_parts", "exporters.onnx_decoders",
      "exporters.unpack_onnx", "exporters.onnx_weights", "exporters.to_onnx", "exporters.tflite_channels",
      "exporters.to_tflite", "exporters.c_array", "exporters.c_weights", "exporters.c_facts", "exporters.c_steps",
      "exporters.to_c", "exporters",
      "exporters.read_onnx", "exporters.read_tflite", "exporters.describe", "runtime"),
-    ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.validity", "benchmarks.runtime", "benchmarks.accuracy",
-     "benchmarks.tflm", "benchmarks.compiled_c", "benchmarks.firmware",
+    ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.validity", "benchmarks.runtime",
+     "benchmarks.accuracy", "benchmarks.tflm", "benchmarks.compiled_c", "benchmarks.firmware",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
-     "benchmarks.archive", "benchmarks.device", "benchmarks.emulated",
+     "benchmarks.archive", "benchmarks.device", "benchmarks.emulated", "benchmarks.session", "benchmarks.over_ssh",
      "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml"),
     ("check", "spending", "pruning", "recovering", "intake", "build", "verifying", "inspecting", "benching", "devices",
      "boards", "gating",
@@ -214,6 +215,8 @@ def test_no_behaviour_comes_from_the_environment() -> None:
     # Two more hand it on to a compiler, with another place for its temporary files, and one to apt and tar; that one
     # also looks up where this user's caches lie.
     compiling = ("benchmarks.compiled_c", "benchmarks.firmware", "targets.emulated")
+    # On a device, its own.
+    compiling += ("benchmarks.session",)
     allowed = ("benchmarks.memory", f"{PEER}nncf", "launched", *compiling, *SCRIPT)
     for name, path in modules().items():
         used = {ast.unparse(n) for n in ast.walk(tree(path)) if isinstance(n, ast.Attribute)}

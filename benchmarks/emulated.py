@@ -6,10 +6,14 @@ compared with those that the same runtime gives on this machine for the same ima
 
 from __future__ import annotations
 
+import compileall
 import hashlib
+import io
 import json
+import py_compile
 import subprocess
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,7 +34,7 @@ from edgecomp.targets.emulated import (
     wanted_wheels,
 )
 
-from .archive import NAME, runner_archive
+from .archive import runner_archive
 from .bench import Entry
 from .device import MARKED
 from .runners import OnnxRuntime, default_runtime, optimized, runner_class
@@ -42,7 +46,8 @@ _FUSED = {"QLinearAdd", "QLinearMul"}
 LIMIT_S = 3600.0
 """For one process; a network of a few billion multiplications takes minutes."""
 # Not -E or -I: the seed of hashes comes by the environment.
-_PYTHON = ("/usr/bin/python3", "-s", "-P", "-B", f"{WORK}/{NAME}")
+RUNNER = "runner"
+_PYTHON = ("/usr/bin/python3", "-s", "-P", "-B", f"{WORK}/{RUNNER}")
 
 
 def bench_emulated(
@@ -87,10 +92,12 @@ def bench_emulated(
         if name not in RUNTIMES:
             raise TargetError(f"runtime {name} is not there on {target}; expected one of {', '.join(RUNTIMES)}")
     reports = []
-    for entry, name in zip(entries, names, strict=True):
-        with tempfile.TemporaryDirectory(prefix="edgecomp-emulated-") as folder:
-            place = _Place(Path(folder), root_folder(cache), core, target)
+    with tempfile.TemporaryDirectory(prefix="edgecomp-emulated-") as folder:
+        place = _Place(Path(folder), root_folder(cache), core, target)
+        for entry, name in zip(entries, names, strict=True):
             reports.append(_report(entry, name, place, n_images, seed, progress or _ignore))
+            for path in (f for f in place.folder.iterdir() if f.is_file()):
+                path.unlink()
     return Comparison(reports=tuple(reports), baseline=baseline or reports[0].label, ratios={})
 
 
@@ -99,7 +106,11 @@ class _Place:
 
     def __init__(self, folder: Path, root: Path, core: Core, target: str) -> None:
         self.folder, self.root, self.core, self.target = folder, root, core, target
-        (folder / NAME).write_bytes(runner_archive())
+        with zipfile.ZipFile(io.BytesIO(runner_archive())) as archive:
+            archive.extractall(folder / RUNNER)
+        # If the Python inside is of this one's version it need not compile all this, at an emulator's speed.
+        unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+        compileall.compile_dir(folder / RUNNER, quiet=2, invalidation_mode=unchecked)
 
     def run(self, file: str, runtime: str, *words: str, count: bool = False) -> str:
         flags = [f"--graph={WORK}/{file}", f"--runtime={runtime}", *words]

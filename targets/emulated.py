@@ -107,7 +107,8 @@ WORK = "/edgecomp"
 """Where a run's files lie inside."""
 COUNTS = "counts.txt"
 _PLUGIN = "usr/lib/edgecomp_count.so"
-_CPUINFO = "usr/lib/edgecomp-cpuinfo"
+_LOADER = "/lib64/ld-linux-x86-64.so.2"
+_SPACE = "0x1000000000"
 
 
 def core_of(target: str) -> Core:
@@ -349,7 +350,7 @@ def _add_emulator(root: Path) -> None:
 def _add_plugin(root: Path) -> None:
     """Compile what counts instructions."""
     with resources.as_file(resources.files(__package__).joinpath("edgecomp_count.c")) as source:
-        flags = ["-std=c99", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
+        flags = ["-std=gnu99", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
         _run(["cc", *flags, "-o", root / _PLUGIN, source], what="compiling the QEMU plugin")
 
 
@@ -392,8 +393,8 @@ exec "$@"
 def inside(root: Path, core: Core, work: Path, command: Sequence[str], *, count: bool = False) -> list[str]:
     """Give the command that runs another one in the root file system, as that core, with nothing left to chance.
 
-    Addresses, the seed of Python's hashes, the environment and QEMU's own random bytes are fixed, and there is one
-    thread, so that a program that asks neither clock nor process number does the same steps in every run.
+    Addresses, the seed of Python's hashes and the environment are fixed, and there is one thread; when counting also
+    what getrandom() gives. So a program that asks neither clock nor process number does the same steps in every run.
 
     Args:
         root: see `install`.
@@ -406,8 +407,10 @@ def inside(root: Path, core: Core, work: Path, command: Sequence[str], *, count:
     lines = "".join(f"{key}\t: {value}\n" for key, value in core.cpuinfo.items())
     cpuinfo.write_text("\n".join(f"processor\t: {i}\n{lines}" for i in range(4)))
     env = {"PATH": "/usr/bin", "HOME": "/root", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-    plugin = ["-plugin", f"/{_PLUGIN},out={WORK}/{COUNTS}"] if count else []
-    qemu = ["/usr/bin/qemu-aarch64", "-cpu", core.qemu, "-seed", "1", *plugin]
+    qemu = ["/usr/bin/qemu-aarch64", "-cpu", core.qemu, "-seed", "1"]
+    if count:
+        # Preloaded by QEMU's own loader, as it also answers the program's getrandom().
+        qemu = [_LOADER, "--preload", f"/{_PLUGIN}", *qemu, "-R", _SPACE, "-plugin", f"/{_PLUGIN},out={WORK}/{COUNTS}"]
     private = ["unshare", "--mount", "--propagation", "private"]
     if os.geteuid():
         private += ["--user", "--map-root-user"]

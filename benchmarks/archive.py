@@ -1,4 +1,4 @@
-"""The runner as one file: what `python3 runner.pyz` needs beside numpy and a runtime, as an archive that Python runs."""
+"""The runner as one file, an archive that Python runs: all that is needed beside numpy and a runtime."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -216,6 +216,9 @@ def bench_devices(
     with stage("measuring over SSH", 3 * len(jobs)) as advance, ThreadPoolExecutor(len(addresses)) as pool:
         try:
             work = [pool.submit(measure, address) for address in addresses]
+            done, _ = wait(work, return_when=FIRST_EXCEPTION)
+            if failed := [e for each in done if (e := each.exception()) is not None]:
+                raise failed[0]
             return [benched for each in work for benched in each.result()]
         except BaseException:  # Ctrl-C, or one of them failed: no device goes on for nobody
             sessions.end()

@@ -407,6 +407,8 @@ def inside(root: Path, core: Core, work: Path, command: Sequence[str], *, count:
     lines = "".join(f"{key}\t: {value}\n" for key, value in core.cpuinfo.items())
     cpuinfo.write_text("\n".join(f"processor\t: {i}\n{lines}" for i in range(4)))
     env = {"PATH": "/usr/bin", "HOME": "/root", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+    # Its thread would be counted too, and the data base it keeps grows from run to run.
+    env["ORT_DISABLE_TELEMETRY"] = "1"
     qemu = ["/usr/bin/qemu-aarch64", "-cpu", core.qemu, "-seed", "1"]
     if count:
         # Preloaded by QEMU's own loader, as it also answers the program's getrandom().

@@ -112,8 +112,8 @@ class Device:
             Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists
         sshd = shutil.which("sshd", path="/usr/sbin:/usr/bin:/sbin:/usr/local/sbin")
         assert sshd is not None
-        log = (self.place / "sshd.log").open("wb")
-        self.process = subprocess.Popen([sshd, "-D", "-e", "-f", self.place / "sshd_config"], stderr=log)
+        with (self.place / "sshd.log").open("wb") as log:
+            self.process = subprocess.Popen([sshd, "-D", "-e", "-f", self.place / "sshd_config"], stderr=log)
         for _ in range(100):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
                 return

@@ -139,7 +139,7 @@ def test_a_key_that_the_device_does_not_know(device, model):
 @pytest.mark.devices
 def test_a_changed_host_key(device, model):
     device.trust("other_host")
-    with pytest.raises(TargetError, match="the host key is not the one that is known.*ssh-keygen -R"):
+    with pytest.raises(TargetError, match=r"the host key is not the one that is known.*ssh-keygen -R"):
         measured(device, model)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,14 +49,16 @@ class Benched:
         """Give the table for people: bytes, accuracy, latency, memory; ratios of medians from the one run."""
         reports = {r.label.removesuffix(CUT): r for r in self.comparison.reports}
         rows = [self._row(r, reports) for r in reports.values()]
+        base = "int8" if self.comparison.baseline.startswith(INT8) else "first"
         header = (
-            "model", "file bytes", "smaller", "accuracy", "p50 ms", "p90 ms", "min ms", "time / int8", "95 %",
+            "model", "file bytes", "smaller", "accuracy", "p50 ms", "p90 ms", "min ms", f"time / {base}", "95 %",
             "time / float", "load ms", "peak MB", "model MB",
         )  # fmt: skip
         first = self.comparison.reports[0]
         threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
         cpu = first.environment.get("cpu", "unknown processor")
-        title = f"{self.title}: {first.runtime} {first.runtime_version}, {threads}, {cpu}; measured"
+        runtimes = dict.fromkeys(f"{r.runtime} {r.runtime_version}" for r in reports.values())
+        title = f"{self.title}: {', '.join(runtimes)}, {threads}, {cpu}; measured"
         if first.not_valid:
             title += f"\nnot valid: {'; '.join(first.not_valid)}"
         unpacked = [r.label for r in reports.values() if r.execution.get("unpacked_at_load")]
@@ -107,13 +109,37 @@ class Subject:
     note: str = ""
 
 
+def side_by_side(paths: Sequence[Path], runtime: str | None) -> list[Subject]:
+    """Say what is to be measured for several paths, all of them in turns; for one as `subjects` does.
+
+    Args:
+        paths: files, and built folders, whose compressed files are taken.
+        runtime: leaves out formats that it does not read.
+
+    Raises:
+        BundleError: as `subjects`.
+        UsageError: a path stands twice, or nothing is left.
+    """
+    if len(paths) == 1:
+        return subjects(paths[0], runtime)
+    entries: list[tuple[str, Path | bytes, str]] = []
+    for path in paths:
+        for subject in subjects(path, runtime):
+            _, model, format_name = subject.entries[-1]
+            entries.append((subject.title, model, format_name))
+    labels = [label for label, _, _ in entries]
+    if len(set(labels)) < len(labels):
+        raise UsageError(f"{', '.join(labels)}: expected each model once")
+    return [Subject(title="side by side", entries=tuple(entries), baseline=labels[0], accuracy_percent={})]
+
+
 def bench_artifact(
-    path: Path, *, runtime: str | None, threads: int, min_s: float, seed: int, stage: Stage
+    paths: Sequence[Path], *, runtime: str | None, threads: int, min_s: float, seed: int, stage: Stage
 ) -> list[Benched]:
     """Measure on this machine, the models of each comparison in turns within one process.
 
     Args:
-        path: see `subjects`.
+        paths: see `side_by_side`.
         runtime: see `benchmarks.runners.RUNNERS`; None for each format's own.
         threads: of each runtime.
         min_s: measuring time for each model at least, seconds.
@@ -130,7 +156,7 @@ def bench_artifact(
     if seed < 0:
         raise UsageError(f"--seed {seed}: expected 0 or more")
     benched = []
-    for subject in subjects(path, runtime):
+    for subject in side_by_side(paths, runtime):
         if any(format == "tflm" for _, _, format in subject.entries) or runtime == "tflite-micro":
             for _, model, _ in subject.entries:
                 if isinstance(model, Path):

@@ -313,32 +313,46 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from edgecomp.benching import bench_artifact, bench_target
+    from edgecomp.comparing import check_not_slower, plot, read_baseline
     from edgecomp.devices import Flags, bench_devices, bench_emulated_board, kind_of
+    from edgecomp.files import write_file
 
     kind = kind_of(args.target)
     how = {"runtime": args.runtime, "seed": args.seed, "stage": _stage}
+    if args.baseline is not None and args.fail_if_slower is None:
+        raise errors.UsageError("--baseline is for --fail-if-slower P; add it")
+    before = None if args.baseline is None else read_baseline(args.baseline)
     if kind == "core":
-        report = bench_target(args.artifact, args.target[0], **how)
+        if len(args.artifacts) > 1:
+            raise errors.UsageError(f"--target {args.target[0]}: takes one folder at a time")
+        report = bench_target(args.artifacts[0], args.target[0], **how)
         print(json.dumps(report.to_json(), indent=1) if args.json else report.table())
         return 0
     flags = Flags(profile=args.profile, cores=args.cores, repeat=args.repeat)
     if kind != "ssh" and flags != Flags():
         raise errors.UsageError("--profile, --cores and --repeat are for --target ssh://...")
     if kind == "emulated":
-        found: Sequence[Any] = bench_emulated_board(args.artifact, args.target[0], **how)
+        found: Sequence[Any] = bench_emulated_board(args.artifacts, args.target[0], **how)
     else:
         how |= {"threads": args.threads, "min_s": args.min_secs}
         there = kind == "ssh"
         found = (
-            bench_devices(args.artifact, args.target, flags=flags, **how)
+            bench_devices(args.artifacts, args.target, flags=flags, **how)
             if there
-            else bench_artifact(args.artifact, **how)
+            else bench_artifact(args.artifacts, **how)
         )
     values = [json.loads(each.comparison.to_json()) for each in found] if args.json else []
     print(json.dumps(values, indent=1) if args.json else "\n\n".join(each.table() for each in found))
+    compared = [each.comparison for each in found]
+    if args.svg is not None:
+        write_file(args.svg, plot(compared, [each.title for each in found]).encode())
     spoilt = [f"{each.title}: {why}" for each in found for why in each.comparison.reports[0].not_valid]
     # On this machine, used by others too, the table says it: ratios are of models in turns, which a drift hits alike.
-    return _complain(f"not valid: {'; '.join(spoilt)}", 6) if spoilt and kind == "ssh" else 0
+    if spoilt and kind == "ssh":
+        return _complain(f"not valid: {'; '.join(spoilt)}", 6)
+    if args.fail_if_slower is not None:
+        check_not_slower(compared, before, args.fail_if_slower)
+    return 0
 
 
 def _gate(args: argparse.Namespace) -> int:

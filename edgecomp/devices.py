@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgecomp.benching import Benched, Subject, subjects
+from edgecomp.benching import INT8, Benched, Subject, side_by_side
 from edgecomp.errors import TargetError, UsageError
 from edgecomp.report import BenchReport, Comparison, table
 
@@ -86,9 +86,10 @@ class Emulated:
         reports = {r.label: r for r in self.comparison.reports}
         base = reports[self.comparison.baseline]
         rows = [self._row(r, base) for r in reports.values()]
+        against = "int8" if self.comparison.baseline.startswith(INT8) else "first"
         header = (
-            "model", "file bytes", "accuracy", "instructions", "/ int8", "vector", "dot product", "load and store",
-            "peak MB", "model MB", "outputs",
+            "model", "file bytes", "accuracy", "instructions", f"/ {against}", "vector", "dot product",
+            "load and store", "peak MB", "model MB", "outputs",
         )  # fmt: skip
         first = self.comparison.reports[0]
         where = f"{first.target} ({first.environment['emulator']})"
@@ -125,12 +126,12 @@ def _outputs(r: BenchReport) -> str:
 
 
 def bench_emulated_board(
-    path: Path, target: str, *, runtime: str | None, seed: int, stage: Stage
+    paths: Sequence[Path], target: str, *, runtime: str | None, seed: int, stage: Stage
 ) -> list[Emulated]:
     """Run a folder's models, or a file, on an emulated board.
 
     Args:
-        path: see `benching.subjects`.
+        paths: see `benching.side_by_side`.
         target: its name, see `targets.emulated`.
         runtime: None for each format's own.
         seed: of the images.
@@ -147,7 +148,7 @@ def bench_emulated_board(
 
     core_of(target)
     benched = []
-    for subject in subjects(path, runtime):
+    for subject in side_by_side(paths, runtime):
         with stage(f"{target}: {Path(subject.title).name}", 2 * len(subject.entries)) as advance:
             comparison: Comparison = bench_emulated(
                 subject.entries, target, runtime=runtime, seed=seed, progress=advance, baseline=subject.baseline
@@ -164,7 +165,7 @@ def bench_emulated_board(
 
 
 def bench_devices(
-    path: Path,
+    paths: Sequence[Path],
     targets: Sequence[str],
     *,
     runtime: str | None,
@@ -177,7 +178,7 @@ def bench_devices(
     """Measure a folder's models, or a file, on devices over SSH: on all of them at once, on each its models in turns.
 
     Args:
-        path: see `benching.subjects`.
+        paths: see `benching.side_by_side`.
         targets: ssh://[user@]host[:port][?board=NAME], each once.
         runtime: None for each format's own.
         threads: of each runtime.
@@ -206,7 +207,7 @@ def bench_devices(
     for address in addresses:
         if address.known:
             load(address.board)
-    words, found = flags.words(), subjects(path, runtime)
+    words, found = flags.words(), side_by_side(paths, runtime)
     jobs = [(address, subject) for address in addresses for subject in found]
     sessions = _Sessions()
 

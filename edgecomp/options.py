@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgecomp.arguments import read_bytes, read_formats, read_number, read_numbers, read_shape
+from edgecomp.arguments import read_bytes, read_formats, read_number, read_numbers, read_percent, read_shape
 
 SCORES = ("lrp", "magnitude", "taylor", "hessian", "wanda", "deeplift", "random")
 """What --score takes: `pytorch.scores.Score`, which is not imported before it is needed."""
@@ -124,7 +124,8 @@ def _add_verify(verbs: Any) -> None:
 
 def _add_bench(verbs: Any) -> None:
     p = verbs.add_parser("bench", help="latency and memory on this machine, beside the float and plain int8 model")
-    p.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a built folder, or an .onnx or .tflite file")
+    about = "a built folder, or an .onnx or .tflite file; several take turns, and are compared with the first"
+    p.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help=about)
     p.add_argument("--runtime", metavar="R", help="onnxruntime, onnxruntime-lean, litert, tflite-micro and others")
     about = (
         "ssh://[user@]host[:port][?board=NAME]: measured there, may be given several times; rpi4-emulated, ...: ONNX "
@@ -133,6 +134,10 @@ def _add_bench(verbs: Any) -> None:
     p.add_argument("--target", metavar="T", action="append", default=[], help=about)
     p.add_argument("--threads", type=int, default=1, metavar="N")
     p.add_argument("--min-secs", type=float, default=2.0, metavar="S", help="measuring time for each model at least")
+    p.add_argument("--baseline", type=Path, metavar="FILE", help="what --json printed before, for --fail-if-slower")
+    slower = "exit code 3 where a model is surely more than P %% slower than before, or than the first"
+    p.add_argument("--fail-if-slower", type=read_percent, metavar="P", help=slower)
+    p.add_argument("--svg", type=Path, metavar="FILE", help="a plot of the ratios")
     p.add_argument("--profile", action="store_true", help="over SSH: also time each operator, in onnxruntime")
     p.add_argument("--cores", metavar="A,B", help="over SSH: run on these cores alone")
     p.add_argument("--repeat", type=int, default=0, metavar="N", help="over SSH: while a run is not valid")

@@ -196,7 +196,7 @@ def install(stage: Stage, cache: Path | None = None) -> Path:
                 (work / folder).mkdir(parents=True)
             for i, package in enumerate(packages):
                 _unpack_package(package, work)
-                advance(_share(i, len(packages), 30))
+                advance(_share(i, len(packages), 35))
             python = _python_version(work)
             wheels = _wheels(downloads / "wheels", python)
             advance(20)

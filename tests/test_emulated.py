@@ -232,7 +232,7 @@ def test_an_inference_is_the_difference_of_two_marks():
         return zeros(integer=integer, branch=branch)
 
     marks = [at(1000, 50), at(1010, 52), at(1020, 54), *(at(1020 + 110 * i, 54 + 12 * i) for i in range(1, 5))]
-    marks += [at(1465, 117), at(9999, 999)]
+    marks += [at(1485, 117), at(9999, 999)]
     found = one_inference(marks)
     assert {kind: n for kind, n in found.items() if n} == {"integer": 15, "branch": 13, "total": 28}
     with pytest.raises(TargetError, match="8 marks in the counts of instructions, expected 9"):

@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup_runs", type=int, default=0, metavar="N", help="at least; it goes on until latency is steady")
     add("--min_secs", "-t", type=float, default=2.0, metavar="S", help="for each model at least")
     add("--max_secs", type=float, default=30.0, metavar="S", help="for each model, when 5 rounds are done")
-    add("--enable_op_profiling", "-p", type=_truth, nargs="?", const=True, default=False, help="time each operator")
+    add("--enable_op_profiling", type=_truth, nargs="?", const=True, default=False, help="time each operator")
     add("--cores", type=_cores, default=(), metavar="A,B", help="run on these cores alone")
     add("--repeat", type=int, default=0, metavar="N", help="again up to N times while the run is not valid")
     add("--processes", type=int, default=PROCESSES, metavar="N", help="in which memory and load time are taken")

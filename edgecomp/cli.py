@@ -331,6 +331,8 @@ def _bench(args: argparse.Namespace) -> int:
     flags = Flags(profile=args.profile, cores=args.cores, repeat=args.repeat)
     if kind != "ssh" and flags != Flags():
         raise errors.UsageError("--profile, --cores and --repeat are for --target ssh://...")
+    if kind == "emulated" and args.threads != 1:
+        raise errors.UsageError(f"--threads {args.threads} with --target {args.target[0]}: one thread is emulated")
     if kind == "emulated":
         found: Sequence[Any] = bench_emulated_board(args.artifacts, args.target[0], **how)
     else:

@@ -212,6 +212,7 @@ def test_what_cannot_be_emulated(tmp_path, monkeypatch, capsys):
     assert main(["targets", "--install", "rpi4"]) == 6
     assert main(["bench", "x.onnx", "--target", "rpi4-emulated", "--target", "rpi5-emulated"]) == 2
     assert main(["bench", "x.onnx", "--target", "rpi4-emulated", "--repeat", "2"]) == 2
+    assert main(["bench", "x.onnx", "--target", "rpi4-emulated", "--threads", "4"]) == 2
     said = capsys.readouterr().err
     assert "--install needs a NAME: rpi-zero2w-emulated" in said
     assert "target 'rpi4' is not emulated" in said

@@ -14,10 +14,11 @@ import numpy as np
 from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.report import BenchReport, Comparison, Source, summarise
 
-from .environment import environment
+from .environment import environment, state
 from .harness import Clock, measure, ratio
-from .memory import STATUS, Footprint, footprint
-from .runners import default_runtime, runner_class
+from .memory import PROCESSES, STATUS, Footprint, footprint
+from .runners import OnnxRuntime, Runner, default_runtime, runner_class
+from .validity import why_not_valid
 
 Entry = tuple[str, Path | str | bytes, str]
 """Label, file (or its bytes), format."""
@@ -35,6 +36,12 @@ def bench(
     seed: int = 0,
     clock: Clock = time.perf_counter_ns,
     progress: Callable[[str, float], object] | None = None,
+    warmup_runs: int = 0,
+    samples: int = 1,
+    profile: bool = False,
+    attempts: int = 1,
+    pause_s: float = 5.0,
+    processes: int = PROCESSES,
 ) -> Comparison:
     """Measure several models in one run, in turns; one inference is one image.
 
@@ -49,6 +56,12 @@ def bench(
         seed: of the order within rounds and of the confidence intervals.
         clock: nanoseconds.
         progress: called with a stage's name and the share of it that is done, 0 to 1.
+        warmup_runs: fewest inferences of a warm-up.
+        samples: fewest samples of each model.
+        profile: also time each operator, where the runtime has a profiler.
+        attempts: so often at most is measured, until a run is valid.
+        pause_s: before another attempt, so that a hot board cools; seconds.
+        processes: fresh ones in which memory and load time of a model are taken.
 
     Raises:
         BundleError: a file cannot be read, or its runtime refuses it.
@@ -71,24 +84,37 @@ def bench(
             label: runner_class(name)(file, threads=threads)
             for label, name, file in zip(labels, runtimes, files, strict=True)
         }
-        timings = measure(
-            {label: runner.infer_once for label, runner in runners.items()},
-            clock=clock,
-            rng=order,
-            rounds=rounds,
-            min_s=min_s,
-            max_s=max_s,
-            progress=lambda share: report("latency", share),
-        )
+        for attempt in range(attempts):
+            before = state()
+            timings = measure(
+                {label: runner.infer_once for label, runner in runners.items()},
+                clock=clock,
+                rng=order,
+                rounds=rounds,
+                warmup_runs=warmup_runs,
+                warmup_max_s=max(3.0, warmup_runs and max_s),
+                min_s=min_s,
+                max_s=max_s,
+                samples=samples,
+                progress=lambda share: report("latency", share),
+            )
+            after = state()
+            not_valid = tuple(why_not_valid(before, after, timings))
+            if not not_valid:
+                break
+            if attempt + 1 < attempts:
+                time.sleep(pause_s)
+        layers = {label: layer_times(runner) if profile else {} for label, runner in runners.items()}
         footprints: list[Footprint | None] = []
         for i, (file, name) in enumerate(zip(files, runtimes, strict=True)):
-            footprints.append(footprint(file, name, threads=threads) if STATUS.exists() else None)
+            taken = footprint(file, name, threads=threads, processes=processes) if STATUS.exists() else None
+            footprints.append(taken)
             report("memory", (i + 1) / len(files))
         ratios = {label: ratio(timings[label], timings[baseline], rng=draws) for label in labels if label != baseline}
         reports = []
         for (label, _, format), file, name, print_ in zip(entries, files, runtimes, footprints, strict=True):
             timing, data = timings[label], file.read_bytes()
-            p50, p90, smallest = summarise(timing.samples_us)
+            p50, p90, p99, smallest = summarise(timing.samples_us)
             reports.append(
                 BenchReport(
                     label=label,
@@ -108,14 +134,24 @@ def bench(
                     samples_us=timing.samples_us,
                     p50_us=p50,
                     p90_us=p90,
+                    p99_us=p99,
                     min_us=smallest,
                     load_ms=None if print_ is None else print_.load_ms,
                     peak_memory_bytes=None if print_ is None else print_.peak_bytes,
                     model_memory_bytes=None if print_ is None else print_.model_bytes,
+                    layers_us=layers[label],
+                    not_valid=not_valid,
+                    before=before,
+                    after=after,
                     environment=facts,
                 )
             )
     return Comparison(reports=tuple(reports), baseline=baseline, ratios=ratios)
+
+
+def layer_times(runner: Runner, runs: int = 20) -> dict[str, float]:
+    """Time each operator, in microseconds, by the runtime's own profiler; LiteRT's has no way to it from Python."""
+    return runner.profile(runs) if isinstance(runner, OnnxRuntime) else {}
 
 
 def _runtimes(entries: Sequence[Entry], runtime: str | None) -> list[str]:

@@ -1,10 +1,15 @@
-"""What a measurement depends on beside the model: processor, clock, load, versions. What cannot be read is named."""
+"""What a measurement depends on beside the model: processor, clock, load, versions, and what can spoil a run.
+
+What cannot be read is named.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -34,12 +39,7 @@ def environment(root: Path = Path("/")) -> dict[str, Fact]:
     Returns:
         by name: text, numbers, or None where a fact could not be read; "unread" lists these.
     """
-    facts: dict[str, Fact] = {}
-    for name, read in _FACTS.items():
-        try:
-            facts[name] = read(root)
-        except (OSError, ValueError, LookupError, AttributeError):
-            facts[name] = None
+    facts = _read(_FACTS, root)
     unread = tuple(name for name, value in facts.items() if value is None)
     facts["python"] = platform.python_version()
     facts["edgecomp"] = edgecomp.__version__
@@ -49,6 +49,28 @@ def environment(root: Path = Path("/")) -> dict[str, Fact]:
         except metadata.PackageNotFoundError:
             continue
     return {**facts, "unread": unread}
+
+
+def state(root: Path = Path("/")) -> dict[str, Fact]:
+    """Read what can spoil a run: clock, governor, temperature, throttle flags and counts, swapped pages.
+
+    Args:
+        root: where proc/, sys/ and usr/bin/vcgencmd are looked for.
+
+    Returns:
+        by name, None where it cannot be read.
+    """
+    return _read(_STATE, root)
+
+
+def _read(readers: Mapping[str, Callable[[Path], Fact]], root: Path) -> dict[str, Fact]:
+    facts: dict[str, Fact] = {}
+    for name, read in readers.items():
+        try:
+            facts[name] = read(root)
+        except (OSError, ValueError, LookupError, AttributeError, subprocess.SubprocessError):
+            facts[name] = None
+    return facts
 
 
 def _text(path: Path) -> str:
@@ -104,13 +126,52 @@ def _os(root: Path) -> str:
     raise LookupError("no PRETTY_NAME")
 
 
+def _governor(root: Path) -> str:
+    return _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+def _throttle_flags(root: Path) -> int:
+    """Read the Raspberry Pi's own flags: bits 0-3 hold now, 16-19 since it was switched on."""
+    path = root / "sys/devices/platform/soc/soc:firmware/get_throttled"
+    if path.is_file():
+        return int(_text(path), 16)
+    program = shutil.which(root / "usr/bin/vcgencmd")
+    if program is None:
+        raise OSError("no vcgencmd")
+    done = subprocess.run([program, "get_throttled"], capture_output=True, text=True, timeout=5, check=True)
+    return int(done.stdout.strip().rpartition("=")[2], 16)
+
+
+def _throttle_count(root: Path) -> int:
+    """Count how often x86 cores were slowed down because of heat."""
+    paths = list((root / "sys/devices/system/cpu").glob("cpu*/thermal_throttle/core_throttle_count"))
+    if not paths:
+        raise OSError("no thermal_throttle")
+    return sum(int(_text(path)) for path in paths)
+
+
+def _swapped_pages(root: Path) -> int:
+    lines = (line.split() for line in _text(root / "proc/vmstat").splitlines())
+    counts = {name: int(value) for name, value in lines}
+    return counts["pswpin"] + counts["pswpout"]
+
+
+_STATE: Mapping[str, Callable[[Path], Fact]] = {
+    "governor": _governor,
+    "frequency_mhz": _frequency_mhz,
+    "temperature_c": _temperature_c,
+    "throttle_flags": _throttle_flags,
+    "throttle_count": _throttle_count,
+    "swapped_pages": _swapped_pages,
+}
 _FACTS: dict[str, Callable[[Path], Fact]] = {
     "cpu": _cpu,
     "board": _board,
     "machine": lambda root: platform.machine() or None,
     "cores": lambda root: os.cpu_count(),
     "cores_allowed": lambda root: len(os.sched_getaffinity(0)),
-    "governor": lambda root: _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+    "affinity": lambda root: tuple(str(core) for core in sorted(os.sched_getaffinity(0))),
+    "governor": _governor,
     "frequency_mhz": _frequency_mhz,
     "temperature_c": _temperature_c,
     "load_average_1min": lambda root: float(_text(root / "proc/loadavg").split()[0]),

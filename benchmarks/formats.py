@@ -27,6 +27,7 @@ import torch
 from edgecomp.compress import compress
 from edgecomp.errors import EdgecompError, UsageError
 from edgecomp.exporters import export
+from edgecomp.files import write_files
 from edgecomp.graph import Array, Graph
 from edgecomp.plan import CompressionPlan, Io, LayerPlan
 from edgecomp.preprocessing import Preprocessing
@@ -242,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--networks", default=",".join(NETWORKS), help="some of them, with commas between")
     p.add_argument("--weights", action="append", default=[], metavar="NETWORK=FILE", help="trained weights")
     p.add_argument("--rounds", type=int, default=30)
+    p.add_argument("--write", type=Path, metavar="DIR", help="write our files there instead, to run them elsewhere")
     args = p.parse_args(argv)
     if args.rounds < 1 or not all("=" in text for text in args.weights):
         p.error("expected --rounds of at least 1, and --weights NETWORK=FILE")
@@ -254,6 +256,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         graph = quantized(network(name, Path(given[name]) if name in given else None))
         models = files(graph)
         check_same_outputs(models)
+        if args.write is not None:
+            write_files(args.write, {f"{name}.onnx": models[ONNX], f"{name}.tflite": models[TFLITE]})
+            continue
         timings = timed(models, rounds=args.rounds)
         n_weights = sum(math.prod(graph.weight(node).shape) for node in graph.layers())
         rng = np.random.default_rng(0)
@@ -263,6 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for file, data in models.items():
             ms = np.median(timings[file].samples_us) / 1e3
             sizes.append((name, file, f"{len(data):,}", f"{8 * len(data) / n_weights:.2f}", f"{ms:.2f}"))
+    if args.write is not None:
+        return 0
     print(table(sizes, ("network", "file", "bytes", "bits a weight", "ms")))
     words = {True: "pass", False: "MISS", None: ""}
     rows = [(v.network, v.what, v.got, v.limit, words[v.met]) for v in verdicts]

@@ -56,10 +56,12 @@ def measure(
     rng: np.random.Generator,
     warmup_min_s: float = 0.25,
     warmup_max_s: float = 3.0,
+    warmup_runs: int = 0,
     tolerance: float = 0.03,
     rounds: int = 10,
     min_s: float = 2.0,
     max_s: float = 30.0,
+    samples: int = 1,
     progress: Callable[[float], object] | None = None,
 ) -> dict[str, Timing]:
     """Time several bodies in turns.
@@ -70,10 +72,12 @@ def measure(
         rng: draws the order of each round.
         warmup_min_s: shortest warm-up of a body, seconds.
         warmup_max_s: longest warm-up of a body, seconds; the window that runs then is still finished.
+        warmup_runs: fewest inferences of a warm-up.
         tolerance: largest relative difference of window medians that counts as steady.
         rounds: fewest rounds.
         min_s: fewest seconds of measuring, for each body on average.
         max_s: seconds for each body on average after which no further round is begun, once there are MIN_ROUNDS.
+        samples: fewest samples of each body.
         progress: called with the share done, 0 to 1.
 
     Returns:
@@ -84,7 +88,13 @@ def measure(
     """
     if not bodies:
         raise UsageError("nothing to measure: expected at least one model")
-    if rounds < 1 or not 0 <= min_s <= max_s or not 0 <= warmup_min_s <= warmup_max_s or tolerance <= 0:
+    if (
+        min(rounds, samples) < 1
+        or warmup_runs < 0
+        or not 0 <= min_s <= max_s
+        or not 0 <= warmup_min_s <= warmup_max_s
+        or tolerance <= 0
+    ):
         raise UsageError(
             f"rounds {rounds}, seconds {min_s} to {max_s}, warm-up {warmup_min_s} to {warmup_max_s}, tolerance "
             f"{tolerance}; expected at least one round, rising seconds, a tolerance above 0"
@@ -92,20 +102,26 @@ def measure(
     report = progress if progress is not None else _ignore
     names = list(bodies)
     warm: dict[str, _Warm] = {}
-    samples: dict[str, list[int]] = {name: [] for name in names}
+    taken: dict[str, list[int]] = {name: [] for name in names}
     with _no_garbage_collection():
         for i, name in enumerate(names):
             warm[name] = _warm_up(
-                bodies[name], clock=clock, min_s=warmup_min_s, max_s=warmup_max_s, tolerance=tolerance
+                bodies[name],
+                clock=clock,
+                min_s=warmup_min_s,
+                max_s=warmup_max_s,
+                least=warmup_runs,
+                tolerance=tolerance,
             )
             report(0.2 * (i + 1) / len(names))
         start, done = clock(), 0
         shortest, longest = (round(seconds * len(names) * 1e9) for seconds in (min_s, max_s))
         elapsed = 0
+        rounds = max([rounds, *(-(-samples // warm[name].block) for name in names)])
         while (done < rounds or elapsed < shortest) and (done < min(rounds, MIN_ROUNDS) or elapsed < longest):
             for i in rng.permutation(len(names)):
                 name = names[i]
-                _turn(bodies[name], warm[name].block, clock, samples[name])
+                _turn(bodies[name], warm[name].block, clock, taken[name])
             done += 1
             elapsed = clock() - start
             report(0.2 + 0.8 * min(1.0, done / rounds, elapsed / shortest if shortest else 1.0))
@@ -114,7 +130,7 @@ def measure(
             warmups=warm[name].runs,
             steady=warm[name].steady,
             rounds=done,
-            samples_us=tuple(ns / 1000 for ns in samples[name]),
+            samples_us=tuple(ns / 1000 for ns in taken[name]),
         )
         for name in names
     }
@@ -127,7 +143,9 @@ class _Warm:
     block: int
 
 
-def _warm_up(body: Callable[[], object], *, clock: Clock, min_s: float, max_s: float, tolerance: float) -> _Warm:
+def _warm_up(
+    body: Callable[[], object], *, clock: Clock, min_s: float, max_s: float, least: int, tolerance: float
+) -> _Warm:
     start = clock()
     runs, medians, steady = 0, [], False
     while not steady:
@@ -141,8 +159,9 @@ def _warm_up(body: Callable[[], object], *, clock: Clock, min_s: float, max_s: f
         medians.append(max(float(np.median(window)), 1.0))
         last = medians[-STEADY_WINDOWS:]
         elapsed = (clock() - start) / 1e9
-        steady = len(last) == STEADY_WINDOWS and max(last) / min(last) - 1 <= tolerance and elapsed >= min_s
-        if elapsed >= max_s:
+        settled = len(last) == STEADY_WINDOWS and max(last) / min(last) - 1 <= tolerance
+        steady = settled and elapsed >= min_s and runs >= least
+        if elapsed >= max_s and runs >= least:
             break
     block = int(np.clip(BLOCK_S * 1e9 // medians[-1], 1, MAX_BLOCK))
     return _Warm(runs=runs, steady=steady, block=block)

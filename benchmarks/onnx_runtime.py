@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -64,6 +65,8 @@ def _lean_session(model: Path | bytes, options: Any, place: str) -> Any:
         return onnx_session(model, options=options)
 
 
+_KERNEL = "_kernel_time"
+"""How onnxruntime's profiler ends the names of what it times within a run."""
 _ONNX_DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
 
 
@@ -76,7 +79,7 @@ class OnnxRuntime:
     def __init__(self, model: Model, *, threads: int = 1) -> None:
         self._place = place_of(model)
         self._threads = checked_threads(threads)
-        file = checked_file(model, "onnxruntime")
+        self._file = file = checked_file(model, "onnxruntime")
         self.version = str(import_runtime("onnxruntime", "onnxruntime").__version__)
         self._session = self._load(file, _session_options(threads), self._place)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
@@ -134,6 +137,31 @@ class OnnxRuntime:
         for name, value in zip(self._names, self._bound[1:], strict=True):
             binding.bind_ortvalue_output(name, value)
         self._binding = binding
+
+    def profile(self, runs: int) -> dict[str, float]:
+        """Give each operator's mean time in microseconds, by onnxruntime's profiler in a session of its own.
+
+        Args:
+            runs: of which the first is not counted.
+
+        Returns:
+            by the node's name, a space and its type, in the order of the first run.
+        """
+        x = sample_image(self.input)
+        with tempfile.TemporaryDirectory(prefix="edgecomp-") as folder:
+            options = _session_options(self._threads)
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+            session = self._load(self._file, options, self._place)
+            for _ in range(runs + 1):
+                session.run(self._names, {self.input.name: x})
+            events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
+        times: dict[str, list[float]] = {}
+        for event in events:
+            name = str(event.get("name", ""))
+            if event.get("cat") == "Node" and name.endswith(_KERNEL):
+                place = f"{name.removesuffix(_KERNEL)} {event['args']['op_name']}"
+                times.setdefault(place, []).append(float(event["dur"]))
+        return {place: sum(each[1:]) / max(1, len(each) - 1) for place, each in times.items()}
 
     def describe(self) -> dict[str, Fact]:
         """Say how the runtime executes this model."""

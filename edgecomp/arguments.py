@@ -17,6 +17,14 @@ def read_number(text: str) -> float:
     return value
 
 
+def read_percent(text: str) -> float:
+    """Read percent of 0 or more, with the sign behind or not."""
+    value = read_number(text.removesuffix("%"))
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected percent, 0 or more")
+    return value
+
+
 def read_numbers(text: str) -> tuple[float, ...]:
     """Read numbers with commas between them."""
     return tuple(read_number(part) for part in text.split(","))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,14 +48,18 @@ class Benched:
         """Give the table for people: bytes, accuracy, latency, memory; ratios of medians from the one run."""
         reports = {r.label.removesuffix(CUT): r for r in self.comparison.reports}
         rows = [self._row(r, reports) for r in reports.values()]
+        base = "int8" if self.comparison.baseline.startswith(INT8) else "first"
         header = (
-            "model", "file bytes", "smaller", "accuracy", "p50 ms", "p90 ms", "min ms", "time / int8", "95 %",
+            "model", "file bytes", "smaller", "accuracy", "p50 ms", "p90 ms", "min ms", f"time / {base}", "95 %",
             "time / float", "load ms", "peak MB", "model MB",
         )  # fmt: skip
         first = self.comparison.reports[0]
         threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
         cpu = first.environment.get("cpu", "unknown processor")
-        title = f"{self.title}: {first.runtime} {first.runtime_version}, {threads}, {cpu}; measured"
+        runtimes = dict.fromkeys(f"{r.runtime} {r.runtime_version}" for r in reports.values())
+        title = f"{self.title}: {', '.join(runtimes)}, {threads}, {cpu}; measured"
+        if first.not_valid:
+            title += f"\nnot valid: {'; '.join(first.not_valid)}"
         unpacked = [r.label for r in reports.values() if r.execution.get("unpacked_at_load")]
         if unpacked:
             title += f"\n{', '.join(unpacked)}: unpacked to int8 when it is loaded; load and memory include that"
@@ -85,14 +89,56 @@ class Benched:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Subject:
+    """Models that are measured side by side.
+
+    Attributes:
+        title: the file they are about, with its folder.
+        entries: label, file or its bytes, format of each.
+        baseline: the label that ratios refer to.
+        accuracy_percent: by label, of those that it was measured on.
+        note: what the other models are, to stand below a table.
+    """
+
+    title: str
+    entries: tuple[tuple[str, Path | bytes, str], ...]
+    baseline: str
+    accuracy_percent: Mapping[str, float]
+    note: str = ""
+
+
+def side_by_side(paths: Sequence[Path], runtime: str | None) -> list[Subject]:
+    """Say what is to be measured for several paths, all of them in turns; for one as `subjects` does.
+
+    Args:
+        paths: files, and built folders, whose compressed files are taken.
+        runtime: leaves out formats that it does not read.
+
+    Raises:
+        BundleError: as `subjects`.
+        UsageError: a path stands twice, or nothing is left.
+    """
+    if len(paths) == 1:
+        return subjects(paths[0], runtime)
+    entries: list[tuple[str, Path | bytes, str]] = []
+    for path in paths:
+        for subject in subjects(path, runtime):
+            _, model, format_name = subject.entries[-1]
+            entries.append((subject.title, model, format_name))
+    labels = [label for label, _, _ in entries]
+    if len(set(labels)) < len(labels):
+        raise UsageError(f"{', '.join(labels)}: expected each model once")
+    return [Subject(title="side by side", entries=tuple(entries), baseline=labels[0], accuracy_percent={})]
+
+
 def bench_artifact(
-    path: Path, *, runtime: str | None, threads: int, min_s: float, seed: int, stage: Stage
+    paths: Sequence[Path], *, runtime: str | None, threads: int, min_s: float, seed: int, stage: Stage
 ) -> list[Benched]:
     """Measure on this machine, the models of each comparison in turns within one process.
 
     Args:
-        path: a built folder, or an .onnx or .tflite file; beside a file of a built folder the float and the plain int8
-            model are measured too, a file on its own is measured alone.
+        paths: see `side_by_side`.
         runtime: see `benchmarks.runners.RUNNERS`; None for each format's own.
         threads: of each runtime.
         min_s: measuring time for each model at least, seconds.
@@ -108,22 +154,50 @@ def bench_artifact(
         raise UsageError(f"--min-secs {min_s:g}: expected seconds, above 0 and up to 3600")
     if seed < 0:
         raise UsageError(f"--seed {seed}: expected 0 or more")
+    benched = []
+    for subject in side_by_side(paths, runtime):
+        if any(format == "tflm" for _, _, format in subject.entries) or runtime == "tflite-micro":
+            for _, model, _ in subject.entries:
+                if isinstance(model, Path):
+                    _try_in_micro(model)
+        comparison = _run(subject, runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
+        benched.append(
+            Benched(
+                title=subject.title,
+                comparison=comparison,
+                accuracy_percent=subject.accuracy_percent,
+                note=subject.note,
+            )
+        )
+    return benched
+
+
+def subjects(path: Path, runtime: str | None) -> list[Subject]:
+    """Say what is to be measured for a path, by format.
+
+    Args:
+        path: a built folder, or an .onnx or .tflite file; beside a file of a built folder the float and the plain int8
+            model are measured too, a file on its own is measured alone.
+        runtime: leaves out formats that it does not read.
+
+    Raises:
+        BundleError: a file is missing, damaged, or not the one its manifest speaks of.
+        TargetError: the runtime is unknown.
+        UsageError: nothing is left.
+    """
     if path.is_dir():
-        return _bench_folder(path, None, runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
+        return _of_folder(path, None, runtime)
     if not path.is_file():
         raise BundleError(f"{path}: no such file or folder; expected a built folder, an .onnx or a .tflite file")
     if (path.parent / MANIFEST).is_file() and path.name in {names[0] for names in FILES.values()}:
-        return _bench_folder(path.parent, path.name, runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
+        return _of_folder(path.parent, path.name, runtime)
     format_name = path.suffix.removeprefix(".")
     if format_name not in ("onnx", "tflite"):
         raise BundleError(f"{path}: expected a file that ends in .onnx or .tflite")
     if format_name == "tflite" and _is_for_micro(path):
         format_name = "tflm"
-    if format_name == "tflm" or runtime == "tflite-micro":
-        _try_in_micro(path)
-    entries = [(path.name, path, format_name)]
-    comparison = _run(entries, path.name, runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
-    return [Benched(title=str(path), comparison=comparison, accuracy_percent={})]
+    entries = ((path.name, path, format_name),)
+    return [Subject(title=str(path), entries=entries, baseline=path.name, accuracy_percent={})]
 
 
 def _is_for_micro(path: Path) -> bool:
@@ -151,9 +225,7 @@ def _try_in_micro(path: Path) -> None:
         raise BundleError(f"{path}: does not run in TFLite Micro, tried in a process of its own: {e}") from e
 
 
-def _bench_folder(
-    path: Path, only: str | None, runtime: str | None, *, threads: int, min_s: float, seed: int, stage: Stage
-) -> list[Benched]:
+def _of_folder(path: Path, only: str | None, runtime: str | None) -> list[Subject]:
     from edgecomp.benchmarks.runners import runner_class
     from edgecomp.build import yardsticks
 
@@ -169,19 +241,24 @@ def _bench_folder(
         found = only or "its files"
         raise UsageError(f"{path}: {found} cannot run in {runtime}; leave --runtime out for each format's own")
     cut = CUT if _is_cut(folder) else ""
-    benched = []
+    kept = []
     for entry in artifacts:
         others = yardsticks(folder.plan, folder.graph, entry["format"])
-        entries = [
+        entries = (
             (FLOAT + cut, others["fp32"].data, entry["format"]),
             (INT8 + cut, others["int8"].data, entry["format"]),
             (COMPRESSED, folder.read(entry["path"]), entry["format"]),
-        ]
-        comparison = _run(entries, entry["path"], runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
-        known = {COMPRESSED: entry["accuracy"]["value"]}
-        title = str(path / entry["path"])
-        benched.append(Benched(title=title, comparison=comparison, accuracy_percent=known, note=_note(folder)))
-    return benched
+        )
+        kept.append(
+            Subject(
+                title=str(path / entry["path"]),
+                entries=entries,
+                baseline=INT8 + cut,
+                accuracy_percent={COMPRESSED: entry["accuracy"]["value"]},
+                note=_note(folder),
+            )
+        )
+    return kept
 
 
 def _is_cut(folder: BuiltFolder) -> bool:
@@ -202,8 +279,7 @@ def _note(folder: BuiltFolder) -> str:
 
 
 def _run(
-    entries: list[tuple[str, Any, str]],
-    name: str,
+    subject: Subject,
     runtime: str | None,
     *,
     threads: int,
@@ -213,8 +289,7 @@ def _run(
 ) -> Comparison:
     from edgecomp.benchmarks.bench import bench
 
-    baseline = next((label for label, _, _ in entries if label.startswith(INT8)), None)
-    with stage(f"measuring {name}", 200) as advance:
+    with stage(f"measuring {Path(subject.title).name}", 200) as advance:
         done = {"latency": 0, "memory": 0}
 
         def progress(part: str, share: float) -> None:
@@ -223,10 +298,10 @@ def _run(
             done[part] = now
 
         comparison: Comparison = bench(
-            entries,
+            subject.entries,
             runtime=runtime,
             threads=threads,
-            baseline=baseline,
+            baseline=subject.baseline,
             min_s=min_s,
             max_s=max(30.0, 10 * min_s),
             seed=seed,

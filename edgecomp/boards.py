@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from edgecomp.errors import UsageError
+from edgecomp.files import write_file
 from edgecomp.report import table
 from edgecomp.target import Target
 from edgecomp.targets import load, names
+from edgecomp.targets.emulated import EMULATED, core_of, is_installed
+from edgecomp.targets.emulated import install as install_root
+
+if TYPE_CHECKING:
+    from edgecomp.check import Stage
 
 
 def board_facts(name: str | None) -> list[dict[str, object]]:
@@ -26,9 +35,37 @@ def board_table(name: str) -> str:
 
 
 def boards_table() -> str:
-    """List the boards."""
+    """List the boards, and which of them are emulated."""
     known: list[Target] = [load(name) for name in names()]
-    return table([(t.name, t.cores or "-", t.description) for t in known], ("target", "cores", "description"))
+    rows: list[tuple[object, ...]] = [(t.name, t.cores or "-", t.description) for t in known]
+    state = "installed" if is_installed() else "to be had by: edgecomp targets --install NAME"
+    rows += [(name, "-", f"emulated: QEMU -cpu {core.qemu}; {state}") for name, core in EMULATED.items()]
+    return table(rows, ("target", "cores", "description"))
+
+
+def install(name: str | None, *, stage: Stage) -> str:
+    """Make what an emulated board needs, one file system for all of them, and say where it lies.
+
+    Raises:
+        TargetError: it is none, or a tool or a package is missing.
+        UsageError: no name.
+    """
+    if name is None:
+        raise UsageError(f"--install needs a NAME: {', '.join(EMULATED)}")
+    core_of(name)
+    return str(install_root(stage))
+
+
+def write_runner(file: Path) -> str:
+    """Write the runner for devices, one file for Python, and say where.
+
+    Raises:
+        OSError: as the system reports it.
+    """
+    from edgecomp.benchmarks.archive import runner_archive
+
+    write_file(file, runner_archive())
+    return str(file)
 
 
 def _facts(target: Target) -> dict[str, object]:

@@ -16,14 +16,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from edgecomp import __version__, errors, launched, options, pipelines
-
-if TYPE_CHECKING:
-    from edgecomp.latency import LatencyLimit
-    from edgecomp.preprocessing import Preprocessing
-    from edgecomp.spending import Budget
 
 EXIT_CODES: tuple[tuple[type[errors.EdgecompError], int], ...] = (
     (errors.UnsupportedOp, 5),
@@ -198,51 +193,6 @@ def _stage(name: str, total: int) -> Iterator[Callable[[int], object]]:
 # ---- verbs -----------------------------------------------------------------------------------------------------------
 
 
-def _preprocessing(args: argparse.Namespace) -> Preprocessing | None:
-    from edgecomp.preprocessing import Preprocessing
-
-    given = {name: getattr(args, name) for name in ("mean", "std", "resize", "pad", "crop")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not given:
-        return None
-    if args.model is None:
-        from edgecomp.intake import sample
-
-        # The bundled network was trained with its own: each option changes what it names.
-        return replace(sample(None)[2], **given)
-    return Preprocessing(
-        mean=args.mean or (0.0,) * len(args.std or (1.0,)),
-        std=args.std or (1.0,) * len(args.mean or (0.0,)),
-        resize=args.resize,
-        pad=args.pad or 0,
-        crop=args.crop,
-    )
-
-
-def _budget(args: argparse.Namespace) -> Budget:
-    from edgecomp.spending import Budget, BudgetKind
-
-    if args.max_size is not None:
-        return Budget(kind=BudgetKind.MAX_SIZE, asked=args.max_size)
-    if args.max_drop is not None:
-        return Budget(kind=BudgetKind.MAX_DROP, asked=args.max_drop)
-    return Budget(kind=BudgetKind.AVG_BITS, asked=4.0 if args.avg_bits is None else args.avg_bits)
-
-
-def _latency_limit(args: argparse.Namespace) -> LatencyLimit | None:
-    from edgecomp.errors import UsageError
-    from edgecomp.estimating import latency_limit
-    from edgecomp.targets import load
-
-    if args.max_latency is None:
-        if args.target is not None or args.runtime is not None:
-            raise UsageError("--target and --runtime are of --max-latency, which is not given")
-        return None
-    if args.target is None:
-        raise UsageError("--max-latency without --target: on which board? see edgecomp targets")
-    return latency_limit(args.max_latency, load(args.target), args.runtime, args.format, args.threads)
-
-
 def _build(args: argparse.Namespace) -> int:
     from edgecomp.artifact import AtRest
     from edgecomp.build import build
@@ -260,10 +210,10 @@ def _build(args: argparse.Namespace) -> int:
         weights=args.weights,
         data=args.data,
         test_share=args.test_share,
-        preprocessing=_preprocessing(args),
+        preprocessing=options.preprocessing_of(args),
         input_shape=args.input_shape,
         n_calibration=args.calib,
-        budget=_budget(args),
+        budget=options.budget_of(args),
         formats=args.format,
         io=Io(args.io),
         scoring=Scoring(score=args.score or own.score, rule=args.rule or own.rule, start=args.start or own.start),
@@ -274,7 +224,7 @@ def _build(args: argparse.Namespace) -> int:
         classes=args.classes,
         epochs=args.recover,
         checkpoint=args.checkpoint,
-        limit=_latency_limit(args),
+        limit=options.latency_limit_of(args),
         pruning=IRRELEVANT if args.prune is None else parse_pruning(args.prune),
         sparsifying=sparsifying if args.sparsify is None else parse_pruning(args.sparsify, "--sparsify"),
         paper=paper,
@@ -363,23 +313,47 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from edgecomp.benching import bench_artifact, bench_target
+    from edgecomp.comparing import check_not_slower, plot, read_baseline
+    from edgecomp.devices import Flags, bench_devices, bench_emulated_board, kind_of
+    from edgecomp.files import write_file
 
-    if args.target is not None:
-        report = bench_target(
-            args.artifact,
-            args.target,
-            seed=args.seed,
-            stage=_stage,
-            runtime=args.runtime,
-            compiler=args.compiler,
-        )
+    kind = kind_of(args.target)
+    how = {"runtime": args.runtime, "seed": args.seed, "stage": _stage}
+    if args.baseline is not None and args.fail_if_slower is None:
+        raise errors.UsageError("--baseline is for --fail-if-slower P; add it")
+    before = None if args.baseline is None else read_baseline(args.baseline)
+    if kind == "core":
+        if len(args.artifacts) > 1:
+            raise errors.UsageError(f"--target {args.target[0]}: takes one folder at a time")
+        report = bench_target(args.artifacts[0], args.target[0], compiler=args.compiler, **how)
         print(json.dumps(report.to_json(), indent=1) if args.json else report.table())
         return 0
-    comparisons = bench_artifact(
-        args.artifact, runtime=args.runtime, threads=args.threads, min_s=args.min_secs, seed=args.seed, stage=_stage
-    )
-    values = [json.loads(c.comparison.to_json()) for c in comparisons] if args.json else []
-    print(json.dumps(values, indent=1) if args.json else "\n\n".join(c.table() for c in comparisons))
+    flags = Flags(profile=args.profile, cores=args.cores, repeat=args.repeat)
+    if kind != "ssh" and flags != Flags():
+        raise errors.UsageError("--profile, --cores and --repeat are for --target ssh://...")
+    if kind == "emulated" and args.threads != 1:
+        raise errors.UsageError(f"--threads {args.threads} with --target {args.target[0]}: one thread is emulated")
+    if kind == "emulated":
+        found: Sequence[Any] = bench_emulated_board(args.artifacts, args.target[0], **how)
+    else:
+        how |= {"threads": args.threads, "min_s": args.min_secs}
+        there = kind == "ssh"
+        found = (
+            bench_devices(args.artifacts, args.target, flags=flags, **how)
+            if there
+            else bench_artifact(args.artifacts, **how)
+        )
+    values = [json.loads(each.comparison.to_json()) for each in found] if args.json else []
+    print(json.dumps(values, indent=1) if args.json else "\n\n".join(each.table() for each in found))
+    compared = [each.comparison for each in found]
+    if args.svg is not None:
+        write_file(args.svg, plot(compared, [each.title for each in found]).encode())
+    spoilt = [f"{each.title}: {why}" for each in found for why in each.comparison.reports[0].not_valid]
+    # On this machine, used by others too, the table says it: ratios are of models in turns, which a drift hits alike.
+    if spoilt and kind == "ssh":
+        return _complain(f"not valid: {'; '.join(spoilt)}", 6)
+    if args.fail_if_slower is not None:
+        check_not_slower(compared, before, args.fail_if_slower)
     return 0
 
 
@@ -452,8 +426,14 @@ def _estimate(args: argparse.Namespace) -> int:
 
 
 def _targets(args: argparse.Namespace) -> int:
-    from edgecomp.boards import board_facts, board_table, boards_table
+    from edgecomp.boards import board_facts, board_table, boards_table, install, write_runner
 
+    if args.install:
+        print(install(args.name, stage=_stage))
+        return 0
+    if args.runner is not None:
+        print(write_runner(args.runner))
+        return 0
     shown = board_table(args.name) if args.name else boards_table()
     print(json.dumps(board_facts(args.name), indent=1) if args.json else shown)
     return 0

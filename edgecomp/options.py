@@ -1,10 +1,12 @@
-"""What each verb of the command line takes."""
+"""What each verb of the command line takes, and what that means as values."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgecomp.arguments import (
     read_bytes,
@@ -13,8 +15,15 @@ from edgecomp.arguments import (
     read_milliseconds,
     read_number,
     read_numbers,
+    read_percent,
     read_shape,
 )
+from edgecomp.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgecomp.latency import LatencyLimit
+    from edgecomp.preprocessing import Preprocessing
+    from edgecomp.spending import Budget
 
 SCORES = ("lrp", "magnitude", "taylor", "hessian", "wanda", "deeplift", "random")
 """What --score takes: `pytorch.scores.Score`, which is not imported before it is needed."""
@@ -148,12 +157,24 @@ def _add_verify(verbs: Any) -> None:
 
 def _add_bench(verbs: Any) -> None:
     p = verbs.add_parser("bench", help="latency and memory on this machine, beside the float and plain int8 model")
-    p.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a built folder, or an .onnx or .tflite file")
+    about = "a built folder, or an .onnx or .tflite file; several take turns, and are compared with the first"
+    p.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help=about)
     p.add_argument("--runtime", metavar="R", help="onnxruntime, onnxruntime-lean, litert, tflite-micro and others")
-    p.add_argument("--target", metavar="NAME", help="run the folder's network in C on an emulated core: cortex-m4, ...")
-    p.add_argument("--compiler", choices=COMPILERS, help="of --target; default: the first that is installed")
+    about = (
+        "ssh://[user@]host[:port][?board=NAME]: measured there, may be given several times; rpi4-emulated, ...: ONNX "
+        "and TFLite, emulated; cortex-m4, ...: the network in C, emulated"
+    )
+    p.add_argument("--target", metavar="T", action="append", default=[], help=about)
+    p.add_argument("--compiler", choices=COMPILERS, help="for a core; default: the first that is installed")
     p.add_argument("--threads", type=int, default=1, metavar="N")
     p.add_argument("--min-secs", type=float, default=2.0, metavar="S", help="measuring time for each model at least")
+    p.add_argument("--baseline", type=Path, metavar="FILE", help="what --json printed before, for --fail-if-slower")
+    slower = "exit code 3 where a model is surely more than P %% slower than before, or than the first"
+    p.add_argument("--fail-if-slower", type=read_percent, metavar="P", help=slower)
+    p.add_argument("--svg", type=Path, metavar="FILE", help="a plot of the ratios")
+    p.add_argument("--profile", action="store_true", help="over SSH: also time each operator, in onnxruntime")
+    p.add_argument("--cores", metavar="A,B", help="over SSH: run on these cores alone")
+    p.add_argument("--repeat", type=int, default=0, metavar="N", help="over SSH: while a run is not valid")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the runs")
     p.add_argument("--json", action="store_true", help="everything, all raw samples included")
 
@@ -205,6 +226,63 @@ def _add_estimate(verbs: Any) -> None:
 
 
 def _add_targets(verbs: Any) -> None:
-    p = verbs.add_parser("targets", help="the boards edgecomp knows")
+    p = verbs.add_parser("targets", help="the boards edgecomp knows; makes what an emulated one needs")
     p.add_argument("name", nargs="?", metavar="NAME", help="or a file of yours, FILE.toml")
+    p.add_argument("--install", action="store_true", help="of NAME, e.g. rpi4-emulated: fetch and set up, into a cache")
+    p.add_argument("--runner", type=Path, metavar="FILE", help="write the runner, to measure by hand: python3 FILE -h")
     p.add_argument("--json", action="store_true")
+
+
+# ---- as values -------------------------------------------------------------------------------------------------------
+
+
+def preprocessing_of(args: argparse.Namespace) -> Preprocessing | None:
+    """Give what `build` was told of preprocessing; None where it was told nothing."""
+    from edgecomp.preprocessing import Preprocessing
+
+    given = {name: getattr(args, name) for name in ("mean", "std", "resize", "pad", "crop")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return None
+    if args.model is None:
+        from edgecomp.intake import sample
+
+        # The bundled network was trained with its own: each option changes what it names.
+        return replace(sample(None)[2], **given)
+    return Preprocessing(
+        mean=args.mean or (0.0,) * len(args.std or (1.0,)),
+        std=args.std or (1.0,) * len(args.mean or (0.0,)),
+        resize=args.resize,
+        pad=args.pad or 0,
+        crop=args.crop,
+    )
+
+
+def budget_of(args: argparse.Namespace) -> Budget:
+    """Give what `build` may spend."""
+    from edgecomp.spending import Budget, BudgetKind
+
+    if args.max_size is not None:
+        return Budget(kind=BudgetKind.MAX_SIZE, asked=args.max_size)
+    if args.max_drop is not None:
+        return Budget(kind=BudgetKind.MAX_DROP, asked=args.max_drop)
+    return Budget(kind=BudgetKind.AVG_BITS, asked=4.0 if args.avg_bits is None else args.avg_bits)
+
+
+def latency_limit_of(args: argparse.Namespace) -> LatencyLimit | None:
+    """Give the latency that `build` must keep to; None where none is asked for.
+
+    Raises:
+        TargetError: the board is unknown.
+        UsageError: it is missing, or is named for nothing.
+    """
+    from edgecomp.estimating import latency_limit
+    from edgecomp.targets import load
+
+    if args.max_latency is None:
+        if args.target is not None or args.runtime is not None:
+            raise UsageError("--target and --runtime are of --max-latency, which is not given")
+        return None
+    if args.target is None:
+        raise UsageError("--max-latency without --target: on which board? see edgecomp targets")
+    return latency_limit(args.max_latency, load(args.target), args.runtime, args.format, args.threads)

@@ -21,8 +21,8 @@ from edgecomp.plan import check_keys, load_strict_json, write_json
 
 _T = TypeVar("_T")
 
-REPORT_SCHEMA = "edgecomp-bench/1"
-COMPARISON_SCHEMA = "edgecomp-comparison/1"
+REPORT_SCHEMA = "edgecomp-bench/2"
+COMPARISON_SCHEMA = "edgecomp-comparison/2"
 
 Fact = str | int | float | bool | tuple[str, ...] | None
 """What a line of an environment may hold."""
@@ -70,10 +70,16 @@ class Ratio:
             raise UsageError(f"ratio: {self.median} is outside of its interval [{self.low}, {self.high}]")
 
 
-def summarise(samples_us: Sequence[float]) -> tuple[float, float, float]:
-    """Give p50, p90 and the minimum of samples, as they stand in reports: percentiles interpolate linearly."""
-    p50, p90 = np.percentile(samples_us, (50, 90))
-    return float(p50), float(p90), float(min(samples_us))
+def summarise(samples_us: Sequence[float]) -> tuple[float, float, float, float]:
+    """Give p50, p90, p99 and the minimum of samples, as they stand in reports: percentiles interpolate linearly."""
+    p50, p90, p99 = np.percentile(samples_us, (50, 90, 99))
+    return float(p50), float(p90), float(p99), float(min(samples_us))
+
+
+_LATENCY = (
+    "warmups", "steady", "rounds", "samples_us", "p50_us", "p90_us", "p99_us", "min_us", "load_ms", "layers_us",
+    "not_valid",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +105,17 @@ class BenchReport:
         samples_us: latency of every inference, microseconds.
         p50_us: median of the samples.
         p90_us: 90th percentile of the samples.
+        p99_us: 99th percentile of the samples.
         min_us: smallest sample.
         load_ms: from the file to ready to run, runtime already initialised; belongs to the latency group.
         peak_memory_bytes: the process's peak resident memory, interpreter and runtime included.
         model_memory_bytes: what the model added to it.
+        layers_us: mean time of each operator by the runtime's own profiler, in a run of its own that is slower for it;
+            empty where there was none, or the runtime has no profiler. Belongs to the latency group.
+        instructions: of one inference by class, counted by the emulator; empty where nothing was emulated.
+        not_valid: why a measured run does not count: it was throttled, swapped or drifted. Empty is good.
+        before: the machine's state before the run: clock, governor, temperature, throttle flags, swapped pages.
+        after: the same after it.
         environment: see `benchmarks.environment`; what could not be read is named under "unread".
 
     Raises:
@@ -126,10 +139,16 @@ class BenchReport:
     samples_us: tuple[float, ...] = ()
     p50_us: float | None = None
     p90_us: float | None = None
+    p99_us: float | None = None
     min_us: float | None = None
     load_ms: float | None = None
     peak_memory_bytes: int | None = None
     model_memory_bytes: int | None = None
+    layers_us: Mapping[str, float] = field(default_factory=dict)
+    instructions: Mapping[str, int] = field(default_factory=dict)
+    not_valid: tuple[str, ...] = ()
+    before: Mapping[str, Fact] = field(default_factory=dict)
+    after: Mapping[str, Fact] = field(default_factory=dict)
     environment: Mapping[str, Fact] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -144,7 +163,7 @@ class BenchReport:
         for name, least in (("warmups", 0), ("rounds", 1), ("peak_memory_bytes", 1), ("model_memory_bytes", None)):
             if getattr(self, name) is not None:
                 _count(name, getattr(self, name), least)
-        for name in ("p50_us", "p90_us", "min_us", "load_ms"):
+        for name in ("p50_us", "p90_us", "p99_us", "min_us", "load_ms"):
             value = getattr(self, name)
             if value is not None and not (_is_real(value) and value >= 0):
                 raise UsageError(f"report: {name} is {value!r:.80}, expected a number of at least 0")
@@ -155,25 +174,33 @@ class BenchReport:
         if self.source not in tuple(Source):
             raise UsageError(f"report: source is {self.source!r:.80}, expected one of {', '.join(Source)}")
         object.__setattr__(self, "source", Source(self.source))
-        for name in ("execution", "environment"):
+        for name in ("execution", "layers_us", "instructions", "before", "after", "environment"):
             object.__setattr__(self, name, _facts(name, getattr(self, name)))
+        if not all(_is_real(us) and us >= 0 for us in self.layers_us.values()):
+            raise UsageError("report: layers_us: expected numbers of at least 0")
+        for name, count in self.instructions.items():
+            _count(f"instructions: {name}", count, 0)
+        if not isinstance(self.not_valid, tuple) or not all(isinstance(reason, str) for reason in self.not_valid):
+            raise UsageError("report: not_valid: expected texts")
         self._check_latency()
 
     def _check_latency(self) -> None:
         allowed = {
-            Source.MEASURED: {"warmups", "steady", "rounds", "samples_us", "p50_us", "p90_us", "min_us", "load_ms"},
+            Source.MEASURED: {*_LATENCY},
             Source.EMULATED: set(),
             Source.ESTIMATED: {"p50_us", "p90_us"},
         }
         for name in sorted(allowed[Source.MEASURED] - allowed[self.source]):
-            if getattr(self, name) not in (None, ()):
+            if getattr(self, name) not in (None, ()) and getattr(self, name) != {}:
                 raise UsageError(f"report: {self.source} and has {name}; only a device's own run can give that")
+        if self.instructions and self.source is not Source.EMULATED:
+            raise UsageError(f"report: {self.source} and has instructions; only an emulator counts them")
         if self.source is not Source.MEASURED:
             return
         if not self.samples_us or not self.rounds or len(self.samples_us) % self.rounds:
             raise UsageError(f"report: measured, with {len(self.samples_us)} samples in {self.rounds} rounds")
-        given = (self.p50_us, self.p90_us, self.min_us)
-        names = ("p50_us", "p90_us", "min_us")
+        given = (self.p50_us, self.p90_us, self.p99_us, self.min_us)
+        names = ("p50_us", "p90_us", "p99_us", "min_us")
         for name, value, computed in zip(names, given, summarise(self.samples_us), strict=True):
             if value is None or not math.isclose(value, computed, rel_tol=1e-9, abs_tol=1e-9):
                 raise UsageError(f"report: {name} is {value}, the samples give {computed}")
@@ -352,9 +379,12 @@ def _report_object(report: BenchReport) -> dict[str, object]:
 
 def _report_from(value: object, where: str) -> BenchReport:
     obj = _keys(value, tuple(f.name for f in fields(BenchReport)), where)
-    if not isinstance(obj["samples_us"], list):
-        raise BundleError(f"{where}: samples_us: expected a list")
-    return _built(BenchReport, {**obj, "samples_us": tuple(obj["samples_us"])}, where)
+    lists = {}
+    for name in ("samples_us", "not_valid"):
+        if not isinstance(obj[name], list):
+            raise BundleError(f"{where}: {name}: expected a list")
+        lists[name] = tuple(obj[name])
+    return _built(BenchReport, {**obj, **lists}, where)
 
 
 def _read(text: str, schema: str, where: str) -> Mapping[str, object]:

@@ -270,7 +270,7 @@ def _check_plain(value: object, depth: int) -> None:
 
 def _report(report: BenchReport) -> dict[str, object]:
     names = ("label", "artifact", "artifact_bytes", "format", "target", "runtime", "runtime_version", "threads",
-             "p50_us", "p90_us", "min_us", "load_ms", "peak_memory_bytes", "model_memory_bytes")  # fmt: skip
+             "p50_us", "p90_us", "p99_us", "min_us", "load_ms", "peak_memory_bytes", "model_memory_bytes")  # fmt: skip
     values = {name: getattr(report, name) for name in names}
     return {**values, "samples": len(report.samples_us), "source": report.source.value}
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+from edgecomp.errors import TargetError
+from tests import ssh_device
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -15,3 +19,17 @@ def shared() -> Path:
     if not (SHARED / "models").is_dir():
         pytest.skip("../shared with trained models and data sets is not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The file system of emulated boards; made when it is not there. In CI a machine that cannot is a failure."""
+    lacking = ssh_device.missing()
+    try:
+        made = None if lacking else ssh_device.emulated_root()
+    except TargetError as e:
+        lacking, made = str(e), None
+    if made is None:
+        assert not os.environ.get(ssh_device.REQUIRED), f"devices cannot be tested: {lacking}"
+        pytest.skip(f"devices cannot be tested here: {lacking}")
+    return made

@@ -174,6 +174,7 @@ def _report() -> BenchReport:
         samples_us=(10.0, 20.0, 30.0, 40.0),
         p50_us=25.0,
         p90_us=37.0,
+        p99_us=39.7,
         min_us=10.0,
         load_ms=1.5,
         environment={"cpu": "x", "unread": ("governor",)},

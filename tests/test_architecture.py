@@ -34,22 +34,25 @@ LEVELS = (
      "pytorch.trial", "pytorch.recover", "pytorch.prune", "pytorch.sparsify", "pytorch.rebuild", "pytorch.views",
      "pytorch.progress", "pytorch.descent", "pytorch.finetune",
      "samples.train"),
-    ("targets", "exporters.layout", "exporters.fused", "exporters.modelfacts", "exporters.flatbuffer",
-     "exporters.unpack_tflite", "exporters.tflite_schema", "exporters.tflm_decode", "exporters.tflite_weights",
+    ("targets", "targets.emulated", "targets.ssh", "exporters.layout", "exporters.fused", "exporters.modelfacts",
+     "exporters.flatbuffer", "exporters.unpack_tflite", "exporters.tflite_schema", "exporters.tflm_decode",
+     "exporters.tflite_weights",
      "exporters.protobuf", "exporters.onnx_model", "exporters.onnx_parts", "exporters.onnx_decoders",
      "exporters.unpack_onnx", "exporters.onnx_weights", "exporters.to_onnx", "exporters.tflite_channels",
      "exporters.to_tflite", "exporters.c_array", "exporters.c_weights", "exporters.c_facts", "exporters.c_layouts",
      "exporters.c_steps", "exporters.to_c", "exporters",
      "exporters.to_cyclonedx",
      "exporters.read_onnx", "exporters.read_tflite", "exporters.describe", "runtime"),
-    ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.runtime", "benchmarks.accuracy",
+    ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.validity", "benchmarks.runtime",
+     "benchmarks.accuracy",
      "benchmarks.tflm", "benchmarks.compiled_c", "benchmarks.cross_compile", "benchmarks.qemu_arm", "benchmarks.thumb",
      "benchmarks.firmware",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
+     "benchmarks.archive", "benchmarks.device", "benchmarks.emulated", "benchmarks.session", "benchmarks.over_ssh",
      "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml",
      "benchmarks.netshapes", "benchmarks.classifiers", "benchmarks.published", "benchmarks.latency_fit"),
     ("check", "spending", "pruning", "recovering", "intake", "build", "verifying", "inspecting", "benching",
-     "boards", "gating", "estimating", "from_counts",
+     "comparing", "devices", "boards", "gating", "estimating", "from_counts",
      "pipelines", "arguments", "options", "cli", "__main__"),
     ("benchmarks.compression", "benchmarks.compression.results", "benchmarks.compression.table",
      "benchmarks.compression.plot", "benchmarks.compression.peer_entry", "benchmarks.compression.peer_ort",
@@ -204,9 +207,10 @@ def test_torch_is_reached_only_where_a_model_is_built() -> None:
 
 
 def test_only_the_command_line_prints() -> None:
-    # benchmarks.memory is also the child process that answers its parent through a pipe.
+    # benchmarks.memory is also the child process that answers its parent through a pipe; benchmarks.device runs on
+    # another machine and answers so.
     for name, path in modules().items():
-        if name in ("cli", "benchmarks.memory", "benchmarks.compression.__main__", *SCRIPT):
+        if name in ("cli", "benchmarks.memory", "benchmarks.device", "benchmarks.compression.__main__", *SCRIPT):
             continue
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call):
@@ -217,8 +221,11 @@ def test_only_the_command_line_prints() -> None:
 def test_no_behaviour_comes_from_the_environment() -> None:
     # The first hands it on to its child process, the second switches a tool's telemetry off, the third is told there
     # by torchrun which process it is.
-    # Two more hand it on to a compiler, with another place for its temporary files.
-    compiling = ("benchmarks.compiled_c", "benchmarks.cross_compile")
+    # Two more hand it on to a compiler, with another place for its temporary files, and one to apt and tar; that one
+    # also looks up where this user's caches lie.
+    compiling = ("benchmarks.compiled_c", "benchmarks.cross_compile", "targets.emulated")
+    # On a device, its own.
+    compiling += ("benchmarks.session",)
     allowed = ("benchmarks.memory", f"{PEER}nncf", "launched", *compiling, *SCRIPT)
     for name, path in modules().items():
         used = {ast.unparse(n) for n in ast.walk(tree(path)) if isinstance(n, ast.Attribute)}

@@ -29,20 +29,27 @@ MEASURED = {
     "samples_us": (10.0, 20.0, 30.125, 40.0),
     "p50_us": 25.0625,
     "p90_us": 37.0375,
+    "p99_us": 39.70375,
     "min_us": 10.0,
     "load_ms": 4.5,
     "peak_memory_bytes": 80_000_000,
     "model_memory_bytes": -4096,
+    "layers_us": {"conv1 QLinearConv": 7.5},
+    "instructions": {},
+    "not_valid": ("drifted: it did",),
+    "before": {"temperature_c": 41.5, "throttle_flags": None},
+    "after": {"temperature_c": 61.0, "throttle_flags": 0},
     "environment": {"cpu": "Cortex-A72", "load_average_1min": 0.25, "governor": None, "unread": ("governor",)},
 }
-LATENCY = ("warmups", "steady", "rounds", "samples_us", "p50_us", "p90_us", "min_us", "load_ms")
-NO_LATENCY = {**{name: None for name in LATENCY}, "samples_us": ()}
+LATENCY = ("warmups", "steady", "rounds", "samples_us", "p50_us", "p90_us", "p99_us", "min_us", "load_ms", "layers_us",
+           "not_valid")  # fmt: skip
+NO_LATENCY = {**{name: None for name in LATENCY}, "samples_us": (), "layers_us": {}, "not_valid": ()}
 GOOD = BenchReport(**MEASURED).to_json()
 
 
 def test_percentiles_are_taken_between_samples():
-    assert summarise((40.0, 10.0, 30.0, 20.0)) == (25.0, pytest.approx(37.0), 10.0)
-    assert summarise((7.0,)) == (7.0, 7.0, 7.0)
+    assert summarise((40.0, 10.0, 30.0, 20.0)) == (25.0, pytest.approx(37.0), pytest.approx(39.7), 10.0)
+    assert summarise((7.0,)) == (7.0, 7.0, 7.0, 7.0)
 
 
 def test_a_report_reads_back_as_it_was():
@@ -54,7 +61,7 @@ def test_a_report_reads_back_as_it_was():
     assert again.to_json() == report.to_json()
     obj = json.loads(report.to_json())
     assert next(iter(obj)) == "schema"
-    assert obj["schema"] == "edgecomp-bench/1"
+    assert obj["schema"] == "edgecomp-bench/2"
     assert obj["samples_us"] == [10.0, 20.0, 30.125, 40.0]
     assert set(obj) == {"schema", *MEASURED}
 
@@ -126,7 +133,7 @@ def test_contradictions_are_refused(name, value, what):
         ("", "r.json: not JSON"),
         ("[]", "r.json: expected an object, found list"),
         (GOOD[:-20], "r.json: not JSON"),
-        (GOOD.replace("edgecomp-bench/1", "edgecomp-bench/2"), "schema is 'edgecomp-bench/2', this edgecomp reads"),
+        (GOOD.replace("edgecomp-bench/2", "edgecomp-bench/1"), "schema is 'edgecomp-bench/1', this edgecomp reads"),
         (GOOD.replace('"threads": 2', '"threads": 2, "fast": 1'), "unknown key 'fast'"),
         (GOOD.replace('"threads": 2', '"threads": 2, "threads": 2'), "key 'threads' stands twice"),
         (GOOD.replace(' "threads": 2,\n', ""), "key 'threads' is missing"),
@@ -145,7 +152,8 @@ def test_damaged_reports_are_one_line(text, what):
     assert "\n" not in str(caught.value)
 
 
-FAST = {**MEASURED, "label": "fast", "samples_us": (5.0, 10.0), "p50_us": 7.5, "p90_us": 9.5, "min_us": 5.0}
+FAST = {**MEASURED, "label": "fast", "samples_us": (5.0, 10.0), "p50_us": 7.5, "p90_us": 9.5, "p99_us": 9.95,
+        "min_us": 5.0}  # fmt: skip
 COMPARISON = Comparison(
     reports=(BenchReport(**MEASURED), BenchReport(**FAST)),
     baseline="4 bits",
@@ -185,7 +193,7 @@ def test_a_ratio_lies_in_its_interval(values):
         ('"baseline": "4 bits"', '"baseline": 4'),
         ('"label": "fast"', '"label": "4 bits"'),
         ('"ratios": {', '"ratios": {"nobody": {"median": 1, "low": 1, "high": 1}, '),
-        ("edgecomp-comparison/1", "edgecomp-bench/1"),
+        ("edgecomp-comparison/2", "edgecomp-bench/2"),
         ('"p50_us": 7.5', '"p50_us": 7.0'),
     ],
 )

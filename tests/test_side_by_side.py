@@ -1,0 +1,140 @@
+"""Several models in one run: in turns, with ratios, a plot, and a limit on how slow they may have become."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from edgecomp.cli import main
+from edgecomp.comparing import check_not_slower, plot, read_baseline
+from edgecomp.errors import BudgetError, BundleError, UsageError
+from edgecomp.report import BenchReport, Comparison, Ratio, Source
+from tests.filemodels import conv_onnx, conv_tflite
+from tests.test_bench import rng
+from tests.test_report import MEASURED, NO_LATENCY
+
+ONE = BenchReport(**MEASURED)
+OTHER = replace(ONE, label="other")
+
+
+def comparison(low: float, median: float, high: float) -> Comparison:
+    ratios = {"other": Ratio(low=low, median=median, high=high)}
+    return Comparison(reports=(ONE, OTHER), baseline=ONE.label, ratios=ratios)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    small = rng().normal(size=(4, 4, 3, 3)).astype("float32")
+    large = rng().normal(size=(64, 64, 3, 3)).astype("float32")
+    (folder / "small.onnx").write_bytes(conv_onnx(small, 8))
+    (folder / "large.onnx").write_bytes(conv_onnx(large, 24))
+    (folder / "lite.tflite").write_bytes(conv_tflite(small, 8, 8))
+    return folder
+
+
+def test_the_command_line(models, tmp_path, capsys):
+    names = [str(models / name) for name in ("small.onnx", "large.onnx", "lite.tflite")]
+    svg = tmp_path / "plot.svg"
+    assert main(["bench", *names, "--min-secs", "0.2", "--json", "--svg", str(svg)]) == 0
+    text = capsys.readouterr().out
+    (found,) = json.loads(text)
+    assert found["baseline"] == names[0]
+    assert list(found["ratios"]) == names[1:]
+    assert found["ratios"][names[1]]["low"] > 3
+    assert {r["runtime"] for r in found["reports"]} == {"onnxruntime", "litert"}
+    assert len({r["rounds"] for r in found["reports"]}) == 1  # in turns
+    bars = ElementTree.parse(svg).getroot().findall("{http://www.w3.org/2000/svg}rect")
+    assert len(bars) == 1 + len(names)
+    before = tmp_path / "before.json"
+    before.write_text(text)
+    again = ["bench", *names, "--min-secs", "0.2", "--baseline", str(before)]
+    assert main([*again, "--fail-if-slower", "100000%"]) == 0
+    assert "time / first" in capsys.readouterr().out
+    quicker = json.loads(text)
+    quicker[0]["ratios"][names[1]] = {"median": 0.1, "low": 0.1, "high": 0.1}
+    before.write_text(json.dumps(quicker))
+    assert main([*again, "--fail-if-slower", "50%"]) == 3
+    assert f"slower by more than 50 %: {names[1]}: beside {names[0]}, than before +" in capsys.readouterr().err
+    assert main(["bench", names[0], names[1], "--min-secs", "0.2", "--fail-if-slower", "5"]) == 3
+    assert f"{names[1]}: than {names[0]} +" in capsys.readouterr().err
+
+
+def test_what_the_command_line_refuses(models, tmp_path, capsys):
+    name = str(models / "small.onnx")
+    for more in (
+        [name],
+        ["--baseline", str(tmp_path / "none.json")],
+        ["--baseline", str(tmp_path / "none.json"), "--fail-if-slower", "5%"],
+        ["--fail-if-slower", "5%", "--min-secs", "0.1"],
+        ["--svg", str(tmp_path / "x.svg"), "--min-secs", "0.1"],
+    ):
+        assert main(["bench", name, *more]) == 2, more
+    said = capsys.readouterr().err
+    for what in ("expected each model once", "add it", "No such file", "nothing to compare with", "nothing to plot"):
+        assert what in said
+    with pytest.raises(SystemExit):
+        main(["bench", name, "--fail-if-slower", "-1"])
+    assert main(["bench", name, name, "--target", "cortex-m4"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "percent", "slower"),
+    [
+        ((1.06, 1.08, 1.1), (0.9, 1.0, 1.1), 5, True),
+        ((1.04, 1.08, 1.1), (0.9, 1.0, 1.1), 5, False),  # perhaps slower is not slower
+        ((1.06, 1.08, 1.1), (0.9, 1.02, 1.1), 5, False),
+        ((1.06, 1.08, 1.1), (0.9, 1.0, 1.1), 0, True),
+        ((0.2, 0.3, 0.4), (0.1, 0.1, 0.1), 5, True),
+    ],
+)
+def test_slower_than_before(now, then, percent, slower):
+    if slower:
+        with pytest.raises(BudgetError, match="other: beside 4 bits, than before"):
+            check_not_slower([comparison(*now)], [comparison(*then)], percent)
+    else:
+        check_not_slower([comparison(*now)], [comparison(*then)], percent)
+        assert True
+
+
+def test_a_model_alone_is_compared_with_itself():
+    alone = Comparison(reports=(ONE,), baseline=ONE.label, ratios={})
+    half = BenchReport(
+        **{**MEASURED, "samples_us": (5.0, 10.0, 15.0625, 20.0), "p50_us": 12.53125, "p90_us": 18.51875,
+           "p99_us": 19.851875, "min_us": 5.0}
+    )  # fmt: skip
+    before = Comparison(reports=(half,), baseline=half.label, ratios={})
+    with pytest.raises(BudgetError, match=r"^slower by more than 5 %: 4 bits: than before \+100\.0%$"):
+        check_not_slower([alone], [before], 5)
+    check_not_slower([before], [alone], 5)
+    elsewhere = Comparison(reports=(replace(half, target="rpi4"),), baseline=half.label, ratios={})
+    with pytest.raises(UsageError, match="nothing to compare with"):
+        check_not_slower([alone], [elsewhere], 5)
+
+
+def test_an_emulator_has_no_time_to_compare():
+    emulated = BenchReport(**{**MEASURED, **NO_LATENCY, "source": Source.EMULATED})
+    with pytest.raises(UsageError, match="an emulator has none"):
+        check_not_slower([Comparison(reports=(emulated,), baseline=emulated.label, ratios={})], None, 5)
+
+
+def test_a_plot_says_what_it_draws():
+    text = plot([comparison(0.4, 0.5, 0.6)], ["a <b> & c"])
+    root = ElementTree.fromstring(text)
+    written = ["".join(e.itertext()) for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert written == ["a <b> & c", "4 bits", "1.000, p50 0.025 ms", "other", "0.500, p50 0.025 ms"]
+    widths = [float(e.get("width")) for e in root.findall("{http://www.w3.org/2000/svg}rect")[1:]]
+    assert widths[1] / widths[0] == pytest.approx(0.5, abs=0.001)
+
+
+def test_a_baseline_is_read_strictly(tmp_path):
+    path = tmp_path / "before.json"
+    for text in ("", "{}", "[]", "[1]", "[{}]", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(BundleError, match=r"before\.json"):
+            read_baseline(path)
+    path.write_text(f"[{comparison(0.4, 0.5, 0.6).to_json()}]")
+    assert read_baseline(path) == [comparison(0.4, 0.5, 0.6)]

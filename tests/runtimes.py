@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from edgecomp.exporters import export
 from edgecomp.graph import Array, Graph, Node, Op, Tensor
 from edgecomp.plan import Io
 from edgecomp.report import table
+from edgecomp.targets import emulated
 from tests.graphs import GRAPHS, Build, alone, dense, images, plan_for
 from tests.packed_files import wide
 
@@ -229,23 +231,25 @@ def run(home: Path, files: Path, results: Path) -> Ran:
     return read_results(results)
 
 
-def run_emulated(root: Path, files: Path, results: Path) -> Ran:
-    """Run all files on an emulated Cortex-A76, in the root file system that runtimes_aarch64.sh made; as root.
+def run_emulated(target: str, files: Path, results: Path) -> Ran:
+    """Run the ONNX files on an emulated board, which is installed where it is not there yet.
 
     Raises:
         subprocess.CalledProcessError: as `run`.
+        TargetError: it cannot be installed.
     """
-    inside = Path("tmp") / results.name
-    place = root / inside
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(files, place / "files", ignore=lambda folder, names: [n for n in names if n.endswith(".tflite")])
-    shutil.copy(HERE / "runtimes_run.py", place)
-    (place / "results").mkdir()
-    python = ["chroot", root, "/qemu-aarch64-static", "-cpu", "cortex-a76", "/usr/bin/python3", "-I"]
-    script = ["/" / inside / "runtimes_run.py", "/", "/" / inside / "files", "/" / inside / "results"]
-    subprocess.run([*python, *script], check=True, stdin=subprocess.DEVNULL)
-    shutil.copytree(place / "results", results)
-    shutil.rmtree(place)
+    root = emulated.install(lambda name, total: nullcontext(lambda n: None))
+    with tempfile.TemporaryDirectory(prefix="edgecomp-emulated-") as folder:
+        place = Path(folder)
+        shutil.copytree(files, place / "files", ignore=shutil.ignore_patterns("*.tflite"))
+        shutil.copy(HERE / "runtimes_run.py", place)
+        for name in ("edgecomp", "exporters", "targets"):
+            shutil.copytree(HERE.parent / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "samples"))
+        (place / "results").mkdir()
+        script = [f"{emulated.WORK}/{name}" for name in ("runtimes_run.py", ".", "files", "results")]
+        command = emulated.inside(root, emulated.core_of(target), place, ["/usr/bin/python3", "-I", *script])
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+        shutil.copytree(place / "results", results)
     return read_results(results)
 
 
@@ -354,13 +358,13 @@ def not_folded(model: onnx.ModelProto, n_layers: int) -> str:
 # ---- the whole matrix ------------------------------------------------------------------------------------------------
 
 
-def matrix(folder: Path, names: Sequence[str], aarch64: Path | None = None) -> tuple[str, list[str]]:
+def matrix(folder: Path, names: Sequence[str], board: str | None = None) -> tuple[str, list[str]]:
     """Run everything.
 
     Args:
         folder: of the environments.
         names: of those to run, oldest first.
-        aarch64: the root file system of an emulated board, if that is to run the ONNX files too.
+        board: an emulated one, if that is to run the ONNX files too.
 
     Returns:
         a table, and what does not hold.
@@ -370,7 +374,7 @@ def matrix(folder: Path, names: Sequence[str], aarch64: Path | None = None) -> t
         files = Path(place) / "files"
         files.mkdir()
         write_files(files, found)
-        ran = [run_emulated(aarch64, files, Path(place) / "edgecomp-aarch64")] if aarch64 else []
+        ran = [run_emulated(board, files, Path(place) / board)] if board else []
         ran += [run(folder / name, files, Path(place) / name) for name in names]
         rows, lines = [], []
         for result in ran:
@@ -423,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.runtimes", description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where environments are kept; by default they are thrown away")
     parser.add_argument("--only", action="append", help="a line of runtimes.txt by its name; may be given again")
-    parser.add_argument("--aarch64", type=Path, metavar="ROOT", help="what runtimes_aarch64.sh made; ONNX only")
+    parser.add_argument("--emulated", choices=emulated.EMULATED, help="also on this board; ONNX only")
     args = parser.parse_args(argv)
     lines = pins(PINS.read_text("utf-8"))
     names = args.only or list(lines)
@@ -433,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name in names:
             make(folder / name, lines[name])
-        text, wrong = matrix(folder, [name for name in lines if name in names], args.aarch64)
+        text, wrong = matrix(folder, [name for name in lines if name in names], args.emulated)
     except subprocess.CalledProcessError as error:
         print(f"{' '.join(map(str, error.cmd[:5]))} ended with code {error.returncode}", file=sys.stderr)
         return 1

@@ -57,8 +57,14 @@ def read_bytes(text: str) -> float:
 
 def read_c_name(text: str) -> str:
     """Read what functions in C begin with; macros have the same in capitals."""
+    from edgecomp.exporters.to_c import MOST_NAME, RESERVED_NAMES
+
     if not re.fullmatch("[a-z][a-z0-9_]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a name for C, of a-z, 0-9 and _, a letter first")
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: expected a name for C, of a-z, 0-9 and _, a letter first")
+    if text in RESERVED_NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r}: there is {text}.h already; choose another name")
+    if len(text) > MOST_NAME:
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: expected {MOST_NAME} letters at most")
     return text
 
 

@@ -150,7 +150,10 @@ class _Print(argparse.Action):
         super().__init__(nargs=0, const=const, **given)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        print(self.const)
+        try:
+            print(self.const, flush=True)
+        except OSError as e:
+            raise SystemExit(_complain(f"standard output: {e.strerror}", 2)) from e
         raise SystemExit(0)
 
 
@@ -359,8 +362,10 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _gate(args: argparse.Namespace) -> int:
     from edgecomp.files import write_file
-    from edgecomp.gating import Limits, gate
+    from edgecomp.gating import Limits, check_report, gate
 
+    if args.report is not None:
+        check_report(args.report)
     limits = Limits(flash_bytes=args.max_flash, ram_bytes=args.max_ram, drop_points=args.max_drop)
     judged = gate(
         args.folder,
@@ -388,12 +393,16 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _sbom(args: argparse.Namespace) -> int:
     from edgecomp.exporters.to_cyclonedx import to_cyclonedx
-    from edgecomp.files import check_new_files, write_file
+    from edgecomp.files import MANIFEST, check_new_files, write_file
     from edgecomp.folder import open_folder
 
     if args.output is not None:
         check_new_files(args.output.parent, [args.output.name], force=args.force)
-    text = to_cyclonedx(open_folder(args.folder))
+    folder = open_folder(args.folder)
+    own = [args.folder / name for name in (*folder.record["files"], MANIFEST)]
+    if args.output is not None and args.output.exists() and any(p.exists() and p.samefile(args.output) for p in own):
+        raise errors.UsageError(f"{args.output}: is a file that the bill is about; choose another -o")
+    text = to_cyclonedx(folder)
     if args.output is None:
         print(text, end="")
     else:

@@ -17,7 +17,7 @@ import numpy as np
 from edgecomp.artifact import FILES
 from edgecomp.benching import bench_target
 from edgecomp.errors import BudgetError, BundleError, ParityError, UsageError
-from edgecomp.exporters.c_facts import BEGIN, read_facts
+from edgecomp.exporters.c_facts import BEGIN, check_files, read_facts
 from edgecomp.files import MANIFEST
 from edgecomp.folder import open_folder
 from edgecomp.manifest import read_manifest
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgecomp.check import Stage
 
 _SHOWN = 3
+_HEADER = ("what", "is", "allowed")
 _SOURCE = FILES["c"][0]
 
 
@@ -97,6 +98,9 @@ def gate(
     """
     if limits == Limits():
         raise UsageError("gate: expected a budget: --max-flash, --max-ram or --max-drop")
+    for option, limit in (("flash", limits.flash_bytes), ("ram", limits.ram_bytes)):
+        if limit is not None and limit < 0:
+            raise UsageError(f"gate: --max-{option} {limit:g}: expected 0 or more")
     exported = (path / _SOURCE).is_file() and not (path / MANIFEST).exists()
     if manifest is not None and not exported:
         raise UsageError(f"{path}: --manifest is for a folder with nothing but C; a built one has its own")
@@ -107,31 +111,49 @@ def gate(
             "--manifest, or leave --max-drop out"
         )
     before = None if baseline is None else _before(baseline)
+    if baseline is not None and before is None:
+        raise UsageError(f"{baseline}: --baseline knows no network in C to compare with; leave it out")
     flash, ram = {"weights and scales": network.flash_bytes}, {"arena": network.arena_bytes}
     if target is not None:
         flash, ram = _on_core(path, target, stage) if exported else _benched(path, target, stage)
+    broken = []
     for what, taken, option, limit, where in (
         ("flash", flash, "--max-flash", limits.flash_bytes, _where(network, before)),
         ("RAM", ram, "--max-ram", limits.ram_bytes, _grown(network, before)),
     ):
         if limit is not None and sum(taken.values()) > limit:
-            raise BudgetError(f"{path}: {_above(what, taken, option, limit)}; {where}")
-    lost = "-"
+            broken.append(f"{_above(what, taken, option, limit)}; {where}")
+    lost, inaccurate = "-", ""
     if network.accuracy_percent is not None:
         of_float, own = network.accuracy_percent
         drop, lost = of_float - own, f"{of_float - own:.2f}"
         if limits.drop_points is not None and round(drop, 4) > limits.drop_points:
-            raise ParityError(
-                f"{path}: accuracy is {own:.2f} %, {drop:.2f} points below the float network's; "
+            inaccurate = (
+                f"accuracy is {own:.2f} %, {drop:.2f} points below the float network's; "
                 f"--max-drop allows {limits.drop_points:g}"
             )
+    if broken:
+        raise BudgetError(f"{path}: {'; '.join(part for part in (*broken, inaccurate) if part)}")
+    if inaccurate:
+        raise ParityError(f"{path}: {inaccurate}")
     code = "weights and scales" if target is None else f"all, on {target}"
     rows = [
         (f"flash bytes ({code})", f"{sum(flash.values()):,}", _limit(limits.flash_bytes)),
         (f"RAM bytes ({'arena' if target is None else code})", f"{sum(ram.values()):,}", _limit(limits.ram_bytes)),
         ("points of accuracy lost", lost, _limit(limits.drop_points)),
     ]
-    return table(rows, ("what", "is", "allowed"))
+    return table(rows, _HEADER)
+
+
+def check_report(path: Path) -> None:
+    """Refuse to replace a file that is no table of `gate`.
+
+    Raises:
+        UsageError: it is one.
+    """
+    begin = f"| {_HEADER[0]}".encode()
+    if path.is_dir() or (path.is_file() and not path.read_bytes().startswith(begin)):
+        raise UsageError(f"{path}: --report replaces only an earlier table of gate; choose another name")
 
 
 # ---- where a network is described ------------------------------------------------------------------------------------
@@ -148,6 +170,7 @@ def _built(path: Path) -> _Network:
 
 def _exported(path: Path, manifest: Path | None) -> _Network:
     network = _of_source(_read(path / _SOURCE), path / _SOURCE)
+    check_files({name: _read(path / name) for name in FILES["c"]}, _SOURCE, str(path))
     if manifest is None:
         return network
     record = read_manifest(_text(manifest), str(manifest))
@@ -273,4 +296,6 @@ def _where(now: _Network, before: _Network | None) -> str:
 def _grown(now: _Network, before: _Network | None) -> str:
     if before is None:
         return f"the arena is {now.arena_bytes:,}, most is needed in {now.peak_step}"
+    if now.arena_bytes == before.arena_bytes:
+        return f"the arena is {now.arena_bytes:,} bytes, as before"
     return f"the arena was {before.arena_bytes:,} bytes, now it is {now.arena_bytes:,}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -53,6 +54,7 @@ class NetworkFacts:
         steps: the calls of kernels, by the names of their layers.
         peak_step: the one that needs most of the arena at once.
         weight_bytes: of every layer's weights as they are stored, without scales; a part of constant_bytes.
+        files_sha256: of the source behind its first line, the header and the kernels: see `digest_of`.
     """
 
     name: str
@@ -66,6 +68,7 @@ class NetworkFacts:
     steps: tuple[str, ...]
     peak_step: str
     weight_bytes: Mapping[str, int]
+    files_sha256: str = ""
 
     @property
     def border_name(self) -> str:
@@ -87,6 +90,39 @@ class NetworkFacts:
         return f"{BEGIN}{text}{_END}"
 
 
+def digest_of(body: bytes, companions: Mapping[str, bytes]) -> str:
+    """Identify a network's files: a sha256.
+
+    Args:
+        body: the source behind its first line.
+        companions: header and kernels, by name.
+    """
+    both = hashlib.sha256(hashlib.sha256(body).digest())
+    for name, data in sorted(companions.items()):
+        both.update(name.encode() + hashlib.sha256(data).digest())
+    return both.hexdigest()
+
+
+def check_files(files: Mapping[str, bytes], source: str, where: str) -> None:
+    """Check that a network's files are as they were written.
+
+    Args:
+        files: all of them, by name.
+        source: the name of the one that speaks for all.
+        where: for errors.
+
+    Raises:
+        BundleError: one was changed, cut, or is of another network.
+    """
+    facts = read_facts(files[source], f"{where}/{source}")
+    body = files[source].partition(b"\n")[2]
+    if digest_of(body, {name: data for name, data in files.items() if name != source}) != facts.files_sha256:
+        raise BundleError(
+            f"{where}: {', '.join(files)} are not what edgecomp wrote together: one was changed or damaged; write them "
+            "again with edgecomp export, or build again"
+        )
+
+
 def read_facts(source: bytes, where: str) -> NetworkFacts:
     """Read the first line of a source.
 
@@ -104,7 +140,8 @@ def read_facts(source: bytes, where: str) -> NetworkFacts:
 
 
 def _facts(found: Mapping[str, Any]) -> NetworkFacts:
-    expected = {"name", "graph_digest", *_BORDERS, *_COUNTS, "input_offset", "steps", "peak_step", "weight_bytes"}
+    expected = {"name", "graph_digest", *_BORDERS, *_COUNTS, "input_offset", "steps", "peak_step", "weight_bytes",
+                "files_sha256"}  # fmt: skip
     if set(found) != expected:
         raise ValueError(f"its first line says {sorted(found)!r:.80}, expected {sorted(expected)}")
     name = found["name"]
@@ -130,6 +167,7 @@ def _facts(found: Mapping[str, Any]) -> NetworkFacts:
         steps=tuple(str(step) for step in found["steps"]),
         peak_step=str(found["peak_step"]),
         weight_bytes=weights,
+        files_sha256=str(found["files_sha256"]),
     )
 
 

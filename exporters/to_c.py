@@ -16,13 +16,21 @@ from edgecomp.compress import border_codes, run_codes
 from edgecomp.errors import ExportError
 from edgecomp.graph import Array, Graph, QuantParams
 
-from .c_facts import CodeBorder, NetworkFacts
+from .c_facts import CodeBorder, NetworkFacts, digest_of
 from .c_steps import Constant, Lowering, Step, lower
 from .layout import stored_shape
 
 _, HEADER, *KERNELS = FILES["c"]
 """The header's name, and those of what every network needs beside it: the same files for all, written by hand."""
 _WIDTH = 116
+MOST_NAME = 48
+_HEADERS = (
+    "assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdalign stdarg stdatomic",
+    "stdbool stddef stdint stdio stdlib stdnoreturn string tgmath threads time uchar wchar wctype arduino edgecomp",
+    "edgecomp_kernels network",
+)
+RESERVED_NAMES = frozenset(name for line in _HEADERS for name in line.split())
+"""What no network may be called: its header would hide another."""
 _LCG_FACTOR, _LCG_TERM = 1664525, 1013904223
 _SCRATCH = "scratch:"
 """Before the number of the step whose memory it is, in the name of a buffer."""
@@ -88,7 +96,7 @@ def to_c(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Exported:
         data=source_text(program).encode(),
         weights=weights,
         at_rest=at_rest,
-        companions={HEADER: header_text(program).encode(), **kernel_files()},
+        companions=companions_of(program),
         flash_bytes=facts_of(program).constant_bytes,
         memory_plan=memory_plan(program),
     )
@@ -132,7 +140,7 @@ def program_of(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Program:
     scratch = {i: (arena.offsets[key], inside[key].n_bytes) for i, key in keys.items()}
     names = {name for step in work.steps for name in step.pointers.values()}
     return Program(
-        name=_NAME.sub("_", graph.name.lower()).strip("_") or "net",
+        name=_c_name(graph.name),
         graph=graph,
         steps=work.steps,
         place={name: place[own(name)] for name in names},
@@ -143,6 +151,12 @@ def program_of(graph: Graph, *, at_rest: AtRest = AtRest.NATIVE) -> Program:
         left_out=work.left_out,
         peak_step=_peak_step(work, buffers.values()),
     )
+
+
+def _c_name(name: str) -> str:
+    """Make a name for C of the network's, which may be anything."""
+    plain = _NAME.sub("_", name.lower()).strip("_")[:MOST_NAME] or "net"
+    return f"net_{plain}" if plain in RESERVED_NAMES or plain[0].isdigit() else plain
 
 
 def _peak_step(work: Lowering, buffers: Collection[Buffer]) -> str:
@@ -321,8 +335,7 @@ def source_text(program: Program) -> str:
     arrays = "\n".join(_constant(constant) for step in program.steps for constant in step.constants)
     calls = "\n".join(_call(program, i) for i in range(len(program.steps)))
     start = "  int8_t *memory = (int8_t *)arena;" if "memory" in calls else "  (void)arena;"
-    return f"""\
-{facts.to_line()}
+    body = f"""\
 /* {_comment(program.graph.name)}, written by edgecomp; edit nothing here.
  *
 {_table(program)}
@@ -371,6 +384,13 @@ int {n}_self_test(int8_t *in, int8_t *out, void *arena) {{
 }}
 #endif
 """
+    whole = replace(facts, files_sha256=digest_of(body.encode(), companions_of(program)))
+    return f"{whole.to_line()}\n{body}"
+
+
+def companions_of(program: Program) -> dict[str, bytes]:
+    """Give header and kernels, by file name."""
+    return {HEADER: header_text(program).encode(), **kernel_files()}
 
 
 def golden_output(program: Program) -> Array:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgecomp.arguments import read_bytes
+from edgecomp.arguments import read_bytes, read_c_name
 from edgecomp.check import at_chance
 from edgecomp.cli import main
 from edgecomp.errors import UsageError
@@ -339,3 +339,21 @@ def test_bytes_have_units(text: str, n_bytes: float) -> None:
 def test_bytes_that_are_none_name_the_units(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=r"expected bytes, e\.g\. 64000, 64K or 64kB .*kB = 1000"):
         read_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["string", "stdint", "arduino", "math", "network", "a" * 49, "9net", "Net", ""])
+def test_names_that_a_network_in_c_cannot_have(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        read_c_name(text)
+
+
+def test_a_full_standard_output_is_one_line() -> None:
+    command = [sys.executable, "-m", "edgecomp", "--cmake-dir"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "edgecomp: standard output: No space left on device\n")
+
+
+def test_options_of_a_latency_need_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "--threads", "4", "-o", "nowhere"]) == 2
+    assert "are of --max-latency, which is not given" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_a_budget_is_kept_to_the_byte(capsys: pytest.CaptureFixture[str]) -> Non
     assert f"RAM is {ram:,} bytes, 4 more than --max-ram {ram - 4:,}; the arena is {ram:,}, most is needed in " in text
 
 
-def test_what_has_grown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_has_grown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(["large", "--max-flash", "1K", "--baseline", "small/manifest.json"], 3, capsys)
     layers = {
         folder: {
@@ -67,8 +68,13 @@ def test_what_has_grown(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"grown most: {name} +{n:,}" in text
     text = said(["small", "--max-flash", "100", "--baseline", "large/manifest.json"], 3, capsys)
     assert "no layer's weights have grown" in text
-    text = said(["large", "--max-ram", "8", "--baseline", "small/manifest.json"], 3, capsys)
-    assert f"the arena was {entry('small')['arena_bytes']:,} bytes, now it is {entry('large')['arena_bytes']:,}" in text
+    now = entry("large")["arena_bytes"]
+    record = json.loads(Path("large/manifest.json").read_text())
+    for artifact in record["artifacts"]:
+        artifact["arena_bytes"] = now - 8
+    (tmp_path / "before.json").write_text(json.dumps(record))
+    text = said(["large", "--max-ram", "8", "--baseline", str(tmp_path / "before.json")], 3, capsys)
+    assert f"the arena was {now - 8:,} bytes, now it is {now:,}" in text
 
 
 def test_lost_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +148,7 @@ def test_a_source_is_a_baseline_as_well(alone: Path, capsys: pytest.CaptureFixtu
     for budget in (["--max-flash", "100"], ["--max-ram", "8"]):
         by_manifest = said([str(alone), *budget, "--baseline", "small/manifest.json"], 3, capsys)
         assert said([str(alone), *budget, "--baseline", "small/network.c"], 3, capsys) == by_manifest
-        assert " +" in by_manifest or "; the arena was" in by_manifest
+        assert " +" in by_manifest or "; the arena is 1,792 bytes, as before" in by_manifest
 
 
 def test_the_layer_where_most_memory_is_needed(alone: Path) -> None:
@@ -168,6 +174,47 @@ def test_a_damaged_source(alone: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "network.c: is no network in C by edgecomp, or damaged" in text
 
 
+@pytest.mark.parametrize("name", ["network.c", "network.h", "edgecomp_kernels.c", "edgecomp_kernels.h"])
+def test_files_that_do_not_belong_together(
+    name: str, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(alone, tmp_path / "copy"))
+    assert said([str(folder), "--max-flash", "64K"], 0, capsys)
+    whole = (folder / name).read_bytes()
+    for changed in (whole[:-3], whole.replace(b"int", b"Int", 1), whole.replace(b"\n", b"\r\n")):
+        (folder / name).write_bytes(changed)
+        assert said([str(folder), "--max-flash", "64K"], 2, capsys)
+    (folder / name).unlink()
+    assert said([str(folder), "--max-flash", "64K"], 2, capsys)
+
+
+def test_two_weights_that_change_places(alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(alone, tmp_path / "copy"))
+    text = (folder / "network.c").read_text()
+    (folder / "network.c").write_text(re.sub(r"\n  (\d+), (\d+),", r"\n  \2, \1,", text, count=1))
+    assert "are not what edgecomp wrote together" in said([str(folder), "--max-flash", "64K"], 2, capsys)
+
+
+def test_a_report_replaces_nothing_but_a_report(
+    alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(alone, tmp_path / "copy"))
+    before = (folder / "network.c").read_bytes()
+    argv = [str(folder), "--max-flash", "64K", "--report"]
+    assert "replaces only an earlier table" in said([*argv, str(folder / "network.c")], 2, capsys)
+    assert (folder / "network.c").read_bytes() == before
+    for _ in range(2):
+        assert said([*argv, str(tmp_path / "gate.txt")], 0, capsys) == ""
+
+
+def test_all_that_is_broken_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(["large", "--max-flash", "10", "--max-ram", "10", "--max-drop", "0"], 3, capsys)
+    for part in ("--max-flash 10", "--max-ram 10", "the largest weights", "most is needed in"):
+        assert part in text
+    text = said(["large", "--max-ram", "8", "--baseline", "large/manifest.json"], 3, capsys)
+    assert "bytes, as before" in text
+
+
 # ---- bad use ---------------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +227,8 @@ def test_a_damaged_source(alone: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["large", "--max-ram", "1K", "--baseline", "nowhere.json"], 2, "nowhere.json: cannot be read"),
         (["large", "--max-ram", "1K", "--baseline", "large/plan.json"], 2, "large/plan.json"),
         (["large", "--max-ram", "1K", "--target", "toaster"], 6, "is unknown"),
+        (["large", "--max-ram", "1K", "--baseline", "other/manifest.json"], 2, "knows no network in C to compare"),
+        (["large", "--max-ram=-1"], 2, "--max-ram -1: expected 0 or more"),
     ],
 )
 def test_bad_use(argv: list[str], code: int, found: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -363,3 +363,11 @@ def test_a_damaged_first_line_is_an_error_of_ours(place: int, damage: bytes) -> 
     except BundleError:
         return
     assert facts.name.isidentifier()
+
+
+@pytest.mark.parametrize(
+    ("name", "in_c"),
+    [("string", "net_string"), ("Net 1.0", "net_1_0"), ("", "net"), ("8 bits", "net_8_bits"), ("x" * 200, "x" * 48)],
+)
+def test_a_network_is_called_what_c_allows(name: str, in_c: str) -> None:
+    assert program_of(replace(mixed("plain"), name=name)).name == in_c

@@ -76,6 +76,14 @@ def test_written_to_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main([*argv, "--force"]) == 0
 
 
+def test_it_replaces_no_file_that_it_is_about(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("manifest.json", "model.onnx"):
+        before = (folder / name).read_bytes()
+        assert main(["sbom", str(folder), "-o", str(folder / name), "--force"]) == 2
+        assert f"{name}: is a file that the bill is about" in capsys.readouterr().err
+        assert (folder / name).read_bytes() == before
+
+
 def break_weight(folder: Path) -> None:
     data = bytearray((folder / "model.onnx").read_bytes())
     data[-9] ^= 1

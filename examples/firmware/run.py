@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from unicorn import UC_ARCH_ARM, UC_HOOK_MEM_WRITE, UC_MODE_MCLASS, UC_MODE_THUMB, Uc
 from unicorn import arm_const as arm
@@ -57,4 +58,7 @@ def run(path: str) -> bytes:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit("expected one argument: firmware.elf")
-    print(run(sys.argv[1]).decode("ascii"), end="")
+    try:
+        print(run(sys.argv[1]).decode("ascii"), end="")
+    except (OSError, ELFError) as e:
+        raise SystemExit(f"{sys.argv[1]}: is no firmware.elf: {e}") from e

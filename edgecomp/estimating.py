@@ -13,11 +13,10 @@ from edgecomp.compress import compress
 from edgecomp.errors import BundleError, UsageError
 from edgecomp.files import MANIFEST
 from edgecomp.folder import open_folder
-from edgecomp.graph import Graph
 from edgecomp.latency import MICRO_RUNTIMES, Case, Estimate, LatencyLimit, Range, estimate
 from edgecomp.processor import processor_of
 from edgecomp.report import Source, table
-from edgecomp.work import total_macs, work_of
+from edgecomp.work import Work, total_macs, work_of
 
 if TYPE_CHECKING:
     from edgecomp.check import Stage
@@ -111,7 +110,8 @@ def estimate_model(
     """Estimate what one image takes.
 
     Args:
-        model: a built folder, a file in one, a graph.edgecomp, or a model as `intake.graph_of` takes it.
+        model: a built folder, a file in one, an ONNX or TFLite file of ours from anywhere, a graph.edgecomp, or a model
+            as `intake.graph_of` takes it.
         target: the board.
         runtime: one of `latency.RUNTIMES`; None for the file's own, else litert or, on a microcontroller, tflite-micro.
         precision: one of `latency.PRECISIONS`.
@@ -124,12 +124,12 @@ def estimate_model(
         EdgecompError: the model or file cannot be read, or no estimate can be made for the target.
     """
     processor = processor_of(target)
-    graph, own = _read(model, weights, input_shape, stage)
+    work, own = _read(model, weights, input_shape, stage)
     usual = "tflite-micro" if processor.micro else "litert"
     if own is not None and (own in MICRO_RUNTIMES) == processor.micro:
         usual = own
     case = Case(
-        work=work_of(graph),
+        work=work,
         processor=processor,
         runtime=runtime or usual,
         precision=precision,
@@ -164,15 +164,15 @@ def latency_limit(
 
 def _read(
     model: str, weights: Path | None, input_shape: tuple[int, int, int] | None, stage: Stage
-) -> tuple[Graph, str | None]:
-    """Give the graph, and the runtime of the file that was named, if that decides it."""
+) -> tuple[Sequence[Work], str | None]:
+    """Give the work of the layers, and the runtime of the file that was named, if that decides it."""
     path = Path(model)
     known = {name: _RUNTIME_OF[form] for form, files in FILES.items() for name in files if form in _RUNTIME_OF}
     is_file = path.suffix in (".onnx", ".tflite", ".edgecomp", ".c", ".h")
     if not (is_file or path.is_dir()):
         from edgecomp.intake import graph_of
 
-        return graph_of(model, weights, input_shape, stage), None
+        return work_of(graph_of(model, weights, input_shape, stage)), None
     if weights is not None or input_shape is not None:
         raise UsageError(f"{path}: is built; --weights and --input-shape are of a model, leave them out")
     if path.is_dir():
@@ -180,15 +180,32 @@ def _read(
     if not path.is_file():
         raise BundleError(f"{path}: no such file; expected a file or folder that edgecomp wrote, or a model")
     if path.suffix == ".edgecomp":
-        return bundle.load(path), None
-    if not (path.parent / MANIFEST).is_file() or path.name not in known:
+        return work_of(bundle.load(path)), None
+    if (path.parent / MANIFEST).is_file() and path.name in known:
+        return _of_folder(path.parent), known[path.name]
+    if path.suffix in (".c", ".h"):
         raise UsageError(
             f"{path}: does not lie in the folder that edgecomp built it into, where its layers are read; "
             "name that folder, a graph.edgecomp, or the model"
         )
-    return _of_folder(path.parent), known[path.name]
+    return _of_file(path)
 
 
-def _of_folder(path: Path) -> Graph:
+def _of_file(path: Path) -> tuple[Sequence[Work], str]:
+    """Count the layers of a file that lies alone, from the file itself."""
+    from edgecomp.exporters.onnx_work import onnx_work
+    from edgecomp.exporters.tflite_work import tflite_work
+
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise BundleError(f"{path}: cannot be read: {e.strerror}") from e
+    if path.suffix == ".onnx":
+        return onnx_work(data, str(path)), _RUNTIME_OF["onnx"]
+    micro = path.name.endswith(".tflm.tflite")
+    return tflite_work(data, str(path)), _RUNTIME_OF["tflm" if micro else "tflite"]
+
+
+def _of_folder(path: Path) -> Sequence[Work]:
     folder = open_folder(path)
-    return compress(folder.graph, folder.plan)
+    return work_of(compress(folder.graph, folder.plan))

@@ -212,8 +212,8 @@ def _add_sbom(verbs: Any) -> None:
 def _add_estimate(verbs: Any) -> None:
     p = verbs.add_parser("estimate", help="latency on a board that is not at hand: estimated, with its range")
     about = (
-        "a built folder or a file in it, a graph.edgecomp, torchvision:NAME, package.module:factory, a .pt2 file, or "
-        "the .json that bench --target CORE --json prints"
+        "a built folder, an .onnx or .tflite of ours, a graph.edgecomp, torchvision:NAME, package.module:factory, "
+        "a .pt2 file, or the .json that bench --target CORE --json prints"
     )
     p.add_argument("model", metavar="MODEL", help=about)
     p.add_argument("--target", required=True, metavar="NAME", help="of edgecomp targets, or your FILE.toml")

@@ -26,7 +26,7 @@ LEVELS = (
      "data"),
     ("ops", "verify", "reference", "groups", "plan", "selection", "work"),
     ("artifact", "arena", "files", "compress", "channels", "methods", "sparsity", "planner", "bundle", "report",
-     "provenance", "manifest", "folder", "overview", "samples", "processor", "latency", "cycles"),
+     "provenance", "manifest", "folder", "overview", "samples", "processor", "latency", "profiled", "cycles"),
     ("pytorch", "pytorch.torchvision_ops", "pytorch.pt2", "pytorch.load", "pytorch.networks", "pytorch.calls",
      "pytorch.aten", "pytorch.capture", "pytorch.network", "pytorch.sharing", "pytorch.checkpoint", "pytorch.rules",
      "pytorch.propagate", "pytorch.sums", "pytorch.relevance", "pytorch.scores", "pytorch.calibrate",

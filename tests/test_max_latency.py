@@ -48,7 +48,7 @@ def test_channels_are_cut_until_it_is_fast_enough(
     [
         (["--max-latency", "1us", *BOARD], 3, "--max-latency: not met with 95% of the weights cut"),
         (["--max-latency", "20ms"], 2, "--max-latency without --target"),
-        ([*BOARD], 2, "--target and --runtime are of --max-latency"),
+        ([*BOARD], 2, "--target, --runtime and --profile are of --max-latency"),
         (["--max-latency", "20ms", *BOARD, "--prune", "0.5"], 2, "--max-latency with --prune 0.5"),
         (["--max-latency", "0", *BOARD], 2, "--max-latency 0: expected milliseconds above 0"),
         (["--max-latency", "20ms", *BOARD, "--runtime", "litert"], 2, "litert is not for a Cortex-M4"),

@@ -117,7 +117,7 @@ class _Counting:
         shape = self._fixed.get(node.inputs[1])
         if shape is None or len(shape) != rank or min(shape) < 1:
             raise ValueError(f"{shown(node.inputs[1])} is no weight of {rank} axes")
-        return shape[::-1] if node.op == "Gemm" and node.number("transB", 0) != 1 else shape
+        return shape
 
     def _integers(self, name: bytes) -> list[int]:
         values = self._constants[name].values()

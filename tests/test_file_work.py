@@ -94,6 +94,23 @@ def test_functions_on_reals_between_codes() -> None:
     check_tflite(tflite_work(export(detours, "tflite").data, "tflite"), detours)
 
 
+def strided(seed: int = 0) -> Graph:
+    """3x3 convolutions that Winograd's algorithm is for, and such of other strides that it is not for."""
+    b = Build(seed, (16, 8, 8))
+    x = b.conv("two", b.conv("one", "input", 16), 16, stride=(2, 2))
+    x = b.conv("grouped", b.conv("wide", x, 32, stride=(1, 2)), 32, groups=2)
+    return b.graph(b.conv("last", x, 16))
+
+
+def test_strides_decide_the_kind() -> None:
+    graph = compress(strided(), plan_for(strided(), 8))
+    assert {w.name: w.kind.value for w in work_of(graph)} == {
+        "one": "dense3x3", "two": "dense", "wide": "dense", "grouped": "dense3x3", "last": "dense3x3",
+    }  # fmt: skip
+    assert onnx_work(export(graph, "onnx").data, "onnx") == work_of(graph)
+    check_tflite(tflite_work(export(graph, "tflite").data, "tflite"), graph)
+
+
 def own_products() -> Graph:
     """A product with a sigmoid that is the network's own, not a silu; limits that no activation of TFLite has."""
     b = Build(0, (3, 8, 8))
@@ -154,6 +171,23 @@ def test_what_could_be_anything_is_named() -> None:
         onnx_work(export(graph, "onnx").data.replace(b"conv1", b"con\x1b1"), "x")
     with pytest.raises(BundleError, match="not printable"):
         tflite_work(export(graph, "tflite").data.replace(b"conv1", b"con\x1b1"), "x")
+
+
+def test_weights_that_do_not_fit_are_named() -> None:
+    import onnx
+
+    graph = compressed("plain", 8, Io.FLOAT)
+    for op, attribute, value, found in (("Conv", "group", 3, "does not fit"), ("Conv", "strides", 0, "its window")):
+        proto = onnx.load_from_string(export(graph, "onnx").data)
+        node = next(n for n in proto.graph.node if n.op_type == op)
+        (changed,) = (a for a in node.attribute if a.name == attribute)
+        changed.i, changed.ints[:] = value, [value] * len(changed.ints)
+        with pytest.raises(BundleError, match=found):
+            onnx_work(proto.SerializeToString(), "x")
+    proto = onnx.load_from_string(export(graph, "onnx").data)
+    next(n for n in proto.graph.node if n.op_type == "Conv").ClearField("name")
+    with pytest.raises(BundleError, match="is given by a Conv without a name"):
+        onnx_work(proto.SerializeToString(), "x")
 
 
 @pytest.mark.parametrize("form", ["onnx", "onnx-int8", "tflite", "tflite-packed", "tflm"])

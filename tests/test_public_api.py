@@ -93,7 +93,8 @@ def test_only_errors_of_ours_are_raised_on_purpose() -> None:
                "exporters.flatbuffer", "exporters.unpack_tflite", "exporters.tflm_decode", "exporters.c_facts",
                "exporters.tflite_work", "benchmarks.tflm")
     inner = {name: {"ValueError"} for name in readers}
-    inner |= {f"exporters.{n}": {"ValueError", "TypeError"} for n in ("protobuf", "onnx_parts", "onnx_decoders", "onnx_work")}
+    of_onnx = ("protobuf", "onnx_parts", "onnx_decoders", "onnx_work")
+    inner |= {f"exporters.{n}": {"ValueError", "TypeError"} for n in of_onnx}
     inner["exporters.unpack_onnx"] = {"ValueError"}
     inner["benchmarks.environment"] = {"ValueError", "OSError", "LookupError"}
     inner["benchmarks.session"] = {"OSError"}  # runs on a device, and says there what it was

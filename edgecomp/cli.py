@@ -426,6 +426,7 @@ def _estimate(args: argparse.Namespace) -> int:
         runtime=args.runtime,
         precision=args.precision,
         threads=args.threads,
+        profile=args.profile,
         weights=args.weights,
         input_shape=args.input_shape,
         stage=_stage,

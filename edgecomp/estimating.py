@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,15 +10,16 @@ from typing import TYPE_CHECKING
 
 from edgecomp import bundle
 from edgecomp.artifact import FILES
+from edgecomp.comparing import read_baseline
 from edgecomp.compress import compress
 from edgecomp.errors import BundleError, UsageError
 from edgecomp.files import MANIFEST
 from edgecomp.folder import open_folder
-from edgecomp.graph import Graph
-from edgecomp.latency import MICRO_RUNTIMES, Case, Estimate, LatencyLimit, Range, estimate
+from edgecomp.latency import MICRO_RUNTIMES, Case, Estimate, LatencyLimit, LayerSource, Range, estimate
 from edgecomp.processor import processor_of
+from edgecomp.profiled import Profile, profile_of
 from edgecomp.report import Source, table
-from edgecomp.work import total_macs, work_of
+from edgecomp.work import Work, total_macs, work_of
 
 if TYPE_CHECKING:
     from edgecomp.check import Stage
@@ -60,7 +62,13 @@ class Estimated:
             "macs": self.macs,
             "latency_ms": asdict(whole),
             "layers": [
-                {"name": x.name, "kind": x.kind.value, "macs": x.macs, "latency_ms": asdict(x.latency_ms)}
+                {
+                    "name": x.name,
+                    "kind": x.kind.value,
+                    "macs": x.macs,
+                    "latency_ms": asdict(x.latency_ms),
+                    "source": x.source.value,
+                }
                 for x in self.estimate.layers
             ],
             "basis": list(self.estimate.basis),
@@ -74,6 +82,7 @@ class Estimated:
             f"{self.model} on {self.target}, {self.runtime}, {self.precision}, {threads}: estimated "
             f"{_ms(whole.p50)} ms, range {_range(whole)} ms; {self.macs:,} multiply-adds"
         )
+        profiled = any(x.source is not LayerSource.ESTIMATED for x in self.estimate.layers)
         rows = [
             (
                 x.name,
@@ -82,10 +91,12 @@ class Estimated:
                 _ms(x.latency_ms.p50),
                 _range(x.latency_ms),
                 f"{100 * x.latency_ms.p50 / whole.p50:.1f} %",
+                *([x.source.value] if profiled else []),
             )
             for x in sorted(self.estimate.layers, key=lambda x: -x.latency_ms.p50)
         ]
-        header = ("layer", "kind", "multiply-adds", "estimated ms", "range ms", "share")
+        time = "ms" if profiled else "estimated ms"
+        header = ("layer", "kind", "multiply-adds", time, "range ms", "share", *(["source"] if profiled else []))
         return "\n".join((title, *(f"- {line}" for line in self.estimate.basis), "", table(rows, header)))
 
 
@@ -104,6 +115,7 @@ def estimate_model(
     runtime: str | None = None,
     precision: str = "int8",
     threads: int = 1,
+    profile: tuple[Path, Path] | None = None,
     weights: Path | None = None,
     input_shape: tuple[int, int, int] | None = None,
     stage: Stage,
@@ -111,11 +123,14 @@ def estimate_model(
     """Estimate what one image takes.
 
     Args:
-        model: a built folder, a file in one, a graph.edgecomp, or a model as `intake.graph_of` takes it.
+        model: a built folder, a file in one, an ONNX or TFLite file of ours from anywhere, a graph.edgecomp, or a model
+            as `intake.graph_of` takes it.
         target: the board.
-        runtime: one of `latency.RUNTIMES`; None for the file's own, else litert or, on a microcontroller, tflite-micro.
+        runtime: one of `latency.RUNTIMES`; None for the profile's or the file's own, else litert or, on a
+            microcontroller, tflite-micro.
         precision: one of `latency.PRECISIONS`.
         threads: of the runtime.
+        profile: see `read_profile`.
         weights: of a model; without them an untrained one serves: time does not depend on values.
         input_shape: (C, H, W) of a model.
         stage: shows how far the work is.
@@ -124,12 +139,16 @@ def estimate_model(
         EdgecompError: the model or file cannot be read, or no estimate can be made for the target.
     """
     processor = processor_of(target)
-    graph, own = _read(model, weights, input_shape, stage)
+    work, own = _read(model, weights, input_shape, stage)
     usual = "tflite-micro" if processor.micro else "litert"
     if own is not None and (own in MICRO_RUNTIMES) == processor.micro:
         usual = own
+    measured = None if profile is None else read_profile(*profile)
+    if measured is not None:
+        usual = measured.report.runtime
+        measured.check(target=target.name, runtime=runtime or usual, precision=precision, threads=threads)
     case = Case(
-        work=work_of(graph),
+        work=work,
         processor=processor,
         runtime=runtime or usual,
         precision=precision,
@@ -142,37 +161,71 @@ def estimate_model(
         precision=precision,
         threads=threads,
         macs=total_macs(case.work),
-        estimate=estimate(case),
+        estimate=estimate(case) if measured is None else measured.estimate(case),
     )
 
 
-def latency_limit(
-    most_ms: float, target: Target, runtime: str | None, formats: Sequence[str], threads: int
-) -> LatencyLimit:
-    """Give the limit that a build's channels are cut for; the runtime is the first format's own that the target has.
+def read_profile(report: Path, file: Path) -> Profile:
+    """Read what a file's operators took.
+
+    Args:
+        report: what `edgecomp bench --target ssh://... --profile --json` wrote.
+        file: that it measured; its layers say what was asked of the device.
 
     Raises:
-        UsageError: as `LatencyLimit`.
+        BundleError: one of them cannot be read.
+        UsageError: the report is not about this file, or as `profiled.profile_of`.
+    """
+    work, _ = _of_file(file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    found = [r for comparison in read_baseline(report) for r in comparison.reports if r.sha256 == digest]
+    if not found:
+        raise UsageError(f"{report}: has no report of {file} (SHA-256 {digest[:12]}...); name the file it measured")
+    timed = [r for r in found if r.layers_us] or found
+    if len(timed) > 1:
+        raise UsageError(f"{report}: has {len(timed)} reports of {file}; expected one device, one runtime")
+    return profile_of(timed[0], work, str(report))
+
+
+def latency_limit(
+    most_ms: float,
+    target: Target,
+    runtime: str | None,
+    formats: Sequence[str],
+    threads: int,
+    profile: tuple[Path, Path] | None = None,
+) -> LatencyLimit:
+    """Give the limit that a build's channels are cut for.
+
+    The runtime is the profile's, or else the first format's own that the target has.
+
+    Raises:
+        BundleError, UsageError: as `LatencyLimit` and `read_profile`.
         TargetError: as `processor_of`.
     """
     processor = processor_of(target)
     own = [_RUNTIME_OF[name] for name in formats]
     fitting = [name for name in own if (name in MICRO_RUNTIMES) == processor.micro]
     usual = fitting[0] if fitting else "tflite-micro" if processor.micro else "litert"
-    return LatencyLimit(most_ms=most_ms, processor=processor, runtime=runtime or usual, threads=threads)
+    by = estimate
+    if profile is not None:
+        measured = read_profile(*profile)
+        usual, by = measured.report.runtime, measured.estimate
+        measured.check(target=target.name, runtime=runtime or usual, precision="int8", threads=threads)
+    return LatencyLimit(most_ms=most_ms, processor=processor, runtime=runtime or usual, threads=threads, by=by)
 
 
 def _read(
     model: str, weights: Path | None, input_shape: tuple[int, int, int] | None, stage: Stage
-) -> tuple[Graph, str | None]:
-    """Give the graph, and the runtime of the file that was named, if that decides it."""
+) -> tuple[Sequence[Work], str | None]:
+    """Give the work of the layers, and the runtime of the file that was named, if that decides it."""
     path = Path(model)
     known = {name: _RUNTIME_OF[form] for form, files in FILES.items() for name in files if form in _RUNTIME_OF}
     is_file = path.suffix in (".onnx", ".tflite", ".edgecomp", ".c", ".h")
     if not (is_file or path.is_dir()):
         from edgecomp.intake import graph_of
 
-        return graph_of(model, weights, input_shape, stage), None
+        return work_of(graph_of(model, weights, input_shape, stage)), None
     if weights is not None or input_shape is not None:
         raise UsageError(f"{path}: is built; --weights and --input-shape are of a model, leave them out")
     if path.is_dir():
@@ -180,15 +233,34 @@ def _read(
     if not path.is_file():
         raise BundleError(f"{path}: no such file; expected a file or folder that edgecomp wrote, or a model")
     if path.suffix == ".edgecomp":
-        return bundle.load(path), None
-    if not (path.parent / MANIFEST).is_file() or path.name not in known:
+        return work_of(bundle.load(path)), None
+    if (path.parent / MANIFEST).is_file() and path.name in known:
+        return _of_folder(path.parent), known[path.name]
+    if path.suffix in (".c", ".h"):
         raise UsageError(
             f"{path}: does not lie in the folder that edgecomp built it into, where its layers are read; "
             "name that folder, a graph.edgecomp, or the model"
         )
-    return _of_folder(path.parent), known[path.name]
+    return _of_file(path)
 
 
-def _of_folder(path: Path) -> Graph:
+def _of_file(path: Path) -> tuple[Sequence[Work], str]:
+    """Count the layers of a file that lies alone, from the file itself."""
+    from edgecomp.exporters.onnx_work import onnx_work
+    from edgecomp.exporters.tflite_work import tflite_work
+
+    if path.suffix not in (".onnx", ".tflite"):
+        raise UsageError(f"{path}: expected an .onnx or .tflite that edgecomp wrote")
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise BundleError(f"{path}: cannot be read: {e.strerror}") from e
+    if path.suffix == ".onnx":
+        return onnx_work(data, str(path)), _RUNTIME_OF["onnx"]
+    micro = path.name.endswith(".tflm.tflite")
+    return tflite_work(data, str(path)), _RUNTIME_OF["tflm" if micro else "tflite"]
+
+
+def _of_folder(path: Path) -> Sequence[Work]:
     folder = open_folder(path)
-    return compress(folder.graph, folder.plan)
+    return work_of(compress(folder.graph, folder.plan))

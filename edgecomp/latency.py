@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -226,6 +227,14 @@ class Range:
     p90: float
 
 
+class LayerSource(StrEnum):
+    """Where a layer's time in an estimate comes from; see `profiled` for all but ESTIMATED."""
+
+    MEASURED = "measured"
+    SCALED = "scaled"
+    ESTIMATED = "estimated"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerEstimate:
     """One layer's share of an estimate."""
@@ -234,6 +243,7 @@ class LayerEstimate:
     kind: Kind
     macs: int
     latency_ms: Range
+    source: LayerSource = LayerSource.ESTIMATED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,6 +347,7 @@ class LatencyLimit:
         processor: of the board.
         runtime: one of RUNTIMES.
         threads: at least 1.
+        by: what estimates.
 
     Raises:
         UsageError: as `check_case`, or no time is left.
@@ -346,6 +357,7 @@ class LatencyLimit:
     processor: Processor
     runtime: str
     threads: int
+    by: Callable[[Case], Estimate] = estimate
 
     def __post_init__(self) -> None:
         if not 0 < self.most_ms < math.inf:
@@ -363,9 +375,10 @@ class LatencyLimit:
 
     def ms(self, graph: Graph) -> Range:
         """Estimate a network."""
-        return estimate(self._case(work_of(graph))).latency_ms
+        return self.by(self._case(work_of(graph))).latency_ms
 
     def text(self) -> str:
         """Say it, for the record."""
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
-        return f"at most {self.most_ms:g} ms estimated on {self.processor.board}, {self.runtime}, {threads}"
+        profiled = "" if self.by is estimate else ", by a measured profile"
+        return f"at most {self.most_ms:g} ms estimated on {self.processor.board}, {self.runtime}, {threads}{profiled}"

@@ -88,7 +88,12 @@ def _add_build(verbs: Any) -> None:
     p.add_argument("--max-latency", type=read_milliseconds, metavar="MS", help=about)
     p.add_argument("--target", metavar="NAME", help="of --max-latency: a board of edgecomp targets, or your FILE.toml")
     p.add_argument("--runtime", metavar="R", help="of --max-latency, as estimate takes it (default the format's own)")
+<<<<<<< HEAD
     p.add_argument("--threads", type=int, metavar="N", help="of --max-latency (default 1)")
+=======
+    p.add_argument("--threads", type=int, default=1, metavar="N", help="of --max-latency (default 1)")
+    _add_profile(p)
+>>>>>>> estimate-files
     p.add_argument(
         "--sparsify",
         metavar="P",
@@ -212,17 +217,23 @@ def _add_sbom(verbs: Any) -> None:
 def _add_estimate(verbs: Any) -> None:
     p = verbs.add_parser("estimate", help="latency on a board that is not at hand: estimated, with its range")
     about = (
-        "a built folder or a file in it, a graph.edgecomp, torchvision:NAME, package.module:factory, a .pt2 file, or "
-        "the .json that bench --target CORE --json prints"
+        "a built folder, an .onnx or .tflite of ours, a graph.edgecomp, torchvision:NAME, package.module:factory, "
+        "a .pt2 file, or the .json that bench --target CORE --json prints"
     )
     p.add_argument("model", metavar="MODEL", help=about)
     p.add_argument("--target", required=True, metavar="NAME", help="of edgecomp targets, or your FILE.toml")
     p.add_argument("--runtime", metavar="R", help="litert, onnxruntime, ncnn; tflite-micro, x-cube-ai, c on Cortex-M")
     p.add_argument("--precision", choices=("int8", "fp32", "fp16"), default="int8", help="default int8")
     p.add_argument("--threads", type=int, default=1, metavar="N")
+    _add_profile(p)
     p.add_argument("--weights", type=Path, metavar="FILE", help="of a model; not needed where untrained will do")
     p.add_argument("--input-shape", type=read_shape, metavar="C,H,W", help="of a model (torchvision: 3,224,224)")
     p.add_argument("--json", action="store_true")
+
+
+def _add_profile(p: argparse.ArgumentParser) -> None:
+    about = "what bench --target ssh://... --profile --json printed, and the file it measured: corrects the estimate"
+    p.add_argument("--profile", type=Path, nargs=2, metavar=("REPORT", "FILE"), help=about)
 
 
 def _add_targets(verbs: Any) -> None:
@@ -280,9 +291,18 @@ def latency_limit_of(args: argparse.Namespace) -> LatencyLimit | None:
     from edgecomp.targets import load
 
     if args.max_latency is None:
+<<<<<<< HEAD
         if any(given is not None for given in (args.target, args.runtime, args.threads)):
             raise UsageError("--target, --runtime and --threads are of --max-latency, which is not given")
         return None
     if args.target is None:
         raise UsageError("--max-latency without --target: on which board? see edgecomp targets")
     return latency_limit(args.max_latency, load(args.target), args.runtime, args.format, args.threads or 1)
+=======
+        if args.target is not None or args.runtime is not None or args.profile is not None:
+            raise UsageError("--target, --runtime and --profile are of --max-latency, which is not given")
+        return None
+    if args.target is None:
+        raise UsageError("--max-latency without --target: on which board? see edgecomp targets")
+    return latency_limit(args.max_latency, load(args.target), args.runtime, args.format, args.threads, args.profile)
+>>>>>>> estimate-files

@@ -424,7 +424,9 @@ def test_estimate_of_a_built_folder_and_its_files(tmp_path: Path, capsys: pytest
         (["net.edgecomp", "--target", "host"], 6, "cpu is not known"),
         (["net.edgecomp", "--target", "none.toml"], 6, "none.toml: no such file"),
         (["net.edgecomp", "--target", "rpi4"], 2, "net.edgecomp: no such file"),
-        (["lone.onnx", "--target", "rpi4"], 2, "does not lie in the folder that edgecomp built it into"),
+        (["lone.c", "--target", "rpi4"], 2, "does not lie in the folder that edgecomp built it into"),
+        (["lone.onnx", "--target", "rpi4"], 2, "lone.onnx: is damaged or no ONNX file: it holds no network"),
+        (["lone.tflite", "--target", "rpi4"], 2, "lone.tflite: is no TFLite file"),
         ([".", "--target", "rpi4"], 2, "manifest.json"),
         (["torchvision:resnet19", "--target", "rpi4"], 2, "torchvision has no classifier 'resnet19'"),
         (["nowhere:net", "--target", "rpi4"], 2, "give --input-shape C,H,W"),
@@ -438,7 +440,8 @@ def test_wrong_use_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "lone.onnx").write_bytes(b"")
+    for name in ("lone.onnx", "lone.tflite", "lone.c"):
+        (tmp_path / name).write_bytes(b"")
     assert main(["estimate", *argv]) == code
     error = capsys.readouterr().err
     assert found in error

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from edgecomp.arguments import read_milliseconds
+from edgecomp.benchmarks.bench import bench
 from edgecomp.cli import main
 from tests.tiny import Place
 
@@ -43,12 +45,34 @@ def test_channels_are_cut_until_it_is_fast_enough(
     assert estimated_ms("fast", capsys) > 0.8 * whole
 
 
+def test_channels_are_cut_by_a_measured_profile(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What onnxruntime took here, as if a board had: far from what the board is estimated to take."""
+    monkeypatch.chdir(place.folder)
+    command = [*place.command()[:-1]]
+    options = ["--no-reconstruct", "--avg-bits", "8", "--force"]
+    assert main([*command, "whole", *options]) == 0
+    found = bench([("whole", place.folder / "whole" / "model.onnx", "onnx")], min_s=0.05, rounds=2, profile=True)
+    there = replace(found, reports=tuple(replace(r, target="rpi4", not_valid=()) for r in found.reports))
+    (place.folder / "report.json").write_text(f"[{there.to_json()}]")
+    whole_ms = (found.reports[0].p50_us or 0) / 1e3
+    profile = ["--target", "rpi4", "--profile", "report.json", "whole/model.onnx"]
+    assert main([*command, "fast", *options, *profile, "--max-latency", f"{0.95 * whole_ms}ms"]) == 0
+    capsys.readouterr()
+    assert main(["estimate", "fast/model.onnx", *profile, "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["latency_ms"]["p50"] <= 0.95 * whole_ms
+    assert "scaled" in [layer["source"] for layer in value["layers"]]
+    assert "onnxruntime, 1 thread, by a measured profile" in (place.folder / "fast" / "plan.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "found"),
     [
         (["--max-latency", "1us", *BOARD], 3, "--max-latency: not met with 95% of the weights cut"),
         (["--max-latency", "20ms"], 2, "--max-latency without --target"),
-        ([*BOARD], 2, "--target and --runtime are of --max-latency"),
+        ([*BOARD], 2, "--target, --runtime and --profile are of --max-latency"),
         (["--max-latency", "20ms", *BOARD, "--prune", "0.5"], 2, "--max-latency with --prune 0.5"),
         (["--max-latency", "0", *BOARD], 2, "--max-latency 0: expected milliseconds above 0"),
         (["--max-latency", "20ms", *BOARD, "--runtime", "litert"], 2, "litert is not for a Cortex-M4"),

@@ -14,15 +14,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from edgecomp.errors import BundleError, TargetError
-from edgecomp.exporters.c_facts import CodeBorder, read_facts
-from edgecomp.exporters.to_c import HEADER, kernel_files
 from edgecomp.graph import Array, QuantParams
-from edgecomp.report import Fact
 
 from .runtime import (
     Border,
@@ -35,6 +32,10 @@ from .runtime import (
     place_of,
     sample_image,
 )
+
+if TYPE_CHECKING:
+    from edgecomp.exporters.c_facts import CodeBorder
+    from edgecomp.report import Fact
 
 _COMPILERS = ("cc", "gcc", "clang")
 _TIMEOUT_S = 300
@@ -63,6 +64,8 @@ class CompiledC:
     formats: ClassVar[tuple[str, ...]] = ("c",)
 
     def __init__(self, model: Model, *, threads: int = 1) -> None:
+        from edgecomp.exporters.c_facts import read_facts
+
         self._place = place_of(model)
         checked_threads(threads)
         file = checked_file(model, "c")
@@ -116,6 +119,8 @@ def _compiled(source: bytes, compiler: Sequence[str], place: str) -> ctypes.CDLL
 
     The header of the network is left empty: the source says all that it needs.
     """
+    from edgecomp.exporters.to_c import HEADER, kernel_files
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file, data in {"network.c": source, HEADER: b"#include <stdint.h>\n", **kernel_files()}.items():

@@ -6,6 +6,7 @@ person can read, edit and compare. Weight scales are not in it: they follow from
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -378,7 +379,10 @@ def write_json(obj: Mapping[str, object]) -> str:
     """Write an object with a line for each key, and for each entry of the objects right below: fit for diff."""
 
     def flat(value: object) -> str:
-        return json.dumps(value, allow_nan=False, ensure_ascii=False)
+        # As json.dumps would, which holds a string for each number of a long list at once.
+        text = io.StringIO()
+        text.writelines(json.JSONEncoder(allow_nan=False, ensure_ascii=False).iterencode(value))
+        return text.getvalue()
 
     def block(value: object) -> str:
         if isinstance(value, dict) and value:

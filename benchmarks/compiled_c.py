@@ -9,7 +9,6 @@ import ctypes
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -119,6 +118,8 @@ def _compiled(source: bytes, compiler: Sequence[str], place: str) -> ctypes.CDLL
 
     The header of the network is left empty: the source says all that it needs.
     """
+    import subprocess
+
     from edgecomp.exporters.to_c import HEADER, kernel_files
 
     with tempfile.TemporaryDirectory() as name:
@@ -141,6 +142,8 @@ def _compiled(source: bytes, compiler: Sequence[str], place: str) -> ctypes.CDLL
 
 
 def _version(compiler: Sequence[str]) -> str:
+    import subprocess
+
     zig = "ziglang" in compiler
     command = [*compiler[:-1], "version"] if zig else [*compiler, "-dumpversion"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgecomp.errors import UsageError
+from edgecomp.graph import Array
 from edgecomp.report import Ratio
 
 Clock = Callable[[], int]
@@ -176,6 +177,13 @@ def _turn(body: Callable[[], object], block: int, clock: Clock, samples: array[i
         samples.append(clock() - before)
 
 
+def medians(timing: Timing) -> Array:
+    """Give the median of each round, in microseconds: float64 (rounds,)."""
+    n = len(timing.samples_us) // timing.rounds
+    # Round by round: of a small model there are many samples, and they are not to be in memory twice.
+    return np.array([np.median(timing.samples_us[i * n : (i + 1) * n]) for i in range(timing.rounds)])
+
+
 def ratio(timing: Timing, baseline: Timing, *, rng: random.Random, resamples: int = 2000) -> Ratio:
     """Compare two bodies of one `measure`.
 
@@ -193,7 +201,7 @@ def ratio(timing: Timing, baseline: Timing, *, rng: random.Random, resamples: in
     """
     if timing.rounds != baseline.rounds:
         raise UsageError(f"{timing.rounds} and {baseline.rounds} rounds: expected two bodies measured in one run")
-    above, below = (np.median(np.reshape(t.samples_us, (t.rounds, -1)), axis=1) for t in (timing, baseline))
+    above, below = medians(timing), medians(baseline)
     # A clock too coarse for the body may say 0; a nanosecond keeps the ratio a number.
     ratios = np.maximum(above, 1e-3) / np.maximum(below, 1e-3)
     words = np.frombuffer(rng.randbytes(4 * resamples * len(ratios)), dtype="<u4")

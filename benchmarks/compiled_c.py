@@ -9,20 +9,16 @@ import ctypes
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from edgecomp.errors import BundleError, TargetError
-from edgecomp.exporters.c_facts import CodeBorder, read_facts
-from edgecomp.exporters.to_c import HEADER, kernel_files
 from edgecomp.graph import Array, QuantParams
-from edgecomp.report import Fact
 
 from .runtime import (
     Border,
@@ -35,6 +31,10 @@ from .runtime import (
     place_of,
     sample_image,
 )
+
+if TYPE_CHECKING:
+    from edgecomp.exporters.c_facts import CodeBorder
+    from edgecomp.report import Fact
 
 _COMPILERS = ("cc", "gcc", "clang")
 _TIMEOUT_S = 300
@@ -63,6 +63,8 @@ class CompiledC:
     formats: ClassVar[tuple[str, ...]] = ("c",)
 
     def __init__(self, model: Model, *, threads: int = 1) -> None:
+        from edgecomp.exporters.c_facts import read_facts
+
         self._place = place_of(model)
         checked_threads(threads)
         file = checked_file(model, "c")
@@ -116,6 +118,10 @@ def _compiled(source: bytes, compiler: Sequence[str], place: str) -> ctypes.CDLL
 
     The header of the network is left empty: the source says all that it needs.
     """
+    import subprocess
+
+    from edgecomp.exporters.to_c import HEADER, kernel_files
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file, data in {"network.c": source, HEADER: b"#include <stdint.h>\n", **kernel_files()}.items():
@@ -136,6 +142,8 @@ def _compiled(source: bytes, compiler: Sequence[str], place: str) -> ctypes.CDLL
 
 
 def _version(compiler: Sequence[str]) -> str:
+    import subprocess
+
     zig = "ziglang" in compiler
     command = [*compiler[:-1], "version"] if zig else [*compiler, "-dumpversion"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -217,7 +218,7 @@ def timed(models: Mapping[str, bytes], *, rounds: int) -> dict[str, Timing]:
     return measure(
         {name: runner.infer_once for name, runner in runners.items()},
         clock=time.perf_counter_ns,
-        rng=np.random.default_rng(0),
+        rng=random.Random(0),
         rounds=rounds,
         min_s=0.0,
         max_s=300.0,
@@ -261,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         timings = timed(models, rounds=args.rounds)
         n_weights = sum(math.prod(graph.weight(node).shape) for node in graph.layers())
-        rng = np.random.default_rng(0)
+        rng = random.Random(0)
         speeds = {(a, b): ratio(timings[b], timings[a], rng=rng) for a, b, _ in SPEEDS}
         weight_bytes = n_weights * BITS / 8
         verdicts += judge(name, weight_bytes, {file: len(data) for file, data in models.items()}, speeds)

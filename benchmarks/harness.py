@@ -8,6 +8,8 @@ hits all bodies alike, and the ratio of two bodies within a round is free of it.
 from __future__ import annotations
 
 import gc
+import random
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgecomp.errors import UsageError
+from edgecomp.graph import Array
 from edgecomp.report import Ratio
 
 Clock = Callable[[], int]
@@ -53,7 +56,7 @@ def measure(
     bodies: Mapping[str, Callable[[], object]],
     *,
     clock: Clock,
-    rng: np.random.Generator,
+    rng: random.Random,
     warmup_min_s: float = 0.25,
     warmup_max_s: float = 3.0,
     warmup_runs: int = 0,
@@ -102,7 +105,7 @@ def measure(
     report = progress if progress is not None else _ignore
     names = list(bodies)
     warm: dict[str, _Warm] = {}
-    taken: dict[str, list[int]] = {name: [] for name in names}
+    taken = {name: array("q") for name in names}
     with _no_garbage_collection():
         for i, name in enumerate(names):
             warm[name] = _warm_up(
@@ -119,8 +122,7 @@ def measure(
         elapsed = 0
         rounds = max([rounds, *(-(-samples // warm[name].block) for name in names)])
         while (done < rounds or elapsed < shortest) and (done < min(rounds, MIN_ROUNDS) or elapsed < longest):
-            for i in rng.permutation(len(names)):
-                name = names[i]
+            for name in rng.sample(names, len(names)):
                 _turn(bodies[name], warm[name].block, clock, taken[name])
             done += 1
             elapsed = clock() - start
@@ -167,7 +169,7 @@ def _warm_up(
     return _Warm(runs=runs, steady=steady, block=block)
 
 
-def _turn(body: Callable[[], object], block: int, clock: Clock, samples: list[int]) -> None:
+def _turn(body: Callable[[], object], block: int, clock: Clock, samples: array[int]) -> None:
     body()
     for _ in range(block):
         before = clock()
@@ -175,7 +177,14 @@ def _turn(body: Callable[[], object], block: int, clock: Clock, samples: list[in
         samples.append(clock() - before)
 
 
-def ratio(timing: Timing, baseline: Timing, *, rng: np.random.Generator, resamples: int = 2000) -> Ratio:
+def medians(timing: Timing) -> Array:
+    """Give the median of each round, in microseconds: float64 (rounds,)."""
+    n = len(timing.samples_us) // timing.rounds
+    # Round by round: of a small model there are many samples, and they are not to be in memory twice.
+    return np.array([np.median(timing.samples_us[i * n : (i + 1) * n]) for i in range(timing.rounds)])
+
+
+def ratio(timing: Timing, baseline: Timing, *, rng: random.Random, resamples: int = 2000) -> Ratio:
     """Compare two bodies of one `measure`.
 
     In each round the median of the body's turn is divided by the median of the baseline's. The result is the median of
@@ -192,10 +201,11 @@ def ratio(timing: Timing, baseline: Timing, *, rng: np.random.Generator, resampl
     """
     if timing.rounds != baseline.rounds:
         raise UsageError(f"{timing.rounds} and {baseline.rounds} rounds: expected two bodies measured in one run")
-    above, below = (np.median(np.reshape(t.samples_us, (t.rounds, -1)), axis=1) for t in (timing, baseline))
+    above, below = medians(timing), medians(baseline)
     # A clock too coarse for the body may say 0; a nanosecond keeps the ratio a number.
     ratios = np.maximum(above, 1e-3) / np.maximum(below, 1e-3)
-    drawn = np.median(ratios[rng.integers(0, len(ratios), size=(resamples, len(ratios)))], axis=1)
+    words = np.frombuffer(rng.randbytes(4 * resamples * len(ratios)), dtype="<u4")
+    drawn = np.median(ratios[words.reshape(resamples, -1) % len(ratios)], axis=1)
     middle = float(np.median(ratios))
     low, high = (float(bound) for bound in np.percentile(drawn, (2.5, 97.5)))
     return Ratio(median=middle, low=min(low, middle), high=max(high, middle))

@@ -5,16 +5,14 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from edgecomp.errors import BundleError
 from edgecomp.exporters.unpack_tflite import is_packed, unpack_tflite
 from edgecomp.graph import Array
-from edgecomp.report import Fact
 
 from .runtime import (
     Border,
@@ -30,7 +28,11 @@ from .runtime import (
     place_of,
     quiet,
     sample_image,
+    version_of,
 )
+
+if TYPE_CHECKING:
+    from edgecomp.report import Fact
 
 
 class LiteRt:
@@ -50,7 +52,7 @@ class LiteRt:
         self._unpacked = _needs_unpacking(file)
         if self._unpacked:
             file = unpack_tflite(file.read_bytes() if isinstance(file, Path) else file, self._place)
-        self.version = metadata.version(self._package)
+        self.version = version_of(self._module.partition(".")[0], self._package)
         source: dict[str, object] = {"model_path": str(file)} if isinstance(file, Path) else {"model_content": file}
         try:
             with quiet():

@@ -14,8 +14,6 @@ import ctypes
 import gc
 import json
 import os
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -77,6 +75,8 @@ def footprint(
     """
     if not STATUS.exists():
         raise TargetError(f"peak memory is read from {STATUS}, which this system lacks")
+    import statistics
+
     runs = [_child(file, runtime, threads=threads, timeout_s=timeout_s) for _ in range(processes)]
     return Footprint(
         runtime_bytes=int(statistics.median_low(run["runtime_bytes"] for run in runs)),
@@ -88,6 +88,8 @@ def footprint(
 
 
 def _child(file: Path, runtime: str, *, threads: int, timeout_s: float) -> dict[str, float]:
+    import subprocess
+
     command = [sys.executable, "-m", "edgecomp.benchmarks.memory", runtime, str(file.absolute()), str(threads)]
     # The child must find this very edgecomp, installed or not.
     here = str(Path(edgecomp.__file__).parents[1])

@@ -8,14 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from edgecomp.errors import BundleError
 from edgecomp.graph import Array, QuantParams
-from edgecomp.report import Fact
-from edgecomp.runtime import onnx_session, unpack
 
 from .runtime import (
     Border,
@@ -30,6 +28,9 @@ from .runtime import (
     quiet,
     sample_image,
 )
+
+if TYPE_CHECKING:
+    from edgecomp.report import Fact
 
 INPUT_SCALE, INPUT_ZERO_POINT = "edgecomp.input_scale", "edgecomp.input_zero_point"
 OUTPUT_SCALE, OUTPUT_ZERO_POINT = "edgecomp.output_scale", "edgecomp.output_zero_point"
@@ -59,6 +60,8 @@ def _session(model: Path | bytes, options: Any, place: str) -> Any:
 
 
 def _lean_session(model: Path | bytes, options: Any, place: str) -> Any:
+    from edgecomp.runtime import onnx_session, unpack
+
     if not isinstance(model, Path):
         return _session(unpack(model), options, place)
     with quiet():

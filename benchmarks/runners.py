@@ -9,21 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 import edgecomp
-from edgecomp import reference
 from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.graph import Array, Graph
-from edgecomp.report import Fact
 
 from .compiled_c import CompiledC
 from .litert import LiteRt, LiteRtReference, TfliteRuntime
 from .onnx_runtime import OnnxRuntime, OnnxRuntimeLean, optimized
 from .runtime import Border, Model, Runner, checked_threads, fitting, place_of, sample_image
 from .tflm import TfliteMicro
+
+if TYPE_CHECKING:
+    from edgecomp.report import Fact
 
 __all__ = [
     "RUNNERS",
@@ -74,6 +75,8 @@ class Reference:
 
     def run_all(self, x: Array) -> dict[str, Array]:
         """Give every output by name for N images."""
+        from edgecomp import reference
+
         x = fitting(x, self.input, self._graph.name)
         parts = []
         for start in range(0, max(1, len(x)), self._at_once):
@@ -83,6 +86,8 @@ class Reference:
 
     def infer_once(self) -> None:
         """Run one image."""
+        from edgecomp import reference
+
         reference.run(self._graph, {self.input.name: self._image})
 
     def describe(self) -> dict[str, Fact]:

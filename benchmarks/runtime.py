@@ -6,20 +6,22 @@ import contextlib
 import importlib
 import math
 import os
+import random
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from edgecomp.errors import BundleError, DataError, TargetError, UsageError
 from edgecomp.graph import Array, Graph, QuantParams
-from edgecomp.quantmath import quantize
-from edgecomp.report import Fact
+
+if TYPE_CHECKING:
+    from edgecomp.report import Fact
 
 Model = Path | str | bytes | Graph
 
@@ -196,6 +198,21 @@ def import_runtime(module: str, package: str) -> Any:
         raise TargetError(f"{package} {what}: {_INSTALL.get(package, _INSTALL_ALL)}") from error
 
 
+def version_of(module: str, package: str) -> str:
+    """Give an imported runtime's version, as it says itself; reading its package's description would take 2 MB.
+
+    Args:
+        module: its top-level name.
+        package: which is asked where the module does not say.
+    """
+    version = getattr(sys.modules[module], "__version__", None)
+    if version is None:
+        from importlib import metadata
+
+        version = metadata.version(package)
+    return str(version)
+
+
 def fitting(x: Array, border: Border, place: str) -> Array:
     """Bring images to the input's type: (N, C, H, W), NCHW still.
 
@@ -216,16 +233,26 @@ def fitting(x: Array, border: Border, place: str) -> Array:
         raise DataError(
             f"{place}: the model takes int8 and does not say what its codes mean; quantize the images first"
         )
+    from edgecomp.quantmath import quantize
+
     return quantize(x, border.quant)
 
 
 def sample_image(border: Border) -> Array:
-    """Make the image (1, C, H, W) that latency is measured with: noise, as zeros could take shortcuts."""
-    rng = np.random.default_rng(0)
+    """Make the image (1, C, H, W) that latency is measured with: noise, as zeros could take shortcuts.
+
+    Even noise: over all codes, or real numbers of mean 0 and variance 1. Not by numpy.random, which with what it loads
+    takes 6 MB that would be counted as the runtime's.
+    """
+    rng, shape = random.Random(0), (1, *border.shape)
+    n = math.prod(shape)
     if border.dtype.kind == "f":
-        return rng.standard_normal((1, *border.shape), dtype=np.float32).astype(border.dtype)
-    info = np.iinfo(border.dtype)
-    return rng.integers(info.min, info.max, size=(1, *border.shape), dtype=border.dtype, endpoint=True)
+        steps = np.frombuffer(rng.randbytes(2 * n), dtype="<u2").astype(np.float32)
+        steps -= 32767.5
+        steps *= math.sqrt(12) / 65536
+        return steps.reshape(shape).astype(border.dtype, copy=False)
+    codes = np.frombuffer(bytearray(rng.randbytes(n * border.dtype.itemsize)), dtype=border.dtype)
+    return codes.reshape(shape)
 
 
 def channels_last(x: Array) -> Array:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 import re
 import struct
-from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from edgecomp.errors import BundleError
 from edgecomp.exporters.flatbuffer import Flatbuffer
 from edgecomp.exporters.modelfacts import MEANT_BY_DAMAGED
-from edgecomp.exporters.read_tflite import read_tflite
 from edgecomp.graph import Array
-from edgecomp.report import Fact
 
 from .runtime import (
     Border,
@@ -33,6 +30,9 @@ from .runtime import (
     place_of,
     sample_image,
 )
+
+if TYPE_CHECKING:
+    from edgecomp.report import Fact
 
 _PACKAGE = "tflite-micro"
 _ROOM_BYTES = 1 << 20
@@ -58,6 +58,10 @@ class TfliteMicro:
     formats: ClassVar[tuple[str, ...]] = ("tflm", "tflite")
 
     def __init__(self, model: Model, *, threads: int = 1) -> None:
+        from importlib import metadata
+
+        from edgecomp.exporters.read_tflite import read_tflite
+
         self._place = place_of(model)
         checked_threads(threads)
         module = load_package()

@@ -8,7 +8,7 @@ import numpy as np
 
 from edgecomp.report import Fact
 
-from .harness import MIN_ROUNDS, Timing
+from .harness import MIN_ROUNDS, Timing, medians
 
 DRIFT = 0.05
 """So much may the median of the last third of the rounds be away from that of the first third."""
@@ -40,9 +40,9 @@ def why_not_valid(before: Mapping[str, Fact], after: Mapping[str, Fact], timings
         if not timing.steady:
             reasons.append(f"drifted: {label} had not settled when its warm-up was over")
         if timing.rounds >= MIN_ROUNDS:
-            medians = np.median(np.reshape(timing.samples_us, (timing.rounds, -1)), axis=1)
+            each = medians(timing)
             third = max(2, timing.rounds // 3)
-            first, last = float(np.median(medians[:third])), float(np.median(medians[-third:]))
+            first, last = float(np.median(each[:third])), float(np.median(each[-third:]))
             if abs(last - first) > DRIFT * max(first, 1e-3):
                 reasons.append(f"drifted: {label} took {first:.1f} us at first and {last:.1f} us at last")
     return reasons

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -106,4 +105,6 @@ class Exported:
 
     def sha256(self) -> str:
         """Identify the file's content."""
+        import hashlib  # see graph.digest
+
         return hashlib.sha256(self.data).hexdigest()

@@ -7,7 +7,6 @@ shape, and whoever runs a graph may bring more images at once.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -178,6 +177,8 @@ class Graph:
 
     def digest(self) -> str:
         """Identify the content: sha256 over a canonical form, independent of dict order and of the graph's name."""
+        import hashlib  # here, as it loads a library of 4 MB that measuring on a device does without
+
         h = hashlib.sha256(b"edgecomp graph 1\n")
         for line in _canonical_lines(self):
             h.update(line.encode() + b"\n")

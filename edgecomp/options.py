@@ -88,12 +88,8 @@ def _add_build(verbs: Any) -> None:
     p.add_argument("--max-latency", type=read_milliseconds, metavar="MS", help=about)
     p.add_argument("--target", metavar="NAME", help="of --max-latency: a board of edgecomp targets, or your FILE.toml")
     p.add_argument("--runtime", metavar="R", help="of --max-latency, as estimate takes it (default the format's own)")
-<<<<<<< HEAD
     p.add_argument("--threads", type=int, metavar="N", help="of --max-latency (default 1)")
-=======
-    p.add_argument("--threads", type=int, default=1, metavar="N", help="of --max-latency (default 1)")
     _add_profile(p)
->>>>>>> estimate-files
     p.add_argument(
         "--sparsify",
         metavar="P",
@@ -291,18 +287,10 @@ def latency_limit_of(args: argparse.Namespace) -> LatencyLimit | None:
     from edgecomp.targets import load
 
     if args.max_latency is None:
-<<<<<<< HEAD
-        if any(given is not None for given in (args.target, args.runtime, args.threads)):
-            raise UsageError("--target, --runtime and --threads are of --max-latency, which is not given")
+        if any(given is not None for given in (args.target, args.runtime, args.threads, args.profile)):
+            raise UsageError("--target, --runtime, --threads and --profile are of --max-latency, which is not given")
         return None
     if args.target is None:
         raise UsageError("--max-latency without --target: on which board? see edgecomp targets")
-    return latency_limit(args.max_latency, load(args.target), args.runtime, args.format, args.threads or 1)
-=======
-        if args.target is not None or args.runtime is not None or args.profile is not None:
-            raise UsageError("--target, --runtime and --profile are of --max-latency, which is not given")
-        return None
-    if args.target is None:
-        raise UsageError("--max-latency without --target: on which board? see edgecomp targets")
-    return latency_limit(args.max_latency, load(args.target), args.runtime, args.format, args.threads, args.profile)
->>>>>>> estimate-files
+    board, threads = load(args.target), args.threads or 1
+    return latency_limit(args.max_latency, board, args.runtime, args.format, threads, args.profile)

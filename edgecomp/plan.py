@@ -6,11 +6,13 @@ person can read, edit and compare. Weight scales are not in it: they follow from
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from types import MappingProxyType
 
 import numpy as np
@@ -376,15 +378,35 @@ def _range_from_json(value: object, where: str) -> ActRange:
 
 def write_json(obj: Mapping[str, object]) -> str:
     """Write an object with a line for each key, and for each entry of the objects right below: fit for diff."""
+    # A string for each number of a long list, as json.dumps holds them, is many times the text.
+    text = io.StringIO()
+    flat = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 
-    def flat(value: object) -> str:
-        return json.dumps(value, allow_nan=False, ensure_ascii=False)
+    def entries(values: Iterable[tuple[str | None, object]], indent: str, write: Callable[[object], object]) -> None:
+        between = ""
+        for key, value in values:
+            text.write(f"{between}{indent}" if key is None else f"{between}{indent}{flat.encode(key)}: ")
+            write(value)
+            between = ",\n"
 
-    def block(value: object) -> str:
+    def line(value: object) -> None:
+        parts = flat.iterencode(value)
+        while some := "".join(islice(parts, 1000)):
+            text.write(some)
+
+    def block(value: object) -> None:
         if isinstance(value, dict) and value:
-            return "{\n" + ",\n".join(f"  {flat(k)}: {flat(v)}" for k, v in value.items()) + "\n }"
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return "[\n" + ",\n".join(f"  {flat(v)}" for v in value) + "\n ]"
-        return flat(value)
+            text.write("{\n")
+            entries(value.items(), "  ", line)
+            text.write("\n }")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            text.write("[\n")
+            entries(((None, v) for v in value), "  ", line)
+            text.write("\n ]")
+        else:
+            line(value)
 
-    return "{\n" + ",\n".join(f" {flat(k)}: {block(v)}" for k, v in obj.items()) + "\n}\n"
+    text.write("{\n")
+    entries(obj.items(), " ", block)
+    text.write("\n}\n")
+    return text.getvalue()

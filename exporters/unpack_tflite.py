@@ -31,7 +31,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from edgecomp.atrest import codes_of
 from edgecomp.errors import BundleError
 from edgecomp.graph import Array
 
@@ -280,6 +279,8 @@ def _written(changes: _Changes, buffers: Sequence[Table], where: str, most_bytes
 
 def _codes(widened: _Widened, old: bytes, where: str) -> bytes | memoryview:
     if widened.packed:
+        from edgecomp.atrest import codes_of  # here: to know a packed file takes none of it
+
         return codes_of(old, widened.n_codes, f"{where}: {widened.name!r:.80}").data
     nibbles: Array = np.frombuffer(old, dtype=np.uint8)[:, None] >> np.array([0, 4], dtype=np.uint8)
     signed = ((nibbles << 4).view(np.int8) >> 4).reshape(-1)

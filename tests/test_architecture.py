@@ -51,7 +51,8 @@ LEVELS = (
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
      "benchmarks.archive", "benchmarks.device", "benchmarks.emulated", "benchmarks.session", "benchmarks.over_ssh",
      "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml",
-     "benchmarks.netshapes", "benchmarks.classifiers", "benchmarks.published", "benchmarks.latency_fit"),
+     "benchmarks.runner_cost", "benchmarks.netshapes", "benchmarks.classifiers", "benchmarks.published",
+     "benchmarks.latency_fit"),
     ("check", "spending", "pruning", "recovering", "intake", "build", "verifying", "inspecting", "benching",
      "comparing", "devices", "boards", "gating", "estimating", "from_counts",
      "pipelines", "arguments", "options", "cli", "__main__"),
@@ -67,7 +68,7 @@ RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name
 # Run by hand; nobody imports them.
 SCRIPT = (
     "benchmarks.latency_fit", "samples.train", "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats",
-    "benchmarks.tinyml",
+    "benchmarks.tinyml", "benchmarks.runner_cost",
 )  # fmt: skip
 PEER = "benchmarks.compression.peer_"  # scripts that run in environments of other tools; nobody imports them
 COMPARING = ("benchmarks.compression.context", "benchmarks.compression.ours")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 
 from edgecomp.benchmarks.environment import state
 from edgecomp.benchmarks.harness import Timing, measure
 from edgecomp.benchmarks.validity import why_not_valid
-from tests.test_bench import MS, Clock, machine, rng
+from tests.test_bench import MS, Clock, machine
 
 CALM = {"throttle_flags": 0, "throttle_count": 7, "swapped_pages": 40}
 UNKNOWN = dict.fromkeys(CALM)
@@ -92,9 +94,9 @@ def test_flags_from_vcgencmd_and_counts_of_x86(tmp_path):
 
 def test_counts_that_were_asked_for():
     clock = Clock()
-    timing = measure({"a": clock.body("a", 10 * MS)}, clock=clock, rng=rng(), min_s=0.0, rounds=1, samples=41)["a"]
+    timing = measure({"a": clock.body("a", 10 * MS)}, clock=clock, rng=Random(0), min_s=0.0, rounds=1, samples=41)["a"]
     assert (timing.rounds, len(timing.samples_us)) == (21, 42)  # two a turn of 20 ms
     clock = Clock()
-    timing = measure({"a": clock.body("a", MS)}, clock=clock, rng=rng(), min_s=0.0, warmup_runs=1000)["a"]
+    timing = measure({"a": clock.body("a", MS)}, clock=clock, rng=Random(0), min_s=0.0, warmup_runs=1000)["a"]
     assert 1000 <= timing.warmups < 1050
     assert timing.steady

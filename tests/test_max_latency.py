@@ -72,7 +72,7 @@ def test_channels_are_cut_by_a_measured_profile(
     [
         (["--max-latency", "1us", *BOARD], 3, "--max-latency: not met with 95% of the weights cut"),
         (["--max-latency", "20ms"], 2, "--max-latency without --target"),
-        ([*BOARD], 2, "--target, --runtime and --profile are of --max-latency"),
+        ([*BOARD], 2, "--target, --runtime, --threads and --profile are of --max-latency"),
         (["--max-latency", "20ms", *BOARD, "--prune", "0.5"], 2, "--max-latency with --prune 0.5"),
         (["--max-latency", "0", *BOARD], 2, "--max-latency 0: expected milliseconds above 0"),
         (["--max-latency", "20ms", *BOARD, "--runtime", "litert"], 2, "litert is not for a Cortex-M4"),

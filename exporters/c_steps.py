@@ -222,12 +222,13 @@ def _scaling(
     return constants, f"{{{names}, {wide}, {int(y.zero_point)}, {low}, {high}}}", lift
 
 
-def _window(work: Lowering, node: Node, kernel: Sequence[int]) -> str:
+def _window(work: Lowering, node: Node, kernel: Sequence[int], *, depthwise: bool = False) -> str:
     (_, c, h, w), (_, o, oh, ow) = (work.graph.tensors[name].shape for name in (node.inputs[0], node.outputs[0]))
     stride, (top, left, *_) = ints(node.attrs, "stride"), ints(node.attrs, "pads")
     dilation = ints(node.attrs, "dilation") if "dilation" in node.attrs else (1, 1)
-    if (*kernel, *stride, top, left) == (1, 1, 1, 1, 0, 0) and (oh, ow) == (h, w) and h * w <= _MOST:
-        # Every pixel by itself: one long row.
+    alone = (*kernel, *stride, top, left) == (1, 1, 1, 1, 0, 0) and (oh, ow) == (h, w)
+    if alone and not depthwise and h * w <= _MOST:
+        # Every pixel by itself: one long row. Depthwise, rows are copied into scratch memory, where a long one is dear.
         h, w, oh, ow = 1, h * w, 1, oh * ow
     numbers = (h, w, c, oh, ow, o, *kernel, *stride, top, left, *dilation)
     if max(numbers) > _MOST:
@@ -274,7 +275,7 @@ def _conv2d(work: Lowering, node: Node) -> None:
         pointers["b"] = work.memory_of(other)
         output, name = added.outputs[0], f"{node.name} + {added.name}"
     zero = int(_quant(graph.tensors[node.inputs[0]]).zero_point)
-    text = f"{{{_window(work, node, (kh, kw))}, {weights}, {scaling}, {summed}, {groups}, {zero}, {lift}}}"
+    text = f"{{{_window(work, node, (kh, kw), depthwise=depthwise)}, {weights}, {scaling}, {summed}, {groups}, {zero}, {lift}}}"
     constants.append(Constant(name=label, type="edgecomp_conv", values=text))
     if depthwise:
         scratch, better = _depthwise_scratch(work, node, kh, kw)

@@ -371,3 +371,27 @@ def test_a_damaged_first_line_is_an_error_of_ours(place: int, damage: bytes) -> 
 )
 def test_a_network_is_called_what_c_allows(name: str, in_c: str) -> None:
     assert program_of(replace(mixed("plain"), name=name)).name == in_c
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc, for its sanitizers, is not here")
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"),
+    [
+        ((1, 1), (1, 1), (1, 1)),  # every pixel by itself, which other convolutions take as one long row
+        ((1, 1), (2, 3), (1, 1)),
+        ((1, 2), (1, 1), (1, 2)),
+        ((5, 1), (2, 1), (1, 1)),
+        ((3, 3), (1, 2), (2, 1)),
+    ],
+)
+def test_a_depthwise_layer_alone_stays_within_its_scratch_memory(
+    kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int], tmp_path: Path
+) -> None:
+    b = Build(0, (5, 9, 11))
+    y = b.conv("dw", "input", 5, kernel, stride=stride, pads=(0, 0, 0, 0), dilation=dilation, groups=5)
+    float_graph = b.graph(y, "depthwise")
+    graph = compress(float_graph, plan_for(float_graph, 4))
+    run = program(graph, tmp_path, *SANITIZERS)
+    inputs, outputs = codes_for(graph, images(graph, 2))
+    done = subprocess.run([run], input=inputs.tobytes(), capture_output=True, check=True)
+    assert done.stdout == outputs.tobytes()

@@ -275,7 +275,8 @@ def _conv2d(work: Lowering, node: Node) -> None:
         pointers["b"] = work.memory_of(other)
         output, name = added.outputs[0], f"{node.name} + {added.name}"
     zero = int(_quant(graph.tensors[node.inputs[0]]).zero_point)
-    text = f"{{{_window(work, node, (kh, kw), depthwise=depthwise)}, {weights}, {scaling}, {summed}, {groups}, {zero}, {lift}}}"
+    window = _window(work, node, (kh, kw), depthwise=depthwise)
+    text = f"{{{window}, {weights}, {scaling}, {summed}, {groups}, {zero}, {lift}}}"
     constants.append(Constant(name=label, type="edgecomp_conv", values=text))
     if depthwise:
         scratch, better = _depthwise_scratch(work, node, kh, kw)

@@ -220,7 +220,7 @@ def board(**facts: object) -> Target:
 
 def test_an_unknown_core_gets_a_wider_range_and_says_so() -> None:
     network = NETWORKS["MobileNet v2 1.0X", "224x224x3"]()
-    known = board(cpu="Cortex-A53", clock_hz=1_400_000_000, cores=4, isa=("aarch64", "neon"))
+    known = board(cpu="Cortex-A53", clock_hz=1_400_000_000, cores=4, isa=("aarch64", "neon"), fp32_macs_per_cycle=4)
     unknown = replace(known, cpu="Cortex-A999")
 
     def found(target: Target, precision: str = "int8") -> tuple[float, float, str]:
@@ -268,6 +268,11 @@ def test_what_cannot_be_estimated_is_refused() -> None:
         processor_of(load("host"))
     with pytest.raises(TargetError, match="target 'cortex-m4': clock_hz is not known"):
         processor_of(load("cortex-m4"))
+    with pytest.raises(UsageError, match="nothing is known of a core 'Z80': give isa and fp32_macs_per_cycle, or"):
+        processor_of(board(cpu="Z80", clock_hz=4_000_000))
+    with pytest.raises(UsageError, match=r"give fp32_macs_per_cycle, or one of ARM1176JZF-S, .*Cortex-M85"):
+        processor_of(board(cpu="Z80", clock_hz=4_000_000, isa=("aarch64",)))
+    assert processor_of(board(cpu="Cortex-M99", clock_hz=1, isa=("thumb", "mve"))).dotprod
     fine = case("rpi4", net())
     for change, found in (
         ({"runtime": "pytorch"}, "runtime 'pytorch' is not known to the estimator; expected litert, "),
@@ -422,7 +427,7 @@ def test_estimate_of_a_built_folder_and_its_files(tmp_path: Path, capsys: pytest
     [
         (["net.edgecomp", "--target", "rpi44"], 6, "target 'rpi44' is unknown; did you mean rpi4"),
         (["net.edgecomp", "--target", "host"], 6, "cpu is not known"),
-        (["net.edgecomp", "--target", "none.toml"], 6, "none.toml: no such file"),
+        (["net.edgecomp", "--target", "none.toml"], 2, "none.toml: no such file"),
         (["net.edgecomp", "--target", "rpi4"], 2, "net.edgecomp: no such file"),
         (["lone.onnx", "--target", "rpi4"], 2, "does not lie in the folder that edgecomp built it into"),
         ([".", "--target", "rpi4"], 2, "manifest.json"),

@@ -432,7 +432,10 @@ def test_estimate_of_a_built_folder_and_its_files(tmp_path: Path, capsys: pytest
         (["lone.onnx", "--target", "rpi4"], 2, "does not lie in the folder that edgecomp built it into"),
         ([".", "--target", "rpi4"], 2, "manifest.json"),
         (["torchvision:resnet19", "--target", "rpi4"], 2, "torchvision has no classifier 'resnet19'"),
-        (["nowhere:net", "--target", "rpi4"], 2, "give --input-shape C,H,W"),
+        (["nowhere:net", "--target", "rpi4"], 2, "No module named 'nowhere'"),
+        (["here:net", "--target", "rpi4"], 2, "here:net: what shape its input has is not known; give --input-shape"),
+        (["/nosuch", "--target", "rpi4"], 2, "/nosuch: no such file; expected"),
+        (["nosuch.pt2", "--target", "rpi4"], 2, "nosuch.pt2: no such file; expected"),
         (["lone.onnx", "--target", "rpi4", "--input-shape", "1,8,8"], 2, "leave them out"),
         (["torchvision:alexnet", "--target", "rpi4", "--threads", "0"], 2, "threads 0: expected 1 to 1024"),
         (["torchvision:alexnet", "--target", "rpi4", "--runtime", "c"], 2, "c is not for a Cortex-A72"),
@@ -444,6 +447,7 @@ def test_wrong_use_is_one_line(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lone.onnx").write_bytes(b"")
+    (tmp_path / "here.py").write_text("import torch\n\n\ndef net():\n    return torch.nn.Flatten()\n")
     assert main(["estimate", *argv]) == code
     error = capsys.readouterr().err
     assert found in error

@@ -120,7 +120,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise BundleError(f"{path}: cannot be read; {expected}") from e
     if not isinstance(value, dict) or value.get("source") != Source.EMULATED.value or "classes" not in value:
         raise BundleError(f"{path}: is no emulated report with classes of instructions; {expected}")
-    classes, steps, n = value["classes"], value.get("steps"), value.get("instructions")
+    classes: Any = value["classes"]
+    steps: Any = value.get("steps")
+    n = value.get("instructions")
     for name, counts in (("classes", classes), ("steps", steps)):
         if not isinstance(counts, dict) or not all(type(v) is int and 0 <= v <= _MOST for v in counts.values()):
             raise BundleError(

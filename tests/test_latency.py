@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from edgecomp import bundle
+from edgecomp.artifact import FILES
 from edgecomp.benchmarks import latency_fit
 from edgecomp.benchmarks.latency_fit import Found, board_of, error_percent, find, read_rows, tables, to_json
 from edgecomp.benchmarks.netshapes import Net
@@ -135,7 +136,8 @@ def test_threads_help_and_cost_little(board: str, runtime: str) -> None:
     # A tiny layer does not gain, and what waking the threads costs is microseconds a layer.
     cost_us = 1e3 * (p50(board, small, runtime=runtime, threads=4) - p50(board, small, runtime=runtime)) / 10
     assert -50 < cost_us < 50
-    assert p50(board, large, runtime=runtime, threads=64) == times[3]
+    with pytest.raises(UsageError, match=f"threads 5: {board} has 4 cores, that is all; an estimate is for a thread"):
+        p50(board, large, runtime=runtime, threads=5)
 
 
 def test_faster_hardware_is_never_slower() -> None:
@@ -259,7 +261,7 @@ def test_a_runtime_without_published_rows_gets_a_wider_range() -> None:
 def test_every_core_can_be_estimated(core: str, precision: str) -> None:
     target = board(cpu=core, clock_hz=100_000_000)
     runtime = "x-cube-ai" if core.startswith("Cortex-M") else "litert"
-    made = Case(work=net().layers, processor=processor_of(target), runtime=runtime, precision=precision, threads=2)
+    made = Case(work=net().layers, processor=processor_of(target), runtime=runtime, precision=precision, threads=1)
     assert 0 < estimate(made).latency_ms.p50 < 1e6
 
 
@@ -279,11 +281,16 @@ def test_what_cannot_be_estimated_is_refused() -> None:
         ({"runtime": "x-cube-ai"}, "x-cube-ai is not for a Cortex-A72; expected litert, "),
         ({"precision": "int4"}, "precision 'int4'; expected fp32, fp16, int8"),
         ({"threads": 0}, "threads 0: expected 1 to 1024"),
+        ({"threads": 5}, "threads 5: rpi4 has 4 cores, that is all"),
         ({"work": ()}, "no layer that takes time"),
     ):
         with pytest.raises(UsageError) as caught:
             estimate(replace(fine, **change))  # type: ignore[arg-type]
         assert found in str(caught.value)
+    with pytest.raises(UsageError, match="threads 2: nucleo-l4r5zi has 1 core, that is all"):
+        estimate(replace(case("nucleo-l4r5zi", net()), threads=2))
+    with pytest.raises(UsageError, match="threads 5: mine has 4 cores, assumed, as its file gives no cores"):
+        estimate(replace(fine, processor=processor_of(board(cpu="Cortex-A72", clock_hz=10**9)), threads=5))
     with pytest.raises(UsageError, match="litert is not for a Cortex-M4; expected tflite-micro, x-cube-ai, c"):
         estimate(replace(case("nucleo-l4r5zi", net()), runtime="litert"))
 
@@ -420,6 +427,30 @@ def test_estimate_of_a_built_folder_and_its_files(tmp_path: Path, capsys: pytest
     assert runtime("out", "disco-f746ng") == "tflite-micro"
     assert runtime("out/model.onnx", "disco-f746ng") == "tflite-micro"
     assert runtime("out", "disco-f746ng", "--runtime", "c") == "c"
+
+
+@pytest.mark.parametrize(
+    ("formats", "board", "runtime"),
+    [
+        (["onnx"], "rpi4", "onnxruntime"),
+        (["onnx", "tflite"], "rpi4", "litert"),
+        (["c"], "rpi4", "litert"),
+        (["onnx", "c"], "disco-f746ng", "c"),
+        (["tflm", "c"], "disco-f746ng", "tflite-micro"),
+        (["c", "tflm"], "disco-f746ng", "c"),
+    ],
+)
+def test_a_folder_is_estimated_for_the_runtime_of_its_formats(
+    formats: list[str], board: str, runtime: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_folder(tmp_path / "out") / "manifest.json"
+    record = json.loads(path.read_text())
+    (artifact, *_) = record["artifacts"]
+    record["artifacts"] = [{**artifact, "format": name, "path": FILES[name][0]} for name in formats]
+    record["files"] |= {FILES[name][0]: "0" * 64 for name in formats}
+    path.write_text(json.dumps(record))
+    assert main(["estimate", str(tmp_path / "out"), "--target", board, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runtime"] == runtime
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def build(
             preprocessing,
             budget=budget,
             compensation=reconstruction,
-            fast_enough=lambda graph: limit is None or limit.holds(graph),
+            limit=limit,
             progress=advance,
         )
     masks = NOTHING

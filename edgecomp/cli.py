@@ -416,6 +416,11 @@ def _estimate(args: argparse.Namespace) -> int:
     from edgecomp.targets import load
 
     if args.model.endswith(".json"):
+        usual = {"runtime": None, "precision": "int8", "threads": 1, "weights": None, "input_shape": None, "profile": None}
+        for name, value in usual.items():
+            if getattr(args, name) != value:
+                option = f"--{name.replace('_', '-')}"
+                raise errors.UsageError(f"{option} is not for a report of executed instructions; leave it out")
         counted = estimate_report(Path(args.model), load(args.target))
         print(json.dumps(counted.to_json(), indent=1) if args.json else counted.table())
         return 0

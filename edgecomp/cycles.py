@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from edgecomp.errors import TargetError
 
+REGISTERS = "multiple_registers"
+"""Beside the classes, of which each instruction has one: the registers that those of class "multiple" move."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CycleTable:

@@ -3,7 +3,7 @@
 ::
 
     EdgecompError
-      UsageError       an argument is out of range, or two of them contradict each other
+      UsageError       an argument or a user's board file is unusable, or two arguments contradict each other
       DataError        images or labels cannot be read, or do not fit the model
       CaptureError     the model cannot be taken in (missing weights, NaN, another architecture)
         UnsupportedOp  ... because of one operator that edgecomp does not know
@@ -24,7 +24,7 @@ class EdgecompError(Exception):
 
 
 class UsageError(EdgecompError):
-    """An argument is out of range, or two of them contradict each other."""
+    """An argument or a user's board file is unusable, or two arguments contradict each other."""
 
 
 class DataError(EdgecompError):

@@ -126,8 +126,8 @@ def estimate_model(
         model: a built folder, a file in one, an ONNX or TFLite file of ours from anywhere, a graph.edgecomp, or a model
             as `intake.graph_of` takes it.
         target: the board.
-        runtime: one of `latency.RUNTIMES`; None for the profile's or the file's own, else litert or, on a
-            microcontroller, tflite-micro.
+        runtime: one of `latency.RUNTIMES`; None for the profile's or the file's own, of a folder litert or the first
+            format's own that the target has, else litert or, on a microcontroller, tflite-micro.
         precision: one of `latency.PRECISIONS`.
         threads: of the runtime.
         profile: see `read_profile`.
@@ -141,6 +141,8 @@ def estimate_model(
     processor = processor_of(target)
     work, own = _read(model, weights, input_shape, stage)
     usual = "tflite-micro" if processor.micro else "litert"
+    if Path(model).is_dir():
+        own = _of_formats(Path(model), micro=processor.micro)
     if own is not None and (own in MICRO_RUNTIMES) == processor.micro:
         usual = own
     measured = None if profile is None else read_profile(*profile)
@@ -242,6 +244,14 @@ def _read(
             "name that folder, a graph.edgecomp, or the model"
         )
     return _of_file(path)
+
+
+def _of_formats(path: Path, *, micro: bool) -> str | None:
+    """Choose the runtime of a built folder as `latency_limit` does; LiteRT, as fast as ONNX Runtime there, first."""
+    record = open_folder(path).record
+    own = [_RUNTIME_OF[artifact["format"]] for artifact in record["artifacts"]]
+    fitting = [name for name in own if (name in MICRO_RUNTIMES) == micro]
+    return "litert" if "litert" in fitting else fitting[0] if fitting else None
 
 
 def _of_file(path: Path) -> tuple[Sequence[Work], str]:

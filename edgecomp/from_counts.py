@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgecomp.cycles import TABLES, cycles_of
+from edgecomp.cycles import REGISTERS, TABLES, cycles_of
 from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.latency import Range
 from edgecomp.plan import load_strict_json
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from edgecomp.target import Target
 
 SCHEMA = "edgecomp-estimate/1"
+_MOST = 10**15
+"""Instructions that are believed: months of a fast core, for one image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,13 +120,23 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise BundleError(f"{path}: cannot be read; {expected}") from e
     if not isinstance(value, dict) or value.get("source") != Source.EMULATED.value or "classes" not in value:
         raise BundleError(f"{path}: is no emulated report with classes of instructions; {expected}")
-    classes, steps, n = value["classes"], value.get("steps"), value.get("instructions")
+    classes: Any = value["classes"]
+    steps: Any = value.get("steps")
+    n = value.get("instructions")
     for name, counts in (("classes", classes), ("steps", steps)):
-        if not isinstance(counts, dict) or not all(type(v) is int and v >= 0 for v in counts.values()):
-            raise BundleError(f"{path}: {name} is {json.dumps(counts):.60}, expected whole numbers by name")
+        if not isinstance(counts, dict) or not all(type(v) is int and 0 <= v <= _MOST for v in counts.values()):
+            raise BundleError(
+                f"{path}: {name} is {json.dumps(counts):.60}, expected whole numbers by name, up to {_MOST:_}"
+            )
+    if not isinstance(value.get("cpu"), str):
+        raise BundleError(f"{path}: cpu is missing; {expected}")
     wanted = next(iter(TABLES.values())).cycles.keys()
     if classes.keys() != wanted:
-        raise BundleError(f"{path}: classes are {', '.join(classes):.80}, expected {', '.join(wanted)}")
-    if type(n) is not int or n < 1 or not isinstance(value.get("cpu"), str):
-        raise BundleError(f"{path}: instructions or cpu are missing; {expected}")
+        raise BundleError(f"{path}: classes are {', '.join(classes) or 'none':.80}, expected {', '.join(wanted)}")
+    if type(n) is not int or not 1 <= n <= _MOST:
+        raise BundleError(f"{path}: instructions is {json.dumps(n):.60}, expected a whole number from 1 to {_MOST:_}")
+    counted = {"classes": sum(classes.values()) - classes[REGISTERS], "steps": sum(steps.values())}
+    if counted["classes"] != n or counted["steps"] > n:
+        name = "classes" if counted["classes"] != n else "steps"
+        raise BundleError(f"{path}: {name} add up to {counted[name]:_}, instructions is {n:_}: one was changed")
     return value

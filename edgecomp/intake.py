@@ -100,16 +100,22 @@ def graph_of(model: str, weights: Path | None, shape: tuple[int, int, int] | Non
         stage: shows how far the work is.
 
     Raises:
+        DataError: there is no such file.
         UsageError: the shape is missing.
         EdgecompError: as `pytorch.load.load_module` and `pytorch.capture.capture`.
     """
     from edgecomp.pytorch.capture import capture
     from edgecomp.pytorch.load import load_module, untrained
 
-    if shape is None and not model.startswith("torchvision:"):
-        raise UsageError(f"{model}: what shape its input has is not known; give --input-shape C,H,W, e.g. 3,224,224")
+    if ":" not in model and not Path(model).exists():
+        raise DataError(f"{model}: no such file; expected a file or folder that edgecomp wrote, or a model")
     with stage("reading the model", 2) as advance:
         module = untrained(model) if weights is None else load_module(model, weights)
+        # Only now: of a model that is not there no shape is needed.
+        if shape is None and not model.startswith("torchvision:"):
+            raise UsageError(
+                f"{model}: what shape its input has is not known; give --input-shape C,H,W, e.g. 3,224,224"
+            )
         advance(1)
         graph = capture(module, shape or (3, 224, 224), name=model.rpartition(":")[2] or model)
         advance(1)

@@ -292,6 +292,12 @@ def check_case(case: Case) -> None:
         raise UsageError(f"precision {case.precision!r:.80}; expected {', '.join(PRECISIONS)}")
     if not 1 <= case.threads <= 1024:
         raise UsageError(f"threads {case.threads}: expected 1 to 1024")
+    if case.threads > (cores := case.processor.cores):
+        given = "assumed, as its file gives no cores" if "cores" in case.processor.assumed else "that is all"
+        raise UsageError(
+            f"threads {case.threads}: {case.processor.board} has {cores} core{'s' * (cores != 1)}, {given}; "
+            "an estimate is for a thread a core at most"
+        )
     if not case.work:
         raise UsageError("the network has no layer that takes time")
 
@@ -368,10 +374,6 @@ class LatencyLimit:
         return Case(
             work=work, processor=self.processor, runtime=self.runtime, precision="int8", threads=self.threads
         )
-
-    def holds(self, graph: Graph) -> bool:
-        """Tell whether a network is estimated to be fast enough."""
-        return self.ms(graph).p50 <= self.most_ms
 
     def ms(self, graph: Graph) -> Range:
         """Estimate a network."""

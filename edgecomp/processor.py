@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from edgecomp.errors import TargetError
+from edgecomp.errors import TargetError, UsageError
 from edgecomp.target import Target
 
 _MB = 1_000_000
@@ -113,6 +113,7 @@ widths of their pipelines allow, those of microcontrollers too; bandwidths are m
 tables. A target's own facts stand above all of these."""
 
 _UNKNOWN_64, _UNKNOWN_32 = Core(fp32_macs_per_cycle=4, reorders=True), _old(1, 900, 2_500)
+_HELIUM = frozenset({"helium", "mve"})
 _UNKNOWN_DOTPROD = _wide(8, 6_000, 12_000, 1_024, dotprod=True)
 
 
@@ -154,11 +155,18 @@ class Processor:
     assumed: tuple[str, ...]
 
 
+def core_name(cpu: str) -> str:
+    """Spell a core as CORES does, whatever its capitals; one that is not there stays as it is."""
+    return next((name for name in CORES if name.lower() == cpu.strip().lower()), cpu)
+
+
 def processor_of(target: Target) -> Processor:
     """Give what an estimate needs of a target.
 
     Raises:
-        TargetError: the core or its clock is not known.
+        TargetError: the core or its clock is not given.
+        UsageError: the core is not one of CORES, and the target does not give what stands for it: isa and, of the A
+            class, fp32_macs_per_cycle.
     """
     if target.cpu is None or target.clock_hz is None:
         missing = "cpu" if target.cpu is None else "clock_hz"
@@ -166,14 +174,22 @@ def processor_of(target: Target) -> Processor:
             f"target {target.name!r:.80}: {missing} is not known, which an estimate needs; "
             "take a board, or copy the target's file, add it, and give --target FILE.toml"
         )
-    micro = target.cpu.startswith("Cortex-M")
+    micro = target.cpu.lower().startswith("cortex-m")
     core = CORES.get(target.cpu)
+    if core is None:
+        needed = ("isa",) if micro else ("isa", "fp32_macs_per_cycle")
+        missing = " and ".join(fact for fact in needed if not getattr(target, fact))
+        if missing:
+            raise UsageError(
+                f"target {target.name!r:.80}: nothing is known of a core {target.cpu!r:.80}: give {missing}, or one of "
+                f"{', '.join(CORES)}"
+            )
     usual = core or _usual(target.isa, micro)
     assumed = [] if core else ["core"]
     isa = target.isa
     if not isa:
         assumed.append("isa")
-    dotprod = "dotprod" in isa or "helium" in isa if isa else usual.dotprod
+    dotprod = not _HELIUM.isdisjoint(isa) or "dotprod" in isa if isa else usual.dotprod
     fp16 = "fp16" in isa if isa else usual.fp16
 
     def fact(name: str, value: int | None, otherwise: float) -> float:
@@ -213,7 +229,7 @@ def processor_of(target: Target) -> Processor:
 
 def _usual(isa: tuple[str, ...], micro: bool) -> Core:
     if micro:
-        return _micro(8, 1, helium=True) if "helium" in isa else _micro(0.8, 0.3)
+        return _micro(0.8, 0.3) if _HELIUM.isdisjoint(isa) else _micro(8, 1, helium=True)
     if "dotprod" in isa:
         return _UNKNOWN_DOTPROD
     return _UNKNOWN_64 if "aarch64" in isa or not isa else _UNKNOWN_32

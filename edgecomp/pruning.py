@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from edgecomp.channels import CutPolicy, Pruning
 from edgecomp.data import LabelledImages
-from edgecomp.errors import UsageError
+from edgecomp.errors import BudgetError, UsageError
 from edgecomp.graph import Graph
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.sparsity import Masks
 from edgecomp.spending import Budget, BudgetKind
 
 if TYPE_CHECKING:
+    from edgecomp.latency import LatencyLimit
     from edgecomp.pytorch.scores import Scorer
 
 _SHARE_OF_DROP = 0.5
@@ -40,7 +42,7 @@ def pruned(
     *,
     budget: Budget,
     compensation: bool,
-    fast_enough: Callable[[Graph], bool] = lambda graph: True,
+    limit: LatencyLimit | None = None,
     progress: Callable[[int], object],
 ) -> Graph:
     """Cut channels; ZERO is left to `planner.irrelevant_channels`.
@@ -53,10 +55,11 @@ def pruned(
         preprocessing: of these images.
         budget: whose points AUTO spends half of.
         compensation: solve the layers again after each slice.
-        fast_enough: what ENOUGH cuts for.
+        limit: what ENOUGH cuts for.
         progress: called after each slice with 1.
 
     Raises:
+        BudgetError: ENOUGH does not reach the limit.
         as `pytorch.prune.prune_as_asked`.
     """
     from edgecomp.pytorch.network import accuracy
@@ -64,9 +67,21 @@ def pruned(
     from edgecomp.pytorch.sharing import by_first
 
     if pruning.policy is not CutPolicy.AUTO:
-        return prune_as_asked(
-            graph, pruning, scorer, compensation=compensation, within=fast_enough, progress=progress
-        )
+        reached_ms = math.inf
+
+        def fast_enough(smaller: Graph) -> bool:
+            nonlocal reached_ms
+            if limit is None:
+                return True
+            reached_ms = min(reached_ms, limit.ms(smaller).p50)
+            return reached_ms <= limit.most_ms
+
+        try:
+            return prune_as_asked(
+                graph, pruning, scorer, compensation=compensation, within=fast_enough, progress=progress
+            )
+        except BudgetError as e:
+            raise BudgetError(f"{e}: estimated are {reached_ms:.3g} ms at least") from e
     assert held_out is not None
     least = by_first(lambda: accuracy(graph, held_out, preprocessing)) - _SHARE_OF_DROP * budget.asked
 

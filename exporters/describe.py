@@ -19,7 +19,7 @@ from edgecomp.errors import BundleError, EdgecompError
 from edgecomp.files import MANIFEST_SCHEMA
 from edgecomp.manifest import read_manifest
 from edgecomp.plan import PLAN_SCHEMA, CompressionPlan, check_keys, load_strict_json
-from edgecomp.report import COMPARISON_SCHEMA, REPORT_SCHEMA, BenchReport, Comparison, table
+from edgecomp.report import COMPARISON_SCHEMA, REPORT_SCHEMA, BenchReport, Comparison, Source, table
 
 from .c_facts import BEGIN, CodeBorder, read_facts
 from .modelfacts import MEANT_BY_DAMAGED, model_facts, weight_row
@@ -27,6 +27,8 @@ from .read_onnx import read_onnx
 from .read_tflite import read_tflite
 
 _MAX_BYTES = 1 << 32
+_HEADER = ("kind", "bytes", "sha256")
+"""What `describe` itself says of every file."""
 _MAX_CELL, _MAX_FACT = 120, 600
 
 
@@ -34,8 +36,8 @@ def describe(path: Path) -> dict[str, object]:
     """Say what a file holds, in values that JSON knows.
 
     Args:
-        path: an ONNX or TFLite file from anywhere, or a file of edgecomp: graph, plan, manifest, bench report,
-            network.c.
+        path: an ONNX or TFLite file from anywhere, or a file of edgecomp: graph, plan, manifest, bench report, an
+            emulated core's report, network.c.
 
     Returns:
         kind, bytes and sha256; for a model also producer, format_version, inputs and outputs (name, shape, dtype, and
@@ -168,10 +170,13 @@ def _json(data: bytes, where: str) -> dict[str, object]:
             check_keys(listed, ("list",), where)
             parts = listed["list"]
             return _reports([Comparison.from_json(json.dumps(part), where) for part in parts])  # type: ignore[attr-defined]
-        schema = load_strict_json(text, where).get("schema")
+        record = load_strict_json(text, where)
+        schema = record.get("schema")
         for known, read in _JSON.items():
             if schema == known:
                 return read(text, where)
+        if schema is None and record.get("source") == Source.EMULATED.value:
+            return _emulated(record, where)
     except BundleError:
         raise
     except EdgecompError as e:
@@ -251,6 +256,20 @@ def _manifest(text: str, where: str) -> dict[str, object]:
         "artifacts": artifacts,
         "layers": layers,
     }
+
+
+def _emulated(record: Mapping[str, object], where: str) -> dict[str, object]:
+    """Say what `bench --target CORE --json` printed: a core's report, which has instructions and no time."""
+    _check_plain(record, 2)
+    counts = [record.get(key) for key in ("steps", "classes")]
+    numbers = [n for each in counts if isinstance(each, dict) for n in each.values()]
+    if (
+        not isinstance(record.get("cpu"), str)
+        or not all(isinstance(each, dict) for each in counts)
+        or not all(type(n) is int for n in (record.get("instructions"), *numbers))
+    ):
+        raise BundleError(f"{where}: expected an emulated report's cpu, instructions, and these by steps and classes")
+    return {"kind": "emulated report", **{key: value for key, value in record.items() if key not in _HEADER}}
 
 
 def _check_plain(value: object, depth: int) -> None:

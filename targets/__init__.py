@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
-from edgecomp.errors import TargetError
+from edgecomp.errors import TargetError, UsageError
+from edgecomp.processor import core_name
 from edgecomp.target import Target, parse
 
 
@@ -20,7 +22,8 @@ def load(name: str) -> Target:
     """Look up a board by its name, or read a user's own file: a path that ends in .toml.
 
     Raises:
-        TargetError: no board has that name, there is no such file, or it is damaged.
+        TargetError: no board has that name.
+        UsageError: there is no such file, or as `target.parse`.
     """
     if name.endswith(".toml"):
         return _read(Path(name))
@@ -39,5 +42,6 @@ def _read(path: Path) -> Target:
         text = path.read_text("utf-8")
     except (OSError, ValueError) as e:
         what = "no such file" if isinstance(e, FileNotFoundError) else "cannot be read as text"
-        raise TargetError(f"{path}: {what}; expected the facts of a board, as edgecomp targets shows them") from e
-    return parse(text, str(path))
+        raise UsageError(f"{path}: {what}; expected the facts of a board, as edgecomp targets shows them") from e
+    target = parse(text, str(path), stem=path.stem)
+    return replace(target, cpu=None if target.cpu is None else core_name(target.cpu))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from edgecomp import cycles
 from edgecomp.benchmarks.thumb import CLASSES, REGISTERS
 from edgecomp.cli import main
 from edgecomp.cycles import TABLES, cycles_of
@@ -37,6 +39,7 @@ def test_cycles_by_hand() -> None:
 
 
 def test_tables_cover_every_class() -> None:
+    assert cycles.REGISTERS == REGISTERS
     for table in TABLES.values():
         assert table.cycles.keys() == {*CLASSES, REGISTERS}
         assert all(0 < low <= high for low, high in table.cycles.values())
@@ -65,7 +68,17 @@ def test_a_report_becomes_an_estimate(tmp_path: Path, capsys: pytest.CaptureFixt
         ({"source": "measured"}, "nucleo-l4r5zi", 2, "is no emulated report"),
         ({"classes": {"load": 1}}, "nucleo-l4r5zi", 2, "classes are load, expected load, store"),
         ({"classes": COUNTS | {"load": -1}}, "nucleo-l4r5zi", 2, "expected whole numbers by name"),
-        ({"instructions": 0}, "nucleo-l4r5zi", 2, "instructions or cpu are missing"),
+        ({"classes": {}}, "nucleo-l4r5zi", 2, "classes are none, expected load, store"),
+        ({"cpu": 4}, "nucleo-l4r5zi", 2, "cpu is missing"),
+        ({"instructions": 0}, "nucleo-l4r5zi", 2, "instructions is 0, expected a whole number from 1 to"),
+        ({"instructions": None}, "nucleo-l4r5zi", 2, "instructions is null, expected a whole number from 1 to"),
+        ({"instructions": 10**400}, "nucleo-l4r5zi", 2, "expected a whole number from 1 to 1_000_000_000_000_000"),
+        ({"classes": COUNTS | {"load": 10**400}}, "nucleo-l4r5zi", 2, "expected whole numbers by name, up to"),
+        ({"classes": COUNTS | {REGISTERS: 10**400}}, "nucleo-l4r5zi", 2, "expected whole numbers by name, up to"),
+        ({"steps": {"fc": 10**400}}, "nucleo-l4r5zi", 2, "expected whole numbers by name, up to"),
+        ({"classes": dict.fromkeys(COUNTS, 0)}, "nucleo-l4r5zi", 2, "classes add up to 0, instructions is 861"),
+        ({"classes": COUNTS | {"load": 101}}, "nucleo-l4r5zi", 2, "classes add up to 862, instructions is 861"),
+        ({"steps": {"conv1": 862}}, "nucleo-l4r5zi", 2, "steps add up to 862, instructions is 861"),
         ({}, "nucleo-u575zi-q", 2, "is of a Cortex-M4, nucleo-u575zi-q has a Cortex-M33"),
         ({}, "disco-f746ng", 6, "no cycles of instructions are published for a Cortex-M7"),
         ({}, "cortex-m4", 6, "clock_hz is not known"),
@@ -79,6 +92,43 @@ def test_what_is_no_report_of_that_core(
     error = capsys.readouterr().err
     assert found in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--runtime", "c"),
+        ("--precision", "fp32"),
+        ("--threads", "2"),
+        ("--weights", "w.pt"),
+        ("--input-shape", "1,8,8"),
+    ],
+)
+def test_options_that_a_report_has_no_use_for(
+    option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(REPORT))
+    assert main(["estimate", str(tmp_path / "r.json"), "--target", "nucleo-l4r5zi", option, value]) == 2
+    error = capsys.readouterr().err
+    assert f"{option} is not for a report of executed instructions" in error
+    assert error.count("\n") == 1
+
+
+def test_inspect_knows_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(REPORT))
+    assert main(["inspect", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "emulated report"
+    assert {key: found[key] for key in REPORT} == REPORT
+    assert main(["inspect", str(path)]) == 0
+    assert re.search(r"\| conv1 +\| +800 \|", capsys.readouterr().out)
+    for change in ({"cpu": 1}, {"instructions": "many"}, {"steps": []}, {"classes": {"load": {}}}, {"x": 1e999}):
+        path.write_text(json.dumps(REPORT | change).replace("Infinity", "1e999"))
+        assert main(["inspect", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert "r.json" in error
+        assert error.count("\n") == 1
 
 
 def test_no_report_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

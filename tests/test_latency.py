@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from edgecomp import bundle
+from edgecomp.artifact import FILES
 from edgecomp.benchmarks import latency_fit
 from edgecomp.benchmarks.latency_fit import Found, board_of, error_percent, find, read_rows, tables, to_json
 from edgecomp.benchmarks.netshapes import Net
@@ -135,7 +136,8 @@ def test_threads_help_and_cost_little(board: str, runtime: str) -> None:
     # A tiny layer does not gain, and what waking the threads costs is microseconds a layer.
     cost_us = 1e3 * (p50(board, small, runtime=runtime, threads=4) - p50(board, small, runtime=runtime)) / 10
     assert -50 < cost_us < 50
-    assert p50(board, large, runtime=runtime, threads=64) == times[3]
+    with pytest.raises(UsageError, match=f"threads 5: {board} has 4 cores, that is all; an estimate is for a thread"):
+        p50(board, large, runtime=runtime, threads=5)
 
 
 def test_faster_hardware_is_never_slower() -> None:
@@ -220,7 +222,7 @@ def board(**facts: object) -> Target:
 
 def test_an_unknown_core_gets_a_wider_range_and_says_so() -> None:
     network = NETWORKS["MobileNet v2 1.0X", "224x224x3"]()
-    known = board(cpu="Cortex-A53", clock_hz=1_400_000_000, cores=4, isa=("aarch64", "neon"))
+    known = board(cpu="Cortex-A53", clock_hz=1_400_000_000, cores=4, isa=("aarch64", "neon"), fp32_macs_per_cycle=4)
     unknown = replace(known, cpu="Cortex-A999")
 
     def found(target: Target, precision: str = "int8") -> tuple[float, float, str]:
@@ -259,7 +261,7 @@ def test_a_runtime_without_published_rows_gets_a_wider_range() -> None:
 def test_every_core_can_be_estimated(core: str, precision: str) -> None:
     target = board(cpu=core, clock_hz=100_000_000)
     runtime = "x-cube-ai" if core.startswith("Cortex-M") else "litert"
-    made = Case(work=net().layers, processor=processor_of(target), runtime=runtime, precision=precision, threads=2)
+    made = Case(work=net().layers, processor=processor_of(target), runtime=runtime, precision=precision, threads=1)
     assert 0 < estimate(made).latency_ms.p50 < 1e6
 
 
@@ -268,17 +270,27 @@ def test_what_cannot_be_estimated_is_refused() -> None:
         processor_of(load("host"))
     with pytest.raises(TargetError, match="target 'cortex-m4': clock_hz is not known"):
         processor_of(load("cortex-m4"))
+    with pytest.raises(UsageError, match="nothing is known of a core 'Z80': give isa and fp32_macs_per_cycle, or"):
+        processor_of(board(cpu="Z80", clock_hz=4_000_000))
+    with pytest.raises(UsageError, match=r"give fp32_macs_per_cycle, or one of ARM1176JZF-S, .*Cortex-M85"):
+        processor_of(board(cpu="Z80", clock_hz=4_000_000, isa=("aarch64",)))
+    assert processor_of(board(cpu="Cortex-M99", clock_hz=1, isa=("thumb", "mve"))).dotprod
     fine = case("rpi4", net())
     for change, found in (
         ({"runtime": "pytorch"}, "runtime 'pytorch' is not known to the estimator; expected litert, "),
         ({"runtime": "x-cube-ai"}, "x-cube-ai is not for a Cortex-A72; expected litert, "),
         ({"precision": "int4"}, "precision 'int4'; expected fp32, fp16, int8"),
         ({"threads": 0}, "threads 0: expected 1 to 1024"),
+        ({"threads": 5}, "threads 5: rpi4 has 4 cores, that is all"),
         ({"work": ()}, "no layer that takes time"),
     ):
         with pytest.raises(UsageError) as caught:
             estimate(replace(fine, **change))  # type: ignore[arg-type]
         assert found in str(caught.value)
+    with pytest.raises(UsageError, match="threads 2: nucleo-l4r5zi has 1 core, that is all"):
+        estimate(replace(case("nucleo-l4r5zi", net()), threads=2))
+    with pytest.raises(UsageError, match="threads 5: mine has 4 cores, assumed, as its file gives no cores"):
+        estimate(replace(fine, processor=processor_of(board(cpu="Cortex-A72", clock_hz=10**9)), threads=5))
     with pytest.raises(UsageError, match="litert is not for a Cortex-M4; expected tflite-micro, x-cube-ai, c"):
         estimate(replace(case("nucleo-l4r5zi", net()), runtime="litert"))
 
@@ -418,18 +430,45 @@ def test_estimate_of_a_built_folder_and_its_files(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize(
+    ("formats", "board", "runtime"),
+    [
+        (["onnx"], "rpi4", "onnxruntime"),
+        (["onnx", "tflite"], "rpi4", "litert"),
+        (["c"], "rpi4", "litert"),
+        (["onnx", "c"], "disco-f746ng", "c"),
+        (["tflm", "c"], "disco-f746ng", "tflite-micro"),
+        (["c", "tflm"], "disco-f746ng", "c"),
+    ],
+)
+def test_a_folder_is_estimated_for_the_runtime_of_its_formats(
+    formats: list[str], board: str, runtime: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_folder(tmp_path / "out") / "manifest.json"
+    record = json.loads(path.read_text())
+    (artifact, *_) = record["artifacts"]
+    record["artifacts"] = [{**artifact, "format": name, "path": FILES[name][0]} for name in formats]
+    record["files"] |= {FILES[name][0]: "0" * 64 for name in formats}
+    path.write_text(json.dumps(record))
+    assert main(["estimate", str(tmp_path / "out"), "--target", board, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runtime"] == runtime
+
+
+@pytest.mark.parametrize(
     ("argv", "code", "found"),
     [
         (["net.edgecomp", "--target", "rpi44"], 6, "target 'rpi44' is unknown; did you mean rpi4"),
         (["net.edgecomp", "--target", "host"], 6, "cpu is not known"),
-        (["net.edgecomp", "--target", "none.toml"], 6, "none.toml: no such file"),
+        (["net.edgecomp", "--target", "none.toml"], 2, "none.toml: no such file"),
         (["net.edgecomp", "--target", "rpi4"], 2, "net.edgecomp: no such file"),
         (["lone.c", "--target", "rpi4"], 2, "does not lie in the folder that edgecomp built it into"),
         (["lone.onnx", "--target", "rpi4"], 2, "lone.onnx: is damaged or no ONNX file: it holds no network"),
         (["lone.tflite", "--target", "rpi4"], 2, "lone.tflite: is no TFLite file"),
         ([".", "--target", "rpi4"], 2, "manifest.json"),
         (["torchvision:resnet19", "--target", "rpi4"], 2, "torchvision has no classifier 'resnet19'"),
-        (["nowhere:net", "--target", "rpi4"], 2, "give --input-shape C,H,W"),
+        (["nowhere:net", "--target", "rpi4"], 2, "No module named 'nowhere'"),
+        (["here:net", "--target", "rpi4"], 2, "here:net: what shape its input has is not known; give --input-shape"),
+        (["/nosuch", "--target", "rpi4"], 2, "/nosuch: no such file; expected"),
+        (["nosuch.pt2", "--target", "rpi4"], 2, "nosuch.pt2: no such file; expected"),
         (["lone.onnx", "--target", "rpi4", "--input-shape", "1,8,8"], 2, "leave them out"),
         (["torchvision:alexnet", "--target", "rpi4", "--threads", "0"], 2, "threads 0: expected 1 to 1024"),
         (["torchvision:alexnet", "--target", "rpi4", "--runtime", "c"], 2, "c is not for a Cortex-A72"),
@@ -442,6 +481,7 @@ def test_wrong_use_is_one_line(
     monkeypatch.chdir(tmp_path)
     for name in ("lone.onnx", "lone.tflite", "lone.c"):
         (tmp_path / name).write_bytes(b"")
+    (tmp_path / "here.py").write_text("import torch\n\n\ndef net():\n    return torch.nn.Flatten()\n")
     assert main(["estimate", *argv]) == code
     error = capsys.readouterr().err
     assert found in error

@@ -67,10 +67,26 @@ def test_channels_are_cut_by_a_measured_profile(
     assert "onnxruntime, 1 thread, by a measured profile" in (place.folder / "fast" / "plan.json").read_text()
 
 
+def test_what_was_met_for_c_is_met_by_the_folders_estimate(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place.folder)
+    whole = 0.47 * estimated_ms("tinymodels:tiny", capsys, "--input-shape", "1,8,8")
+    command = [*place.command()[:-1], "firmware", "--no-reconstruct", "--avg-bits", "8", "--format", "c"]
+    assert main([*command, *BOARD, "--max-latency", f"{0.8 * whole}ms"]) == 0
+    capsys.readouterr()
+    assert main(["estimate", "firmware", *BOARD, "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["runtime"] == "c"
+    assert 0.2 * whole < value["latency_ms"]["p50"] <= 0.8 * whole
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "found"),
     [
         (["--max-latency", "1us", *BOARD], 3, "--max-latency: not met with 95% of the weights cut"),
+        (["--max-latency", "1us", *BOARD], 3, "allow more time: estimated are 0."),
+        (["--max-latency", "20ms", *BOARD, "--threads", "2"], 2, "threads 2: nucleo-l4r5zi has 1 core"),
         (["--max-latency", "20ms"], 2, "--max-latency without --target"),
         ([*BOARD], 2, "--target, --runtime, --threads and --profile are of --max-latency"),
         (["--max-latency", "20ms", *BOARD, "--prune", "0.5"], 2, "--max-latency with --prune 0.5"),

@@ -6,10 +6,11 @@ import json
 
 import pytest
 
+from edgecomp import latency
 from edgecomp.benchmarks.runners import RUNNERS
 from edgecomp.cli import main
-from edgecomp.errors import TargetError
-from edgecomp.target import Target, parse
+from edgecomp.errors import TargetError, UsageError
+from edgecomp.target import RUNTIMES, Target, parse
 from edgecomp.targets import load, names
 
 GOOD = """
@@ -91,6 +92,10 @@ def test_boards_name_runtimes_that_exist():
         assert set(load(name).runtimes) <= set(RUNNERS)
 
 
+def test_a_file_may_name_the_runtimes_that_there_are():
+    assert set(RUNTIMES) == {*RUNNERS, *latency.RUNTIMES}
+
+
 def test_an_unknown_board_gets_a_hint():
     with pytest.raises(TargetError, match=r"^target 'rpi-4' is unknown; did you mean rpi4"):
         load("rpi-4")
@@ -103,14 +108,14 @@ def test_an_unknown_board_gets_a_hint():
 
 def test_a_users_own_file(tmp_path):
     path = tmp_path / "mine.toml"
-    with pytest.raises(TargetError, match=r"mine\.toml: no such file; expected the facts of a board"):
+    with pytest.raises(UsageError, match=r"mine\.toml: no such file; expected the facts of a board"):
         load(str(path))
     path.write_text(GOOD)
     assert load(str(path)) == parse(GOOD, "box.toml")
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(TargetError, match="cannot be read as text"):
+    with pytest.raises(UsageError, match="cannot be read as text"):
         load(str(path))
-    with pytest.raises(TargetError, match="cannot be read as text"):
+    with pytest.raises(UsageError, match="cannot be read as text"):
         load(str(tmp_path) + "/\0.toml")
 
 
@@ -151,7 +156,7 @@ def test_a_file_becomes_a_value():
         ("cores = 4", "core = 4", "unknown key 'core'; expected name"),
         ('name = "box"', "", "name is missing"),
         ('runtimes = ["litert"]', "", "runtimes is missing"),
-        ("cores = 4", "cores = 0", "cores is 0, expected a whole number above 0"),
+        ("cores = 4", "cores = 0", "cores is 0, expected a whole number from 1 to 1_024"),
         ("cores = 4", "cores = true", "cores is True"),
         ("cores = 4", "cores = 4.0", "cores is 4.0"),
         ("ram_bytes = 1024", 'ram_bytes = "1 kB"', "ram_bytes is '1 kB'"),
@@ -159,6 +164,13 @@ def test_a_file_becomes_a_value():
         ('"a box"', '"""a\nbox"""', "description is"),
         ('isa = ["aarch64"]', 'isa = "aarch64"', "isa is 'aarch64', expected a list of texts"),
         ('isa = ["aarch64"]', "isa = [1]", "isa is [1]"),
+        ('isa = ["aarch64"]', 'isa = ["aarch64", "bogus"]', "isa has 'bogus', expected of aarch64, "),
+        ('isa = ["aarch64"]', f"isa = [0x{'f' * 5000}]", "isa is a number of thousands of digits"),
+        ('runtimes = ["litert"]', 'runtimes = ["bogus"]', "runtimes has 'bogus', expected of onnxruntime, "),
+        ("clock_hz = 1_000_000", f"clock_hz = 1{'0' * 400}", "expected a whole number from 1 to 100_000_000_000"),
+        ("clock_hz = 1_000_000", f"clock_hz = 1{'0' * 5000}", "not TOML: a number is too long"),
+        ("clock_hz = 1_000_000", f"clock_hz = 0x{'f' * 5000}", "clock_hz is a number of thousands of digits"),
+        ('cpu = "Cortex-A53"', 'cpu = "Cortex\\u001b-A53"', "cpu is 'Cortex"),
         ('clock_hz = "c"\n', "", "clock_hz: no source says where it was read"),
         ("cores = 4", "", "cores: a source is given, but not the fact"),
         ('cpu = "a"', 'cpu = "a"\ncolour = "red"', "sources: unknown key 'colour'"),
@@ -168,8 +180,53 @@ def test_a_file_becomes_a_value():
 def test_files_are_read_strictly(old, new, what):
     text = GOOD.replace(old, new, 1)
     assert text != GOOD
-    with pytest.raises(TargetError) as caught:
+    with pytest.raises(UsageError) as caught:
         parse(text, "box.toml")
     assert str(caught.value).startswith("box.toml: ")
     assert what in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["cores", "clock_hz", "fp32_macs_per_cycle", "l1_bytes", "l2_bytes", "l3_bytes", "memory_copy_bytes_per_s",
+     "memory_fill_bytes_per_s", "ram_bytes", "flash_bytes"],
+)  # fmt: skip
+def test_every_number_has_an_upper_bound(key, tmp_path, capsys):
+    facts = {"cpu": '"Cortex-A53"', "clock_hz": "1_000_000", key: f"1{'0' * 400}"}
+    (tmp_path / "mine.toml").write_text("\n".join(f"{name} = {value}" for name, value in facts.items()))
+    assert main(["targets", str(tmp_path / "mine.toml")]) == 2
+    error = capsys.readouterr().err
+    assert f"mine.toml: {key} is 1000" in error
+    assert error.count("\n") == 1
+    assert len(error) < 400
+
+
+def test_two_facts_are_enough_in_a_users_own_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('cpu = "cortex-a72"\nclock_hz = 1_800_000_000\n')
+    mine = load(str(path))
+    assert (mine.name, mine.cpu, mine.clock_hz, mine.sources) == ("mine", "Cortex-A72", 1_800_000_000, {})
+    path.write_text('name = "shed"\ncpu = "CORTEX-M0+"\nclock_hz = 1\n[sources]\ncpu = "label"\n')
+    mine = load(str(path))
+    assert (mine.name, mine.cpu, dict(mine.sources)) == ("shed", "Cortex-M0+", {"cpu": "label"})
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("cpu = ", "not TOML"),
+        ("clock_hz = 1", "cpu is missing; expected cpu, clock_hz and what is known"),
+        ('cpu = "Cortex-A72"', "clock_hz is missing"),
+        ('cpu = "Cortex-A72"\nclock_hz = "fast"', "clock_hz is 'fast'"),
+        ('cpu = "Cortex-A72"\nclock_hz = 1\ncolour = 1', "unknown key 'colour'"),
+        ('cpu = "Z80"\nclock_hz = 1', "nothing is known of a core 'Z80': give isa and fp32_macs_per_cycle, or one of"),
+        ('cpu = "Cortex-M99"\nclock_hz = 1', "nothing is known of a core 'Cortex-M99': give isa, or one of ARM1176JZF"),
+    ],
+)
+def test_a_users_own_file_that_is_of_no_use_is_wrong_usage(text, what, tmp_path, capsys):
+    (tmp_path / "mine.toml").write_text(text)
+    assert main(["estimate", "net.edgecomp", "--target", str(tmp_path / "mine.toml")]) == 2
+    error = capsys.readouterr().err
+    assert what in error
+    assert error.count("\n") == 1

@@ -380,6 +380,7 @@ def _temporary(root: Path) -> Iterator[Path]:
 
 # $1 the root, $2 the file in the place of /proc/cpuinfo, $3 the run's folder; then the command.
 _ENTER = """set -e
+ulimit -S -s 8192 || :
 root=$1; cpuinfo=$2; work=$3; shift 3
 mount --rbind /proc "$root/proc"
 mount --bind "$cpuinfo" "$root/proc/cpuinfo"
@@ -393,8 +394,8 @@ exec "$@"
 def inside(root: Path, core: Core, work: Path, command: Sequence[str], *, count: bool = False) -> list[str]:
     """Give the command that runs another one in the root file system, as that core, with nothing left to chance.
 
-    Addresses, the seed of Python's hashes and the environment are fixed, and there is one thread; when counting also
-    what getrandom() gives. So a program that asks neither clock nor process number does the same steps in every run.
+    Addresses, the seed of Python's hashes, the environment and the process number are fixed, and there is one thread;
+    when counting also what getrandom() and the clocks give. So a program does the same steps in every run.
 
     Args:
         root: see `install`.
@@ -413,7 +414,7 @@ def inside(root: Path, core: Core, work: Path, command: Sequence[str], *, count:
     if count:
         # Preloaded by QEMU's own loader, as it also answers the program's getrandom().
         qemu = [_LOADER, "--preload", f"/{_PLUGIN}", *qemu, "-R", _SPACE, "-plugin", f"/{_PLUGIN},out={WORK}/{COUNTS}"]
-    private = ["unshare", "--mount", "--propagation", "private"]
+    private = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
     if os.geteuid():
         private += ["--user", "--map-root-user"]
     entered = ["sh", "-c", _ENTER, "sh", str(root), str(cpuinfo), str(work)]

@@ -24,7 +24,7 @@ from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 
-from edgecomp.errors import TargetError
+from edgecomp.errors import TargetError, UsageError
 from edgecomp.files import MANIFEST, new_folder, write_file
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
@@ -118,7 +118,8 @@ def core_of(target: str) -> Core:
         TargetError: it is none.
     """
     if target not in EMULATED:
-        raise TargetError(f"target {target!r:.80} is not emulated; there are {', '.join(EMULATED)}")
+        hint = f"did you mean {target}{SUFFIX}?" if target + SUFFIX in EMULATED else f"there are {', '.join(EMULATED)}"
+        raise TargetError(f"target {target!r:.80} is not emulated; {hint}")
     return EMULATED[target]
 
 
@@ -178,10 +179,20 @@ def install(stage: Stage, cache: Path | None = None) -> Path:
 
     Raises:
         TargetError: this machine cannot, a tool is missing, or a package cannot be had.
+        UsageError: the cache cannot be written, or is full.
     """
     _check_tools()
     cache = cache_folder() if cache is None else cache
-    root, downloads = root_folder(cache), cache / "downloads"
+    downloads = cache / "downloads"
+    try:
+        return _install(stage, cache, downloads)
+    except OSError as e:
+        stays = f"what was downloaded stays in {downloads}, for the next try" if downloads.exists() else "nothing stays"
+        raise UsageError(f"{e.filename or cache}: {e.strerror or e}; {stays}") from e
+
+
+def _install(stage: Stage, cache: Path, downloads: Path) -> Path:
+    root = root_folder(cache)
     downloads.mkdir(parents=True, exist_ok=True)
     with (cache / "install.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two at once the second waits, and finds it done

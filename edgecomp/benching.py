@@ -348,7 +348,7 @@ def bench_target(
     from edgecomp.targets import load
 
     if path.is_file() and (kind := {".onnx": "ONNX", ".tflite": "TFLite"}.get(path.suffix)):
-        raise UsageError(f"{path}: {target}, a core, runs the network in C; this is {kind}; give a folder with c")
+        raise UsageError(f"{path}: {target}, a core, runs the network in C; this is {kind}: give a built folder")
     if runtime is not None:
         raise UsageError(f"--runtime {runtime} with --target {target}: a core runs the network in C; leave one out")
     known = load(target)

@@ -106,6 +106,8 @@ _TOOLS = {
 WORK = "/edgecomp"
 """Where a run's files lie inside."""
 COUNTS = "counts.txt"
+_LEAST_BYTES = 10_000_000
+"""With less left on the disk, what fails while installing fails for that."""
 _PLUGIN = "usr/lib/edgecomp_count.so"
 _LOADER = "/lib64/ld-linux-x86-64.so.2"
 _SPACE = "0x1000000000"
@@ -186,9 +188,15 @@ def install(stage: Stage, cache: Path | None = None) -> Path:
     downloads = cache / "downloads"
     try:
         return _install(stage, cache, downloads)
-    except OSError as e:
+    except (OSError, TargetError) as e:
         stays = f"what was downloaded stays in {downloads}, for the next try" if downloads.exists() else "nothing stays"
-        raise UsageError(f"{e.filename or cache}: {e.strerror or e}; {stays}") from e
+        if isinstance(e, OSError):
+            raise UsageError(f"{e.filename or cache}: {e.strerror or e}; {stays}") from e
+        # On a full disk apt has other things to say, and names a package.
+        free = shutil.disk_usage(cache).free if cache.exists() else _LEAST_BYTES
+        if free < _LEAST_BYTES:
+            raise UsageError(f"{cache}: only {free / 1e6:.1f} MB are free there; {stays} ({e})") from e
+        raise
 
 
 def _install(stage: Stage, cache: Path, downloads: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -169,6 +170,17 @@ def test_a_full_cache_says_what_stays(tmp_path, capsys, monkeypatch):
     assert said == f"{full_message}what was downloaded stays in {downloads}, for the next try\n"
     assert downloads.is_dir()
     assert not (tmp_path / "edgecomp" / "aarch64-root").exists()
+    said_by_apt = "Debian packages for arm64: ended with 100: E: Unable to locate package python3"
+
+    def misled(folder, advance):
+        raise TargetError(said_by_apt)
+
+    monkeypatch.setattr(emulated, "_debian_packages", misled)
+    full_disk = f"/edgecomp: only 0.0 MB are free there; what was downloaded stays in {downloads}"
+    for free, code, what in ((4096, 2, full_disk), (10**9, 6, f"edgecomp: {said_by_apt}")):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert main(["targets", "--install", "rpi4-emulated"]) == code
+        assert what in capsys.readouterr().err
     blocked = tmp_path / "file"
     blocked.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))

@@ -14,8 +14,9 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
+        if args.cores and not set(args.cores) <= os.sched_getaffinity(0):
+            there = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+            raise UsageError(f"--cores {','.join(map(str, args.cores))}: expected some of {there}")
         if args.cores:
             os.sched_setaffinity(0, args.cores)
         if args.task == "memory":
@@ -59,8 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _time(args: argparse.Namespace) -> int:
+    entries = _entries(args)
+    if args.result is not None and args.result.exists():
+        for _, file, _ in entries:
+            if args.result.samefile(file):
+                raise UsageError(f"{args.result}: is a model, and would be replaced by the result; choose another file")
     comparison = bench(
-        _entries(args),
+        entries,
         runtime=args.runtime,
         threads=args.num_threads,
         baseline=args.baseline,
@@ -138,6 +147,30 @@ def _cores(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of cores, e.g. 2,3") from None
 
 
+def _count(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not least <= int(text) < 1 << 31:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, {least} or more")
+        return int(text)
+
+    return read
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, 0 or more")
+    return value
+
+
+class _OneLine(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{' '.join(message.split())}; see -h\n")
+
+
 class _How(argparse.Action):
     """-m times counts inferences, -m duration seconds: what the other would ask for is left out."""
 
@@ -152,23 +185,23 @@ class _How(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="runner.pyz", description="measure models on this device; JSON on stdout")
+    parser = _OneLine(prog="runner.pyz", description="measure models on this device; JSON on stdout")
     add = parser.add_argument
     add("model", nargs="?", help="an .onnx or .tflite file")
     add("result", nargs="?", type=Path, help="where to write; standard output by default")
     add("--graph", action="append", default=[], metavar="[LABEL=]FILE", help="a model; several take turns")
     add("--baseline", metavar="LABEL", help="what ratios refer to; the first by default")
     add("--runtime", metavar="R", help="onnxruntime, onnxruntime-lean, litert, tflite-runtime")
-    add("--num_threads", "-x", type=int, default=1, metavar="N")
-    add("--num_runs", "-r", type=int, default=1, metavar="N", help="samples of each model at least")
-    add("--warmup_runs", type=int, default=0, metavar="N", help="at least; it goes on until latency is steady")
-    add("--min_secs", "-t", type=float, default=2.0, metavar="S", help="for each model at least")
-    add("--max_secs", type=float, default=30.0, metavar="S", help="for each model, when 5 rounds are done")
+    add("--num_threads", "-x", type=_count(1), default=1, metavar="N")
+    add("--num_runs", "-r", type=_count(1), default=1, metavar="N", help="samples of each model at least")
+    add("--warmup_runs", type=_count(0), default=0, metavar="N", help="at least; it goes on until latency is steady")
+    add("--min_secs", "-t", type=_seconds, default=2.0, metavar="S", help="for each model at least")
+    add("--max_secs", type=_seconds, default=30.0, metavar="S", help="for each model, when 5 rounds are done")
     add("--enable_op_profiling", type=_truth, nargs="?", const=True, default=False, help="time each operator")
     add("--cores", type=_cores, default=(), metavar="A,B", help="run on these cores alone")
-    add("--repeat", type=int, default=0, metavar="N", help="again up to N times while the run is not valid")
-    add("--processes", type=int, default=PROCESSES, metavar="N", help="in which memory and load time are taken")
-    add("--seed", type=int, default=0, metavar="N", help="of the order of turns")
+    add("--repeat", type=_count(0), default=0, metavar="N", help="again up to N times while the run is not valid")
+    add("--processes", type=_count(1), default=PROCESSES, metavar="N", help="in which memory and load time are taken")
+    add("--seed", type=_count(0), default=0, metavar="N", help="of the order of turns")
     add("-m", dest="how", action=_How, choices=("times", "duration"), help="-r or -t alone decides how long it takes")
     add("-e", dest="provider", choices=("cpu",), default="cpu", help="there is no other")
     add("-I", dest="made_up", action="store_true", help="made-up input: always so")

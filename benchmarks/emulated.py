@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -114,6 +115,8 @@ class _Place:
         _ran(compile_all, "compiling the runner")
 
     def run(self, file: str, runtime: str, *words: str, count: bool = False) -> str:
+        for path in (self.folder, *self.folder.rglob("*")):  # when they were made is nothing to count by
+            os.utime(path, (0, 0))
         flags = [f"--graph={WORK}/{file}", f"--runtime={runtime}", *words]
         command = inside(self.root, self.core, self.folder, [*_PYTHON, *flags], count=count)
         return _ran(command, f"{file} in {runtime} on {self.target}")

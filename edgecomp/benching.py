@@ -189,7 +189,7 @@ def subjects(path: Path, runtime: str | None) -> list[Subject]:
         return _of_folder(path, None, runtime)
     if not path.is_file():
         raise BundleError(f"{path}: no such file or folder; expected a built folder, an .onnx or a .tflite file")
-    if (path.parent / MANIFEST).is_file() and path.name in {names[0] for names in FILES.values()}:
+    if not stands_alone(path):
         return _of_folder(path.parent, path.name, runtime)
     format_name = path.suffix.removeprefix(".")
     if format_name not in ("onnx", "tflite"):
@@ -198,6 +198,12 @@ def subjects(path: Path, runtime: str | None) -> list[Subject]:
         format_name = "tflm"
     entries = ((path.name, path, format_name),)
     return [Subject(title=str(path), entries=entries, baseline=path.name, accuracy_percent={})]
+
+
+def stands_alone(path: Path) -> bool:
+    """Tell whether a file is of no built folder, so that nothing is measured beside it."""
+    of_folder = (path.parent / MANIFEST).is_file() and path.name in {names[0] for names in FILES.values()}
+    return path.is_file() and not of_folder
 
 
 def _is_for_micro(path: Path) -> bool:
@@ -341,6 +347,8 @@ def bench_target(
     from edgecomp.benchmarks.firmware import measure_firmware
     from edgecomp.targets import load
 
+    if path.is_file() and (kind := {".onnx": "ONNX", ".tflite": "TFLite"}.get(path.suffix)):
+        raise UsageError(f"{path}: {target}, a core, runs the network in C; this is {kind}: give a built folder")
     if runtime is not None:
         raise UsageError(f"--runtime {runtime} with --target {target}: a core runs the network in C; leave one out")
     known = load(target)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgecomp.errors import UsageError
-from edgecomp.files import write_file
+from edgecomp.files import check_new_file, write_file
 from edgecomp.report import table
 from edgecomp.target import Target
 from edgecomp.targets import load, names
@@ -24,7 +24,8 @@ def board_facts(name: str | None) -> list[dict[str, object]]:
     Raises:
         TargetError: no board has that name, or its file is damaged.
     """
-    return [{**_facts(load(known)), "sources": dict(load(known).sources)} for known in ([name] if name else names())]
+    boards: list[Target] = [load(known) for known in (names() if name is None else [name])]
+    return [{**_facts(board), "sources": dict(board.sources)} for board in boards]
 
 
 def board_table(name: str) -> str:
@@ -56,14 +57,16 @@ def install(name: str | None, *, stage: Stage) -> str:
     return str(install_root(stage))
 
 
-def write_runner(file: Path) -> str:
+def write_runner(file: Path, *, force: bool) -> str:
     """Write the runner for devices, one file for Python, and say where.
 
     Raises:
         OSError: as the system reports it.
+        UsageError: a file is there, and no `force`.
     """
     from edgecomp.benchmarks.archive import runner_archive
 
+    check_new_file(file, "--runner", force=force)
     write_file(file, runner_archive())
     return str(file)
 

@@ -316,26 +316,31 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from edgecomp.benching import bench_artifact, bench_target
-    from edgecomp.comparing import check_not_slower, plot, read_baseline
+    from edgecomp.comparing import check_asked, check_not_slower, plot
     from edgecomp.devices import Flags, bench_devices, bench_emulated_board, kind_of
     from edgecomp.files import write_file
 
     kind = kind_of(args.target)
     how = {"runtime": args.runtime, "seed": args.seed, "stage": _stage}
-    if args.baseline is not None and args.fail_if_slower is None:
-        raise errors.UsageError("--baseline is for --fail-if-slower P; add it")
-    before = None if args.baseline is None else read_baseline(args.baseline)
+    before = check_asked(
+        args.artifacts,
+        kind,
+        svg=args.svg,
+        force=args.force,
+        percent=args.fail_if_slower,
+        baseline=args.baseline,
+    )
+    if kind in ("core", "emulated") and args.threads != 1:
+        raise errors.UsageError(f"--threads {args.threads} with --target {args.target[0]}: one thread is emulated")
+    flags = Flags(profile=args.profile, cores=args.cores, repeat=args.repeat)
+    if kind != "ssh" and flags != Flags():
+        raise errors.UsageError("--profile, --cores and --repeat are for --target ssh://...")
     if kind == "core":
         if len(args.artifacts) > 1:
             raise errors.UsageError(f"--target {args.target[0]}: takes one folder at a time")
         report = bench_target(args.artifacts[0], args.target[0], compiler=args.compiler, **how)
         print(json.dumps(report.to_json(), indent=1) if args.json else report.table())
         return 0
-    flags = Flags(profile=args.profile, cores=args.cores, repeat=args.repeat)
-    if kind != "ssh" and flags != Flags():
-        raise errors.UsageError("--profile, --cores and --repeat are for --target ssh://...")
-    if kind == "emulated" and args.threads != 1:
-        raise errors.UsageError(f"--threads {args.threads} with --target {args.target[0]}: one thread is emulated")
     if kind == "emulated":
         found: Sequence[Any] = bench_emulated_board(args.artifacts, args.target[0], **how)
     else:
@@ -416,7 +421,8 @@ def _estimate(args: argparse.Namespace) -> int:
     from edgecomp.targets import load
 
     if args.model.endswith(".json"):
-        usual = {"runtime": None, "precision": "int8", "threads": 1, "weights": None, "input_shape": None, "profile": None}
+        usual = {"precision": "int8", "threads": 1}
+        usual |= dict.fromkeys(("runtime", "weights", "input_shape", "profile"))
         for name, value in usual.items():
             if getattr(args, name) != value:
                 option = f"--{name.replace('_', '-')}"
@@ -447,9 +453,9 @@ def _targets(args: argparse.Namespace) -> int:
         print(install(args.name, stage=_stage))
         return 0
     if args.runner is not None:
-        print(write_runner(args.runner))
+        print(write_runner(args.runner, force=args.force))
         return 0
-    shown = board_table(args.name) if args.name else boards_table()
+    shown = boards_table() if args.name is None else board_table(args.name)
     print(json.dumps(board_facts(args.name), indent=1) if args.json else shown)
     return 0
 

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from edgecomp.artifact import FILES
+from edgecomp.benching import stands_alone
+from edgecomp.bundle import GRAPH_FILE
 from edgecomp.errors import BudgetError, BundleError, UsageError
+from edgecomp.files import MANIFEST, PLAN_FILE, check_new_file
 from edgecomp.report import Comparison, Ratio, Source
 
 _ROW, _LEFT, _WIDTH, _RIGHT = 26, 260, 420, 190
@@ -60,6 +64,71 @@ def _bar(label: str, p50_us: float | None, ratio: Ratio, y: int, most: float) ->
     ]
 
 
+def check_asked(
+    paths: Sequence[Path],
+    kind: str,
+    *,
+    svg: Path | None,
+    force: bool,
+    percent: float | None,
+    baseline: Path | None,
+) -> list[Comparison] | None:
+    """Refuse what could not be done with the measurements, before there are any; give the stored comparisons.
+
+    Args:
+        paths: what is to be measured.
+        kind: where, see `devices.kind_of`.
+        svg: where the plot is to be written.
+        force: whether a file may be replaced by it.
+        percent: of `--fail-if-slower`.
+        baseline: the file of stored comparisons.
+
+    Raises:
+        BundleError: the baseline is something else.
+        UsageError: what cannot be done.
+    """
+    if baseline is not None and percent is None:
+        raise UsageError("--baseline is for --fail-if-slower P; add it")
+    if kind in ("emulated", "core") and percent is not None:
+        raise UsageError(_NO_TIMES)
+    if kind in ("emulated", "core") and svg is not None:
+        raise UsageError("--svg is a plot of times that were measured; an emulator has none")
+    if svg is not None:
+        for path in (*paths, *([] if baseline is None else [baseline])):
+            if _holds(path, svg):
+                raise UsageError(f"--svg {svg}: is {path} or a file that belongs to it; choose another --svg")
+        check_new_file(svg, "--svg", force=force)
+    before = None if baseline is None else read_baseline(baseline)
+    if len(paths) == 1 and stands_alone(paths[0]):
+        if svg is not None:
+            raise UsageError(f"nothing to plot: {paths[0]} stands alone; expected models to measure side by side")
+        if percent is not None and before is None:
+            raise UsageError(_NOTHING)
+    if len(paths) > 1 and before is not None and stands_alone(paths[0]):
+        _check_first(str(paths[0]), before)
+    return before
+
+
+_BUILT = {MANIFEST, PLAN_FILE, GRAPH_FILE, *(name for names in FILES.values() for name in names)}
+_NO_TIMES = "--fail-if-slower is about times that were measured; an emulator has none"
+_NOTHING = "--fail-if-slower: nothing to compare with; expected several models, or their --baseline"
+
+
+def _holds(path: Path, file: Path) -> bool:
+    if not file.exists() or not path.exists():
+        return False
+    folder = path if path.is_dir() else path.parent
+    return path.samefile(file) or (file.name in _BUILT and file.parent.samefile(folder))
+
+
+def _check_first(label: str, before: Sequence[Comparison]) -> None:
+    """Refuse stored ratios to another model."""
+    firsts = list(dict.fromkeys(each.baseline for each in before))
+    if label not in firsts:
+        then = " and ".join(firsts)
+        raise UsageError(f"--baseline: its ratios are to {then}, here the first is {label}; give that one first")
+
+
 def read_baseline(path: Path) -> list[Comparison]:
     """Read what `edgecomp bench --json` wrote.
 
@@ -93,14 +162,20 @@ def check_not_slower(now: Sequence[Comparison], before: Sequence[Comparison] | N
     lines, compared = [], 0
     for comparison in now:
         if any(r.source is not Source.MEASURED for r in comparison.reports):
-            raise UsageError("--fail-if-slower is about times that were measured; an emulator has none")
+            raise UsageError(_NO_TIMES)
         for report in comparison.reports:
             for what, low, limit in _pairs(comparison, report.label, before):
                 compared += 1
                 if low > limit * (1 + percent / 100):
                     lines.append(f"{report.label}: {what} {low / limit - 1:+.1%}")
+    if not compared and before is None:
+        raise UsageError(_NOTHING)
     if not compared:
-        raise UsageError("--fail-if-slower: nothing to compare with; expected several models, or their --baseline")
+        for comparison in now:
+            if comparison.ratios:
+                _check_first(comparison.baseline, before or ())
+        what = "name, target, runtime and threads"
+        raise UsageError(f"--fail-if-slower: nothing to compare with; --baseline has no model of the same {what}")
     if lines:
         raise BudgetError(f"slower by more than {percent:g} %: {'; '.join(lines)}")
 

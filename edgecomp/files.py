@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -23,8 +24,10 @@ def write_file(path: Path, data: bytes) -> None:
     """Write a file at once: readers see the old one or the new one, never a part.
 
     Raises:
-        OSError: as the system reports it; nothing is left behind.
+        OSError: as the system reports it, of `path`; nothing is left behind.
     """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     beside = path.with_name(f"{path.name}{_UNFINISHED}{os.getpid()}")
     try:
         with beside.open("wb") as stream:
@@ -32,8 +35,12 @@ def write_file(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        if isinstance(e, OSError):
+            # Of a full disk the system names no file, else the one beside: neither is what the user asked for.
+            raise OSError(e.errno, e.strerror or str(e), str(path)) from e
         raise
 
 
@@ -56,12 +63,14 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
             write_file(beside[name], data)
         for name, path in beside.items():
             path.replace(folder / name)
-    except BaseException:
+    except BaseException as e:
         for path in beside.values():
             with contextlib.suppress(OSError):
                 path.unlink()
         for place in made:
             shutil.rmtree(place, ignore_errors=True)
+        if isinstance(e, OSError) and isinstance(e.filename, str):
+            raise OSError(e.errno, e.strerror, e.filename.removesuffix(f"{_UNFINISHED}{os.getpid()}")) from e
         raise
 
 
@@ -76,6 +85,29 @@ def check_new_files(folder: Path, names: Iterable[str], *, force: bool) -> None:
     for path in (folder / name for name in names):
         if path.exists() and not force:
             raise UsageError(f"{path}: is there already; give --force to replace it, or another -o")
+
+
+def check_new_file(path: Path, option: str, *, force: bool) -> None:
+    """Refuse a place where a file cannot be written, or, without `force`, stands one; cheap, to be asked before work.
+
+    Args:
+        path: of the file.
+        option: that gave it.
+        force: whether a file may be replaced; nothing else is.
+
+    Raises:
+        UsageError: what stands in the way.
+    """
+    if os.path.lexists(path) and not path.is_file():
+        raise UsageError(f"{option} {path}: is there and is no file; expected a FILE to write")
+    if path.exists() and not force:
+        raise UsageError(f"{option} {path}: is there already; give --force to replace it, or another {option}")
+    probe = path.with_name(f".{path.name}{_UNFINISHED}{os.getpid()}-probe")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UsageError(f"{option} {path}: cannot be written there ({e.strerror}); choose another {option}") from e
 
 
 def check_output_folder(folder: Path, *, force: bool) -> None:
@@ -152,8 +184,11 @@ def new_folder(folder: Path, *, force: bool) -> Iterator[Path]:
                 old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(work, ignore_errors=True)
+        if isinstance(e, OSError) and isinstance(e.filename, str) and Path(e.filename).is_relative_to(work):
+            place = folder / Path(e.filename).relative_to(work)
+            raise OSError(e.errno, e.strerror, str(place)) from e
         raise
 
 

@@ -59,6 +59,9 @@ def open_folder(path: Path) -> BuiltFolder:
     """
     if not path.is_dir():
         raise BundleError(f"{path}: is no folder; expected one that edgecomp build wrote")
+    if not (path / MANIFEST).exists():
+        what = "expected the folder that edgecomp build wrote; one that edgecomp export wrote is only for edgecomp gate"
+        raise BundleError(f"{path}: has no {MANIFEST}; {what}")
     record = read_manifest(_text(path / MANIFEST), str(path / MANIFEST))
     text = _text(path / PLAN_FILE)
     if hashlib.sha256(text.encode()).hexdigest() != record["files"][PLAN_FILE]:

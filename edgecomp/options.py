@@ -172,7 +172,8 @@ def _add_bench(verbs: Any) -> None:
     p.add_argument("--baseline", type=Path, metavar="FILE", help="what --json printed before, for --fail-if-slower")
     slower = "exit code 3 where a model is surely more than P %% slower than before, or than the first"
     p.add_argument("--fail-if-slower", type=read_percent, metavar="P", help=slower)
-    p.add_argument("--svg", type=Path, metavar="FILE", help="a plot of the ratios")
+    p.add_argument("--svg", type=Path, metavar="FILE", help="a plot of the ratios of times")
+    p.add_argument("--force", action="store_true", help="replace FILE of --svg")
     p.add_argument("--profile", action="store_true", help="over SSH: also time each operator, in onnxruntime")
     p.add_argument("--cores", metavar="A,B", help="over SSH: run on these cores alone")
     p.add_argument("--repeat", type=int, default=0, metavar="N", help="over SSH: while a run is not valid")
@@ -237,6 +238,7 @@ def _add_targets(verbs: Any) -> None:
     p.add_argument("name", nargs="?", metavar="NAME", help="or a file of yours, FILE.toml")
     p.add_argument("--install", action="store_true", help="of NAME, e.g. rpi4-emulated: fetch and set up, into a cache")
     p.add_argument("--runner", type=Path, metavar="FILE", help="write the runner, to measure by hand: python3 FILE -h")
+    p.add_argument("--force", action="store_true", help="replace FILE of --runner")
     p.add_argument("--json", action="store_true")
 
 

@@ -7,7 +7,8 @@
  * together, added without locks: run the program with one.
  *
  * Loaded before QEMU's own libraries it also answers getrandom(), which seeds hash tables and names, with the same bytes
- * in every run: else a program would take slightly other ways each time.
+ * in every run: else a program would take slightly other ways each time. Clocks likewise: how the difference of two times
+ * is taken depends on their fractions. Each question is answered by a microsecond more than the one before.
  *
  * QEMU's plugin interface, version 1 (QEMU 4.2 to 8.1), is declared here, because Debian 12 ships no header for it.
  */
@@ -18,6 +19,8 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
 
 #define MARK (-31337)
 #define EXPORT __attribute__((visibility("default")))
@@ -190,6 +193,32 @@ EXPORT long syscall(long number, ...) {
         return -1;
     }
     return result;
+}
+
+/* QEMU passes the program's questions for the time on by these, and reads cntvct_el0 from the first. */
+EXPORT int clock_gettime(clockid_t clock, struct timespec *to) {
+    static uint64_t asked;
+    uint64_t us = __atomic_add_fetch(&asked, 1, __ATOMIC_RELAXED);
+    /* 2024-01-01 for the time of day; the others begin when the machine or the program does */
+    to->tv_sec = (time_t)((clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE ? 1704067200 : 1000) + us / 1000000);
+    to->tv_nsec = (long)(us % 1000000 * 1000);
+    return 0;
+}
+
+EXPORT int gettimeofday(struct timeval *restrict to, void *restrict zone) {
+    struct timespec now;
+    (void)zone;
+    clock_gettime(CLOCK_REALTIME, &now);
+    to->tv_sec = now.tv_sec;
+    to->tv_usec = now.tv_nsec / 1000;
+    return 0;
+}
+
+EXPORT time_t time(time_t *to) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (to) *to = now.tv_sec;
+    return now.tv_sec;
 }
 
 EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv) {

@@ -24,7 +24,7 @@ from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 
-from edgecomp.errors import TargetError
+from edgecomp.errors import TargetError, UsageError
 from edgecomp.files import MANIFEST, new_folder, write_file
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
@@ -106,6 +106,8 @@ _TOOLS = {
 WORK = "/edgecomp"
 """Where a run's files lie inside."""
 COUNTS = "counts.txt"
+_LEAST_BYTES = 10_000_000
+"""With less left on the disk, what fails while installing fails for that."""
 _PLUGIN = "usr/lib/edgecomp_count.so"
 _LOADER = "/lib64/ld-linux-x86-64.so.2"
 _SPACE = "0x1000000000"
@@ -118,7 +120,8 @@ def core_of(target: str) -> Core:
         TargetError: it is none.
     """
     if target not in EMULATED:
-        raise TargetError(f"target {target!r:.80} is not emulated; there are {', '.join(EMULATED)}")
+        hint = f"did you mean {target}{SUFFIX}?" if target + SUFFIX in EMULATED else f"there are {', '.join(EMULATED)}"
+        raise TargetError(f"target {target!r:.80} is not emulated; {hint}")
     return EMULATED[target]
 
 
@@ -178,10 +181,26 @@ def install(stage: Stage, cache: Path | None = None) -> Path:
 
     Raises:
         TargetError: this machine cannot, a tool is missing, or a package cannot be had.
+        UsageError: the cache cannot be written, or is full.
     """
     _check_tools()
     cache = cache_folder() if cache is None else cache
-    root, downloads = root_folder(cache), cache / "downloads"
+    downloads = cache / "downloads"
+    try:
+        return _install(stage, cache, downloads)
+    except (OSError, TargetError) as e:
+        stays = f"what was downloaded stays in {downloads}, for the next try" if downloads.exists() else "nothing stays"
+        if isinstance(e, OSError):
+            raise UsageError(f"{e.filename or cache}: {e.strerror or e}; {stays}") from e
+        # On a full disk apt has other things to say, and names a package.
+        free = shutil.disk_usage(cache).free if cache.exists() else _LEAST_BYTES
+        if free < _LEAST_BYTES:
+            raise UsageError(f"{cache}: only {free / 1e6:.1f} MB are free there; {stays} ({e})") from e
+        raise
+
+
+def _install(stage: Stage, cache: Path, downloads: Path) -> Path:
+    root = root_folder(cache)
     downloads.mkdir(parents=True, exist_ok=True)
     with (cache / "install.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two at once the second waits, and finds it done
@@ -380,6 +399,7 @@ def _temporary(root: Path) -> Iterator[Path]:
 
 # $1 the root, $2 the file in the place of /proc/cpuinfo, $3 the run's folder; then the command.
 _ENTER = """set -e
+ulimit -S -s 8192 || :
 root=$1; cpuinfo=$2; work=$3; shift 3
 mount --rbind /proc "$root/proc"
 mount --bind "$cpuinfo" "$root/proc/cpuinfo"
@@ -393,8 +413,8 @@ exec "$@"
 def inside(root: Path, core: Core, work: Path, command: Sequence[str], *, count: bool = False) -> list[str]:
     """Give the command that runs another one in the root file system, as that core, with nothing left to chance.
 
-    Addresses, the seed of Python's hashes and the environment are fixed, and there is one thread; when counting also
-    what getrandom() gives. So a program that asks neither clock nor process number does the same steps in every run.
+    Addresses, the seed of Python's hashes, the environment and the process number are fixed, and there is one thread;
+    when counting also what getrandom() and the clocks give. So a program does the same steps in every run.
 
     Args:
         root: see `install`.
@@ -413,7 +433,7 @@ def inside(root: Path, core: Core, work: Path, command: Sequence[str], *, count:
     if count:
         # Preloaded by QEMU's own loader, as it also answers the program's getrandom().
         qemu = [_LOADER, "--preload", f"/{_PLUGIN}", *qemu, "-R", _SPACE, "-plugin", f"/{_PLUGIN},out={WORK}/{COUNTS}"]
-    private = ["unshare", "--mount", "--propagation", "private"]
+    private = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
     if os.geteuid():
         private += ["--user", "--map-root-user"]
     entered = ["sh", "-c", _ENTER, "sh", str(root), str(cpuinfo), str(work)]

@@ -145,6 +145,33 @@ def test_instructions_of_one_inference_are_the_same_in_every_run(root, tmp_path)
 
 
 @pytest.mark.devices
+def test_a_counted_program_sees_the_same_in_every_run(root, tmp_path):
+    code = "import os, time; print(os.getpid(), time.time_ns(), time.monotonic_ns(), time.process_time_ns())"
+    said = []
+    for name in ("a", "another-place"):
+        (tmp_path / name).mkdir()
+        run = inside(root, EMULATED["rpi4-emulated"], tmp_path / name, ["/usr/bin/python3", "-c", code], count=True)
+        said.append(subprocess.run(run, check=True, capture_output=True, stdin=subprocess.DEVNULL, text=True).stdout)
+        said.append(read_counts(tmp_path / name / COUNTS))
+    assert said[0].startswith("1 17040672")
+    assert said[:2] == said[2:]
+
+
+@pytest.mark.devices
+def test_the_command_counts_the_same_from_another_folder(root, tmp_path, capsys, monkeypatch):
+    files = integer_files(tmp_path, "residual")
+    counts = []
+    for name in ("a", "another-place"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / name))
+        for file in files.values():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+            assert main(["bench", str(tmp_path / name / file.name), "--target", "rpi4-emulated", "--json"]) == 0
+            counts.append(json.loads(capsys.readouterr().out)[0]["reports"][0]["instructions"])
+    assert counts[:2] == counts[2:]
+
+
+@pytest.mark.devices
 def test_memory_is_the_programs_own(root, tmp_path):
     weight = np.ones((1024, 1024, 2, 2), dtype=np.float32)  # 16 MiB
     path = tmp_path / "large.onnx"

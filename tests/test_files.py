@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from edgecomp.errors import UsageError
-from edgecomp.files import MANIFEST, check_new_files, check_output_folder, new_folder, write_file
+from edgecomp.files import MANIFEST, check_new_files, check_output_folder, new_folder, write_file, write_files
 
 ROOT = Path(__file__).parents[1]
 OURS = json.dumps({"schema": "edgecomp-manifest/2"})
@@ -82,7 +82,7 @@ def test_write_file_on_a_full_disk_leaves_the_old_file(
     with pytest.raises(OSError, match="No space left") as caught:
         write_file(path, b"new")
     monkeypatch.undo()
-    assert caught.value.errno == errno.ENOSPC
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
     assert path.read_bytes() == b"old"
     assert listing(tmp_path) == ["model.onnx"]
 
@@ -375,6 +375,26 @@ def test_writers_of_many_processes_end_with_a_whole_folder(tmp_path: Path) -> No
     with new_folder(out, force=True) as work:
         (work / "x").write_text("x")
     assert listing(tmp_path) == ["out", "out/x"]
+
+
+def test_errors_name_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        write_file(tmp_path / "none" / "x", b"")
+    assert caught.value.filename == str(tmp_path / "none" / "x")
+    with pytest.raises(IsADirectoryError):
+        write_file(Path(""), b"")
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught_too:
+        write_files(tmp_path / "new", {"a": b"", "b": b""})
+    assert caught_too.value.filename == str(tmp_path / "new" / "a")
+    with pytest.raises(OSError, match="No space left") as caught_too, new_folder(tmp_path / "out", force=False) as work:
+        write_file(work / "a", b"")
+    assert caught_too.value.filename == str(tmp_path / "out" / "a")
+    assert listing(tmp_path) == []
 
 
 def test_files_that_stand_in_the_way(tmp_path: Path) -> None:

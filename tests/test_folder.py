@@ -26,6 +26,12 @@ def folder(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "out"))
 
 
+def test_an_exported_folder_is_said_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / "network.c").touch()
+    with pytest.raises(BundleError, match=r"has no manifest\.json; expected the folder that edgecomp build wrote;"):
+        open_folder(tmp_path)
+
+
 def test_what_was_written_is_read(folder: Path) -> None:
     built = open_folder(folder)
     assert built.path == folder
@@ -46,7 +52,7 @@ def test_a_changed_artifact_is_refused(name: str, folder: Path) -> None:
         built.read(name)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "plan.json", "graph.edgecomp"])
+@pytest.mark.parametrize("name", ["plan.json", "graph.edgecomp"])
 def test_a_missing_file_is_named(name: str, folder: Path) -> None:
     (folder / name).unlink()
     with pytest.raises(BundleError, match=f"{name}: cannot be read: No such file"):

@@ -67,14 +67,22 @@ def test_flags_of_onnxruntime_perf_test(folder):
         ([], 2, "no model; expected --graph=FILE"),
         (["none.onnx"], 2, "none.onnx: no such file"),
         (["--graph=model.onnx", "--runtime=litert"], 6, "runtime litert reads tflite"),
-        (["--graph=model.onnx", "--num_threads=0"], 2, "threads is 0"),
+        (["--graph=model.onnx", "--num_threads=0"], 2, "--num_threads/-x: '0': expected a whole number, 1 or more"),
+        (["--graph=model.onnx", "--num_runs=-5"], 2, "--num_runs/-r: '-5': expected a whole number, 1 or more"),
+        (["--graph=model.onnx", "--min_secs", "nan"], 2, "--min_secs/-t: 'nan': expected seconds, 0 or more"),
+        (["--graph=model.onnx", "--max_secs", "inf"], 2, "--max_secs: 'inf': expected seconds"),
+        (["model.onnx", "model.onnx"], 2, "model.onnx: is a model, and would be replaced by the result"),
+        (["--graph=other=model.onnx", "model.onnx", "./model.onnx"], 2, "is a model, and would be replaced"),
         (["--graph=model.onnx", "-e", "cuda"], 2, "invalid choice: 'cuda'"),
         (["--graph=model.onnx", "--enable_op_profiling=perhaps"], 2, "expected true or false"),
-        (["--graph=model.onnx", "--cores=4096"], 2, "Invalid argument"),
+        (["--graph=model.onnx", "--cores=4096"], 2, "--cores 4096: expected some of "),
     ],
 )
 def test_what_the_runner_refuses(words, code, what, folder):
+    model = (folder / "model.onnx").read_bytes()
     done = run(folder, *words)
+    assert (folder / "model.onnx").read_bytes() == model
     assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.count("\n") == 1
     assert what in done.stderr
     assert "Traceback" not in done.stderr

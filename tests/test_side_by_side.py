@@ -81,6 +81,85 @@ def test_what_the_command_line_refuses(models, tmp_path, capsys):
     assert main(["bench", name, name, "--target", "cortex-m4"]) == 2
 
 
+def no_measuring(*_, **__):
+    raise AssertionError("measured before all was checked")
+
+
+def test_a_plot_replaces_no_model(models, tmp_path, capsys, monkeypatch):
+    from edgecomp.benchmarks import bench as measuring
+
+    monkeypatch.setattr(measuring, "bench", no_measuring)
+    names = [str(models / name) for name in ("small.onnx", "large.onnx")]
+    stored = tmp_path / "before.json"
+    stored.write_text(Comparison(reports=(ONE,), baseline=ONE.label, ratios={}).to_json().join("[]"))
+    before = {path: path.read_bytes() for path in (*models.iterdir(), stored)}
+    (tmp_path / "link.svg").symlink_to(names[1])
+    (tmp_path / "there.svg").write_text("mine")
+    compared = ["--baseline", str(stored), "--fail-if-slower", "5"]
+    for svg, more, what in (
+        (names[0], ["--force"], f"--svg {names[0]}: is {names[0]} or a file that belongs to it"),
+        (str(tmp_path / "link.svg"), ["--force"], f"is {names[1]} or a file"),
+        (str(stored), [*compared, "--force"], f"--svg {stored}: is {stored} or a file"),
+        (str(tmp_path / "there.svg"), [], "there.svg: is there already; give --force to replace it, or another --svg"),
+        (str(tmp_path / "none" / "x.svg"), [], "x.svg: cannot be written there (No such file or directory)"),
+        ("/proc/x", [], "--svg /proc/x: cannot be written there"),
+        ("", ["--force"], "is there and is no file"),
+        ("/dev/full", ["--force"], "--svg /dev/full: is there and is no file"),
+    ):
+        assert main(["bench", *names, "--svg", svg, *more]) == 2, svg
+        said = capsys.readouterr().err
+        assert what in said
+        assert "unfinished" not in said
+    assert {path: path.read_bytes() for path in before} == before
+    assert (tmp_path / "there.svg").read_text() == "mine"
+
+
+def test_a_plot_replaces_one_by_force(models, tmp_path):
+    svg = tmp_path / "there.svg"
+    svg.write_text("an old plot")
+    names = [str(models / name) for name in ("small.onnx", "large.onnx")]
+    assert main(["bench", *names, "--min-secs", "0.1", "--svg", str(svg), "--force"]) == 0
+    assert svg.read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize("target", ["rpi5-emulated", "cortex-m4"])
+def test_what_an_emulator_cannot_answer_is_refused_before_it_runs(target, models, tmp_path, capsys):
+    names = [str(models / "small.onnx"), str(models / "large.onnx")][: 1 if target == "cortex-m4" else 2]
+    for more, what in (
+        (["--svg", str(tmp_path / "x.svg")], "--svg is a plot of times that were measured; an emulator has none"),
+        (["--fail-if-slower", "5"], "--fail-if-slower is about times that were measured; an emulator has none"),
+        (["--threads", "4"], f"--threads 4 with --target {target}: one thread is emulated"),
+        (["--repeat", "2"], "--profile, --cores and --repeat are for --target ssh://"),
+    ):
+        assert main(["bench", *names, "--target", target, *more]) == 2
+        assert what in capsys.readouterr().err
+
+
+def test_a_core_runs_no_onnx(models, capsys):
+    for name, kind in (("small.onnx", "ONNX"), ("lite.tflite", "TFLite")):
+        assert main(["bench", str(models / name), "--target", "cortex-m4"]) == 2
+        assert f"{name}: cortex-m4, a core, runs the network in C; this is {kind}" in capsys.readouterr().err
+
+
+def test_ratios_to_another_model_are_not_compared(models, tmp_path, capsys, monkeypatch):
+    from edgecomp.benchmarks import bench as measuring
+
+    monkeypatch.setattr(measuring, "bench", no_measuring)
+    names = [str(models / name) for name in ("small.onnx", "large.onnx")]
+    stored = tmp_path / "before.json"
+    reports = tuple(replace(ONE, label=name) for name in names)
+    ratios = {names[1]: Ratio(low=1.0, median=1.0, high=1.0)}
+    stored.write_text(Comparison(reports=reports, baseline=names[0], ratios=ratios).to_json().join("[]"))
+    assert main(["bench", *names[::-1], "--baseline", str(stored), "--fail-if-slower", "5%"]) == 2
+    wanted = f"--baseline: its ratios are to {names[0]}, here the first is {names[1]}; give that one first"
+    assert wanted in capsys.readouterr().err
+    with pytest.raises(UsageError, match="its ratios are to 4 bits, here the first is other"):
+        check_not_slower([replace(comparison(1, 1, 1), baseline="other", ratios={ONE.label: Ratio(
+            low=1.0, median=1.0, high=1.0)})], [comparison(1, 1, 1)], 5)
+    assert main(["bench", names[0], "--fail-if-slower", "5%"]) == 2
+    assert "nothing to compare with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("now", "then", "percent", "slower"),
     [

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +14,7 @@ from edgecomp.benchmarks.runners import RUNNERS
 from edgecomp.cli import main
 from edgecomp.errors import TargetError, UsageError
 from edgecomp.target import RUNTIMES, Target, parse
-from edgecomp.targets import load, names
+from edgecomp.targets import emulated, load, names
 
 GOOD = """
 name = "box"
@@ -128,6 +131,66 @@ def test_the_command_shows_a_users_own_file(tmp_path, capsys):
     assert main(["targets", "rpi5", "--json"]) == 0
     (board,) = json.loads(capsys.readouterr().out)
     assert (board["l3_bytes"], board["sources"]["l3_bytes"][:12]) == (2 * 2**20, "raspberrypi/")
+
+
+def test_the_runner_replaces_nothing_unasked(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "graph.edgecomp"
+    file.write_bytes(b"precious")
+    for given, what in ((str(file), "is there already; give --force to replace it"), ("", "is there and is no file")):
+        assert main(["targets", "--runner", given]) == 2
+        assert what in capsys.readouterr().err
+    assert file.read_bytes() == b"precious"
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert main(["targets", "--runner", str(file), "--force"]) == 2
+        assert capsys.readouterr().err.startswith(f"edgecomp: {file}: No space left on device")
+    assert main(["targets", "--runner", str(file), "--force"]) == 0
+    assert file.read_bytes().startswith(b"PK")
+
+
+def test_names_of_no_board(capsys):
+    assert main(["targets", ""]) == 6
+    assert main(["targets", "", "--json"]) == 6
+    assert main(["targets", "--install", "rpi4"]) == 6
+    said, shown = capsys.readouterr().err, capsys.readouterr().out
+    assert said.count("target '' is unknown; there are ") == 2
+    assert "target 'rpi4' is not emulated; did you mean rpi4-emulated?" in said
+    assert shown == ""
+
+
+def test_a_full_cache_says_what_stays(tmp_path, capsys, monkeypatch):
+    def full(folder, advance):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "x.deb"))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(emulated, "_check_tools", lambda: None)
+    monkeypatch.setattr(emulated, "_debian_packages", full)
+    assert main(["targets", "--install", "rpi4-emulated"]) == 2
+    said, downloads = capsys.readouterr().err, tmp_path / "edgecomp" / "downloads"
+    full_message = f"edgecomp: {downloads}/apt/x.deb: No space left on device; "
+    assert said == f"{full_message}what was downloaded stays in {downloads}, for the next try\n"
+    assert downloads.is_dir()
+    assert not (tmp_path / "edgecomp" / "aarch64-root").exists()
+    said_by_apt = "Debian packages for arm64: ended with 100: E: Unable to locate package python3"
+
+    def misled(folder, advance):
+        raise TargetError(said_by_apt)
+
+    monkeypatch.setattr(emulated, "_debian_packages", misled)
+    full_disk = f"/edgecomp: only 0.0 MB are free there; what was downloaded stays in {downloads}"
+    for free, code, what in ((4096, 2, full_disk), (10**9, 6, f"edgecomp: {said_by_apt}")):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert main(["targets", "--install", "rpi4-emulated"]) == code
+        assert what in capsys.readouterr().err
+    blocked = tmp_path / "file"
+    blocked.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert main(["targets", "--install", "rpi4-emulated"]) == 2
+    assert capsys.readouterr().err.endswith("; nothing stays\n")
 
 
 def test_a_file_becomes_a_value():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from edgecomp.benchmarks.compiled_c import host_compiler
 from edgecomp.compress import border_codes
 from edgecomp.exporters import export, files_of
 from edgecomp.exporters.c_facts import read_facts
-from edgecomp.exporters.to_c import Program
+from edgecomp.exporters.to_c import Program, kernel_files
 from edgecomp.graph import Array, Graph
 
 SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -49,9 +51,21 @@ def program(graph: Graph, folder: Path, *options: str) -> Path:
     facts = read_facts((folder / "network.c").read_bytes(), "network.c")
     text = harness(facts.name, facts.input.n_bytes, facts.output.n_bytes, max(1, facts.arena_bytes))
     (folder / "main.c").write_text(text)
-    sources = [str(folder / name) for name in ("main.c", "network.c", "edgecomp_kernels.c")]
-    subprocess.run([*host_compiler(), *options, "-g", "-o", str(folder / "run"), *sources], check=True)
+    sources = [str(folder / name) for name in ("main.c", "network.c")]
+    kernels = str(Path(_kernels(options).name) / "kernels.o")
+    subprocess.run([*host_compiler(), *options, "-g", "-o", str(folder / "run"), *sources, kernels], check=True)
     return folder / "run"
+
+
+@cache
+def _kernels(options: tuple[str, ...]) -> tempfile.TemporaryDirectory[str]:
+    """A folder with the kernels, compiled: they are the same for every network, and most of what is to be compiled."""
+    folder = tempfile.TemporaryDirectory(prefix="edgecomp-kernels-")
+    for name, data in kernel_files().items():
+        Path(folder.name, name).write_bytes(data)
+    command = [*host_compiler(), *options, "-g", "-c", "-o", "kernels.o", "edgecomp_kernels.c"]
+    subprocess.run(command, check=True, cwd=folder.name)
+    return folder
 
 
 def with_least_scratch(source: str, found: Program) -> str:

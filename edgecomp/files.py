@@ -27,7 +27,7 @@ def write_file(path: Path, data: bytes) -> None:
         OSError: as the system reports it, of `path`; nothing is left behind.
     """
     if not path.name:
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     beside = path.with_name(f"{path.name}{_UNFINISHED}{os.getpid()}")
     try:
         with beside.open("wb") as stream:

@@ -39,7 +39,7 @@ class BuiltFolder:
             BundleError: missing, unknown to the manifest, or of another digest.
         """
         path = self.path / name
-        data, known = _read(path), self.record["files"]
+        data, known = read_file(path), self.record["files"]
         if name not in known:
             raise BundleError(f"{path}: {MANIFEST} does not know it; build the folder again")
         if (digest := hashlib.sha256(data).hexdigest()) != known[name]:
@@ -62,8 +62,8 @@ def open_folder(path: Path) -> BuiltFolder:
     if not (path / MANIFEST).exists():
         what = "expected the folder that edgecomp build wrote; one that edgecomp export wrote is only for edgecomp gate"
         raise BundleError(f"{path}: has no {MANIFEST}; {what}")
-    record = read_manifest(_text(path / MANIFEST), str(path / MANIFEST))
-    text = _text(path / PLAN_FILE)
+    record = read_manifest(read_text(path / MANIFEST), str(path / MANIFEST))
+    text = read_text(path / PLAN_FILE)
     if hashlib.sha256(text.encode()).hexdigest() != record["files"][PLAN_FILE]:
         raise BundleError(
             f"{path / PLAN_FILE}: was changed after the build; write files from it with: "
@@ -75,15 +75,25 @@ def open_folder(path: Path) -> BuiltFolder:
     return BuiltFolder(path=path, record=record, plan=plan, graph=graph)
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """Read a file of ours.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as e:
         raise BundleError(f"{path}: cannot be read: {e.strerror}") from e
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Read a text of ours.
+
+    Raises:
+        BundleError: it cannot be read, or is not UTF-8.
+    """
     try:
-        return _read(path).decode("utf-8")
+        return read_file(path).decode("utf-8")
     except UnicodeDecodeError as e:
         raise BundleError(f"{path}: is not UTF-8 text; the file is damaged, build it again") from e

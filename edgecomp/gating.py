@@ -19,7 +19,7 @@ from edgecomp.benching import bench_target
 from edgecomp.errors import BudgetError, BundleError, ParityError, UsageError
 from edgecomp.exporters.c_facts import BEGIN, check_files, read_facts
 from edgecomp.files import MANIFEST
-from edgecomp.folder import open_folder
+from edgecomp.folder import open_folder, read_file, read_text
 from edgecomp.manifest import read_manifest
 from edgecomp.report import table
 
@@ -169,11 +169,11 @@ def _built(path: Path) -> _Network:
 
 
 def _exported(path: Path, manifest: Path | None) -> _Network:
-    network = _of_source(_read(path / _SOURCE), path / _SOURCE)
-    check_files({name: _read(path / name) for name in FILES["c"]}, _SOURCE, str(path))
+    network = _of_source(read_file(path / _SOURCE), path / _SOURCE)
+    check_files({name: read_file(path / name) for name in FILES["c"]}, _SOURCE, str(path))
     if manifest is None:
         return network
-    record = read_manifest(_text(manifest), str(manifest))
+    record = read_manifest(read_text(manifest), str(manifest))
     entry = _entry(record)
     if entry is None:
         raise BundleError(f"{manifest}: knows no network in C, so not how accurate it is; build it with --format c")
@@ -188,10 +188,10 @@ def _exported(path: Path, manifest: Path | None) -> _Network:
 
 def _before(path: Path) -> _Network | None:
     """Read an earlier manifest, or an earlier source; None where the manifest has no network in C."""
-    data = _read(path)
+    data = read_file(path)
     if data.startswith(BEGIN.encode()):
         return _of_source(data, path)
-    record = read_manifest(_text(path), str(path))
+    record = read_manifest(read_text(path), str(path))
     entry = _entry(record)
     return None if entry is None else _of_manifest(record, entry)
 
@@ -223,20 +223,6 @@ def _entry(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return found
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise BundleError(f"{path}: cannot be read: {e.strerror}") from e
-
-
-def _text(path: Path) -> str:
-    try:
-        return _read(path).decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise BundleError(f"{path}: cannot be read: it is no text") from e
-
-
 # ---- on a core -------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +241,7 @@ def _on_core(path: Path, target: str, stage: Stage) -> tuple[dict[str, int], dic
     from edgecomp.targets import load
 
     core = core_of(load(target).cpu, target)
-    files = {name: _read(path / name) for name in FILES["c"]}
+    files = {name: read_file(path / name) for name in FILES["c"]}
     with stage(f"running in {target}", 1) as advance, tempfile.TemporaryDirectory() as place:
         linked = link(files, core, Path(place))
         image = np.random.default_rng(0).integers(-128, 128, size=(1, *linked.facts.input.shape), dtype=np.int8)

@@ -67,7 +67,7 @@ def bench(
 
     Raises:
         BundleError: a file cannot be read, or its runtime refuses it.
-        TargetError: a runtime is unknown, missing, or reads none of the formats; or a process for memory fails.
+        TargetError: a runtime is missing, or reads none of the formats; or a process for memory fails.
         UsageError: no entry, labels that are not unique, or a number out of range.
     """
     labels = [label for label, _, _ in entries]

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecomp.errors import BundleError, ParityError, TargetError, UsageError
+from edgecomp.errors import ParityError, TargetError, UsageError
+from edgecomp.folder import read_file
 from edgecomp.graph import Array
 from edgecomp.report import BenchReport, Comparison, Fact, Source
 from edgecomp.targets.emulated import (
@@ -79,8 +80,8 @@ def bench_emulated(
     Raises:
         BundleError: a file cannot be read, or its runtime refuses it.
         ParityError: a code is not the one that this machine computes, where all kernels are known to compute alike.
-        TargetError: the target is unknown or not installed, or a run fails there.
-        UsageError: no model or no images, or a negative seed.
+        TargetError: the target is not installed, the runtime is not there, or a run fails.
+        UsageError: the target is unknown, no model or no images, or a negative seed.
     """
     core = core_of(target)
     if n_images < 1 or seed < 0 or not entries:
@@ -126,7 +127,7 @@ def _report(
     entry: Entry, runtime: str, place: _Place, n_images: int, seed: int, progress: Callable[[int], object]
 ) -> BenchReport:
     label, model, format_name = entry
-    data = model if isinstance(model, bytes) else read_model(Path(model))
+    data = model if isinstance(model, bytes) else read_file(Path(model))
     file = place.folder / f"model.{format_name}"
     file.write_bytes(data)
     runner = runner_class(runtime)(file, threads=1)
@@ -186,18 +187,6 @@ def one_inference(counts: Sequence[dict[str, int]]) -> dict[str, int]:
     marking = {kind: counts[2][kind] - counts[1][kind] for kind in kinds}
     found = {kind: counts[-2][kind] - counts[-3][kind] - marking[kind] for kind in kinds}
     return {**found, "total": sum(found.values())}
-
-
-def read_model(path: Path) -> bytes:
-    """Read an exported file.
-
-    Raises:
-        BundleError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise BundleError(f"{path}: cannot be read ({e.strerror}); expected an exported model") from e
 
 
 def _noise(border: Border, n: int, seed: int) -> Array:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecomp.errors import BundleError, TargetError
+from edgecomp.folder import read_file
 from edgecomp.report import Comparison
 from edgecomp.targets import load
 from edgecomp.targets.emulated import cache_folder, pip_download
@@ -18,7 +19,6 @@ from edgecomp.targets.ssh import Address, Session, platforms_of, read_wheels
 from .archive import NAME, runner_archive
 from .bench import Entry
 from .device import NOT_VALID
-from .emulated import read_model
 from .runners import default_runtime
 
 PACKAGES = {
@@ -84,7 +84,7 @@ def bench_over_ssh(
         step(1)
         files, argv = {NAME: runner_archive()}, [f"@{NAME}"]
         for i, (label, model, format_name) in enumerate(entries):
-            data = model if isinstance(model, bytes) else read_model(Path(model))
+            data = model if isinstance(model, bytes) else read_file(Path(model))
             files[f"{i}.{format_name}"] = data
             argv.append(f"--graph={label}=@{i}.{format_name}")
         argv += [f"--num_threads={threads}", f"--min_secs={min_s:g}", f"--seed={seed}", *flags]
@@ -134,7 +134,7 @@ def _read(out: bytes, entries: Sequence[Entry], address: Address) -> Comparison:
     except (BundleError, UnicodeDecodeError) as e:
         raise TargetError(f"{address.host}: its report cannot be read: {e}") from e
     sent = {
-        label: hashlib.sha256(model if isinstance(model, bytes) else read_model(Path(model))).hexdigest()
+        label: hashlib.sha256(model if isinstance(model, bytes) else read_file(Path(model))).hexdigest()
         for label, model, _ in entries
     }
     if {r.label: r.sha256 for r in found.reports} != sent:

@@ -127,8 +127,8 @@ def runner_class(runtime: str) -> type[Runner]:
     """Look up a runtime by name.
 
     Raises:
-        TargetError: there is none of that name.
+        UsageError: there is none of that name.
     """
     if runtime not in RUNNERS:
-        raise TargetError(f"runtime {runtime!r:.80} is unknown; expected one of {', '.join(RUNNERS)}")
+        raise UsageError(f"runtime {runtime!r:.80} is unknown; expected one of {', '.join(RUNNERS)}")
     return RUNNERS[runtime]

@@ -15,7 +15,7 @@ from edgecomp.artifact import FILES
 from edgecomp.compress import border_codes, compress, run_codes
 from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.files import MANIFEST
-from edgecomp.folder import BuiltFolder, open_folder
+from edgecomp.folder import BuiltFolder, open_folder, read_file
 from edgecomp.report import BenchReport, Comparison, table
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 COMPRESSED, INT8, FLOAT = "compressed", "plain int8", "float32"
 CUT = ", cut"
 """Behind the names of the other models where they lack channels or classes of the network that was compressed."""
+MIN_S = 2.0
+"""Measuring time for each model at least, seconds, unless another is asked for."""
 _TRIAL_S = 60.0
 
 
@@ -147,16 +149,18 @@ def bench_artifact(
 
     Raises:
         BundleError: a file is missing, damaged, or not the one its manifest speaks of.
-        TargetError: the runtime is unknown or missing.
-        UsageError: threads or min_s are out of range.
+        TargetError: the runtime is missing.
+        UsageError: the runtime is unknown, or threads or min_s are out of range.
     """
     if not 0 < min_s <= 3600:
         raise UsageError(f"--min-secs {min_s:g}: expected seconds, above 0 and up to 3600")
     if seed < 0:
         raise UsageError(f"--seed {seed}: expected 0 or more")
-    benched = []
-    for subject in side_by_side(paths, runtime):
-        if any(format == "tflm" for _, _, format in subject.entries) or runtime == "tflite-micro":
+    found, benched = side_by_side(paths, runtime), []
+    if threads > 1 and any(_in_micro(subject, runtime) for subject in found):
+        raise UsageError(f"--threads {threads}: tflite-micro has one; leave --threads out, or name another --runtime")
+    for subject in found:
+        if _in_micro(subject, runtime):
             for _, model, _ in subject.entries:
                 if isinstance(model, Path):
                     _try_in_micro(model)
@@ -182,8 +186,7 @@ def subjects(path: Path, runtime: str | None) -> list[Subject]:
 
     Raises:
         BundleError: a file is missing, damaged, or not the one its manifest speaks of.
-        TargetError: the runtime is unknown.
-        UsageError: nothing is left.
+        UsageError: the runtime is unknown, or nothing is left.
     """
     if path.is_dir():
         return _of_folder(path, None, runtime)
@@ -206,12 +209,16 @@ def stands_alone(path: Path) -> bool:
     return path.is_file() and not of_folder
 
 
+def _in_micro(subject: Subject, runtime: str | None) -> bool:
+    return runtime == "tflite-micro" or any(format == "tflm" for _, _, format in subject.entries)
+
+
 def _is_for_micro(path: Path) -> bool:
     """Tell whether a TFLite file has weights that only TFLite Micro decodes."""
     from edgecomp.exporters.tflm_decode import OPERATOR
     from edgecomp.exporters.unpack_tflite import has_custom
 
-    return bool(has_custom(path.read_bytes(), OPERATOR))
+    return bool(has_custom(read_file(path), OPERATOR))
 
 
 def _try_in_micro(path: Path) -> None:
@@ -340,8 +347,8 @@ def bench_target(
     Raises:
         BundleError: a file is missing, damaged, or not the one its manifest speaks of.
         ParityError: an output is not the reference's.
-        TargetError: the core is unknown or cannot be emulated, or a tool is missing.
-        UsageError: the folder has no network in C, or a runtime is asked for.
+        TargetError: the core cannot be emulated, or a tool is missing.
+        UsageError: the core is unknown, the folder has no network in C, or a runtime is asked for.
     """
     from edgecomp.benchmarks.cross_compile import core_of
     from edgecomp.benchmarks.firmware import measure_firmware

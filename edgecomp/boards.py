@@ -22,7 +22,7 @@ def board_facts(name: str | None) -> list[dict[str, object]]:
     """Give the facts of one board, or of all, for programs.
 
     Raises:
-        TargetError: no board has that name, or its file is damaged.
+        UsageError: no board has that name, or the user's own file is of no use.
     """
     boards: list[Target] = [load(known) for known in (names() if name is None else [name])]
     return [{**_facts(board), "sources": dict(board.sources)} for board in boards]
@@ -48,13 +48,29 @@ def install(name: str | None, *, stage: Stage) -> str:
     """Make what an emulated board needs, one file system for all of them, and say where it lies.
 
     Raises:
-        TargetError: it is none, or a tool or a package is missing.
-        UsageError: no name.
+        TargetError: a tool or a package is missing.
+        UsageError: no name, or that of no emulated board.
     """
     if name is None:
         raise UsageError(f"--install needs a NAME: {', '.join(EMULATED)}")
     core_of(name)
     return str(install_root(stage))
+
+
+def check_asked(name: str | None, *, install: bool, runner: Path | None, force: bool, as_json: bool) -> None:
+    """Refuse options of `targets` that have no meaning together.
+
+    Raises:
+        UsageError: with what to leave out.
+    """
+    if install and runner is not None:
+        raise UsageError("--install with --runner: one at a time; leave one out")
+    if runner is not None and name is not None:
+        raise UsageError(f"--runner with {name!r:.80}: the runner is the same for all boards; leave the name out")
+    if as_json and (install or runner is not None):
+        raise UsageError("--json is of what is known of boards; leave it out")
+    if force and runner is None:
+        raise UsageError("--force is of --runner, which is not given")
 
 
 def write_runner(file: Path, *, force: bool) -> str:

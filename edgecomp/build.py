@@ -14,7 +14,7 @@ import numpy as np
 from edgecomp import bundle, intake, launched, manifest, planner
 from edgecomp.artifact import AtRest, Exported, form_of
 from edgecomp.channels import IRRELEVANT, CutPolicy, Pruning
-from edgecomp.check import Stage, at_chance, measure, measure_accuracy
+from edgecomp.check import Stage, chance_warning, measure, measure_accuracy
 from edgecomp.compress import compress, narrowest_bits, on_grids
 from edgecomp.data import LabelledImages, draw
 from edgecomp.errors import DataError, UsageError
@@ -122,18 +122,8 @@ def build(
         EdgecompError: by kind, see `errors`.
         OSError: the folder cannot be written.
     """
-    _check_folder(folder, force=force)
     if at_rest is AtRest.PACKED and "tflite" not in formats:
         raise UsageError(f"--weights-at-rest {at_rest} is of TFLite files; add tflite to --format")
-    if "tflm" in formats:
-        from edgecomp.benchmarks.tflm import load_package
-
-        load_package()  # rather missed now than after the long work
-    if "c" in formats:
-        from edgecomp.benchmarks.compiled_c import host_compiler
-
-        host_compiler()
-    formats = [form_of(name, at_rest) for name in formats]
     if model is None and weights is not None:
         raise UsageError("--weights without MODEL: name the model they belong to")
     if model is not None and data is None:
@@ -153,6 +143,16 @@ def build(
         pruning = Pruning(policy=CutPolicy.ENOUGH)
     check_method(paper, scoring=scoring, pruning=pruning, sparsifying=sparsifying, reconstruction=reconstruction)
     _check_rule(scoring.rule)
+    _check_folder(folder, force=force)
+    if "tflm" in formats:
+        from edgecomp.benchmarks.tflm import load_package
+
+        load_package()  # rather missed now than after the long work
+    if "c" in formats:
+        from edgecomp.benchmarks.compiled_c import host_compiler
+
+        host_compiler()
+    formats = [form_of(name, at_rest) for name in formats]
     if model is None:
         model, weights, preprocessing = intake.sample(preprocessing)
     preprocessing = preprocessing or Preprocessing(mean=(0.0,), std=(1.0,))
@@ -167,13 +167,11 @@ def build(
         uncut, images, class_weights = intake.select(original, images, classes)
     float_accuracy = by_first(lambda: _float_accuracy(uncut, images.test, preprocessing, stage))
     n_classes = int(np.prod(uncut.tensors[uncut.outputs[0]].shape))
-    if at_chance(float_accuracy, len(images.test), n_classes):
+    untrained = chance_warning({"the float network": float_accuracy}, len(images.test), n_classes)
+    if untrained:
         without = " (--weights was not given)" if weights is None and ":" in model else ""
-        warn(
-            f"the float network is right on {float_accuracy:.2f} % of {len(images.test)} test images, no better than "
-            f"chance with {n_classes} classes; is it trained{without}, and do --mean, --std and the like give it what "
-            "it was trained on?"
-        )
+        advice = f"is it trained{without}, and do --mean, --std and the like give it what it was trained on?"
+        warn(f"{untrained}; {advice}")
     drop_points, rest, held_out = None, images.train, None
     if budget.kind is BudgetKind.MAX_DROP:
         train, rest, held_out = _split(images.train, n_calibration, seed=seed)
@@ -313,6 +311,12 @@ def build(
         quantized = compress(spent.candidate.graph, plan)
         exported = _export(quantized, formats, stage)
         measured = [measure(e, quantized, images.test, preprocessing, stage) for e in exported]
+        of_files = {e.name: m["accuracy"]["value"] for e, m in zip(exported, measured, strict=True)}
+        ruined = chance_warning(of_files, len(images.test), n_classes)
+        if ruined and not untrained:
+            much = ", ".join(_asked_for(budget, pruning, sparsifying, limit))
+            back = "" if epochs else ", or win accuracy back with --recover"
+            warn(f"{ruined}, the float network on {float_accuracy:.2f} %; {much} is too much: ask for less{back}")
         record: dict[str, object] = {
             "schema": MANIFEST_SCHEMA,
             "model": graph.name,
@@ -347,6 +351,18 @@ def build(
         return record
 
     return Built(folder=folder, manifest=by_first(written), budget_met=spent.met)
+
+
+def _asked_for(
+    budget: Budget, pruning: Pruning, sparsifying: Pruning | None, limit: LatencyLimit | None
+) -> list[str]:
+    """Name the options that cost accuracy."""
+    said = [f"--{budget.kind.value.replace('_', '-')} {budget.asked:g}"]
+    if limit is not None:
+        said.append(f"--max-latency {limit.most_ms:g}ms")
+    elif pruning != IRRELEVANT:
+        said.append(f"--prune {pruning.text()}")
+    return said if sparsifying is None else [*said, f"--sparsify {sparsifying.text()}"]
 
 
 def _told(sparsifying: Pruning | None, share: float) -> str:

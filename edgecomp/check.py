@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -82,6 +82,21 @@ def at_chance(percent: float, n_images: int, n_classes: int) -> bool:
     return percent / 100 <= most < 1
 
 
+def chance_warning(percents: Mapping[str, float], n_images: int, n_classes: int) -> str:
+    """Say which of several accuracies are no better than chance; nothing where all are better.
+
+    Args:
+        percents: right on the images, by what classified them.
+        n_images: that were classified.
+        n_classes: there are.
+    """
+    found = [f"{name} is right on {percent:.2f} %" for name, percent in percents.items()
+             if at_chance(percent, n_images, n_classes)]  # fmt: skip
+    if not found:
+        return ""
+    return f"{' and '.join(found)} of {n_images} test images, no better than chance with {n_classes} classes"
+
+
 def output_step(graph: Graph) -> float:
     """Give the difference of two neighbouring outputs: 1 for codes, what a code is worth for floats.
 
@@ -140,7 +155,7 @@ def measure_parity(
 
 def measure(
     exported: Exported, quantized: Graph, test: LabelledImages, preprocessing: Preprocessing, stage: Stage
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Measure accuracy on the whole test split and parity on some of it, through the file's runtime.
 
     Returns:

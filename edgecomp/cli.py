@@ -206,7 +206,6 @@ def _build(args: argparse.Namespace) -> int:
 
     sys.path.insert(0, os.getcwd())  # package.module:factory is looked for where the user stands
     paper = PAPERS.get(args.method)
-    own = Scoring() if paper is None else paper.scoring
     sparsifying = None if paper is None else paper.sparsifying
     built = build(
         model=args.model,
@@ -219,7 +218,7 @@ def _build(args: argparse.Namespace) -> int:
         budget=options.budget_of(args),
         formats=args.format,
         io=Io(args.io),
-        scoring=Scoring(score=args.score or own.score, rule=args.rule or own.rule, start=args.start or own.start),
+        scoring=options.scoring_of(args, Scoring() if paper is None else paper.scoring),
         reconstruction=paper is None and not args.no_reconstruct,
         seed=args.seed,
         folder=args.output,
@@ -294,7 +293,7 @@ def _unpack(args: argparse.Namespace) -> int:
     from edgecomp.report import table
     from edgecomp.runtime import CPP_HEADER, unpack_file
 
-    if args.cpp_header and args.file is args.output is None:
+    if args.cpp_header and args.file is args.output is None and not args.force:
         print(CPP_HEADER)
         return 0
     if args.cpp_header or args.file is None or args.output is None:
@@ -315,13 +314,15 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from edgecomp.benching import bench_artifact, bench_target
+    from edgecomp.benching import MIN_S, bench_artifact, bench_target
     from edgecomp.comparing import check_asked, check_not_slower, plot
-    from edgecomp.devices import Flags, bench_devices, bench_emulated_board, kind_of
+    from edgecomp.devices import Flags, bench_devices, bench_emulated_board, check_options, kind_of
     from edgecomp.files import write_file
 
     kind = kind_of(args.target)
     how = {"runtime": args.runtime, "seed": args.seed, "stage": _stage}
+    flags = Flags(profile=args.profile, cores=args.cores, repeat=args.repeat)
+    check_options(kind, flags, threads=args.threads, min_s=args.min_secs, compiler=args.compiler)
     before = check_asked(
         args.artifacts,
         kind,
@@ -330,11 +331,6 @@ def _bench(args: argparse.Namespace) -> int:
         percent=args.fail_if_slower,
         baseline=args.baseline,
     )
-    if kind in ("core", "emulated") and args.threads != 1:
-        raise errors.UsageError(f"--threads {args.threads} with --target {args.target[0]}: one thread is emulated")
-    flags = Flags(profile=args.profile, cores=args.cores, repeat=args.repeat)
-    if kind != "ssh" and flags != Flags():
-        raise errors.UsageError("--profile, --cores and --repeat are for --target ssh://...")
     if kind == "core":
         if len(args.artifacts) > 1:
             raise errors.UsageError(f"--target {args.target[0]}: takes one folder at a time")
@@ -344,7 +340,7 @@ def _bench(args: argparse.Namespace) -> int:
     if kind == "emulated":
         found: Sequence[Any] = bench_emulated_board(args.artifacts, args.target[0], **how)
     else:
-        how |= {"threads": args.threads, "min_s": args.min_secs}
+        how |= {"threads": args.threads, "min_s": MIN_S if args.min_secs is None else args.min_secs}
         there = kind == "ssh"
         found = (
             bench_devices(args.artifacts, args.target, flags=flags, **how)
@@ -367,10 +363,8 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _gate(args: argparse.Namespace) -> int:
     from edgecomp.files import write_file
-    from edgecomp.gating import Limits, check_report, gate
+    from edgecomp.gating import Limits, gate
 
-    if args.report is not None:
-        check_report(args.report)
     limits = Limits(flash_bytes=args.max_flash, ram_bytes=args.max_ram, drop_points=args.max_drop)
     judged = gate(
         args.folder,
@@ -378,6 +372,7 @@ def _gate(args: argparse.Namespace) -> int:
         target=args.target,
         baseline=args.baseline,
         manifest=args.manifest,
+        report=args.report,
         stage=_stage,
     )
     if args.report is None:
@@ -401,9 +396,11 @@ def _sbom(args: argparse.Namespace) -> int:
     from edgecomp.files import MANIFEST, check_new_files, write_file
     from edgecomp.folder import open_folder
 
+    if args.force and args.output is None:
+        raise errors.UsageError("--force is of -o, which is not given")
+    folder = open_folder(args.folder)
     if args.output is not None:
         check_new_files(args.output.parent, [args.output.name], force=args.force)
-    folder = open_folder(args.folder)
     own = [args.folder / name for name in (*folder.record["files"], MANIFEST)]
     if args.output is not None and args.output.exists() and any(p.exists() and p.samefile(args.output) for p in own):
         raise errors.UsageError(f"{args.output}: is a file that the bill is about; choose another -o")
@@ -421,10 +418,8 @@ def _estimate(args: argparse.Namespace) -> int:
     from edgecomp.targets import load
 
     if args.model.endswith(".json"):
-        usual = {"precision": "int8", "threads": 1}
-        usual |= dict.fromkeys(("runtime", "weights", "input_shape", "profile"))
-        for name, value in usual.items():
-            if getattr(args, name) != value:
+        for name in ("runtime", "precision", "threads", "profile", "weights", "input_shape"):
+            if getattr(args, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise errors.UsageError(f"{option} is not for a report of executed instructions; leave it out")
         counted = estimate_report(Path(args.model), load(args.target))
@@ -435,8 +430,8 @@ def _estimate(args: argparse.Namespace) -> int:
         args.model,
         target=load(args.target),
         runtime=args.runtime,
-        precision=args.precision,
-        threads=args.threads,
+        precision=args.precision or "int8",
+        threads=1 if args.threads is None else args.threads,
         profile=args.profile,
         weights=args.weights,
         input_shape=args.input_shape,
@@ -447,8 +442,9 @@ def _estimate(args: argparse.Namespace) -> int:
 
 
 def _targets(args: argparse.Namespace) -> int:
-    from edgecomp.boards import board_facts, board_table, boards_table, install, write_runner
+    from edgecomp.boards import board_facts, board_table, boards_table, check_asked, install, write_runner
 
+    check_asked(args.name, install=args.install, runner=args.runner, force=args.force, as_json=args.json)
     if args.install:
         print(install(args.name, stage=_stage))
         return 0

@@ -51,9 +51,10 @@ def kind_of(targets: Sequence[str]) -> str:
     """Tell what `--target` asks for: "host", "ssh", "emulated" or "core".
 
     Raises:
-        UsageError: several that are not all devices.
+        UsageError: several that are not all devices, or a name that is none, or of a board that is not here.
     """
-    from edgecomp.targets.emulated import SUFFIX
+    from edgecomp.targets import SUFFIX, names, nearest
+    from edgecomp.targets.emulated import EMULATED
     from edgecomp.targets.ssh import SCHEME
 
     if not targets or list(targets) == ["host"]:
@@ -62,7 +63,32 @@ def kind_of(targets: Sequence[str]) -> str:
         return "ssh"
     if len(targets) > 1:
         raise UsageError(f"--target {' --target '.join(targets)}: several may be given where all are ssh://...")
-    return "emulated" if targets[0].endswith(SUFFIX) else "core"
+    (name,) = targets
+    known = (*names(), *EMULATED)
+    if name not in known and not name.endswith(".toml"):
+        raise UsageError(f"target {name!r:.80} is unknown; {nearest(name, known)}")
+    if name + SUFFIX in EMULATED:
+        ways = f"--target {name}{SUFFIX} emulates it, --target ssh://HOST?board={name} measures on one"
+        raise UsageError(f"target {name!r}: is a board, and not here: {ways}")
+    return "emulated" if name in EMULATED else "core"
+
+
+def check_options(kind: str, flags: Flags, *, threads: int, min_s: float | None, compiler: str | None) -> None:
+    """Refuse options that have no meaning where it is to be measured; None is what was not given.
+
+    Raises:
+        UsageError: with what to leave out.
+    """
+    if kind in ("core", "emulated"):
+        if threads != 1:
+            raise UsageError(f"--threads {threads} with an emulated --target: one thread is emulated; leave it out")
+        if min_s is not None:
+            raise UsageError("--min-secs is of times that are measured; an emulator has none: leave it out")
+    if compiler is not None and kind != "core":
+        raise UsageError(f"--compiler {compiler} is for a --target with a Cortex-M, e.g. cortex-m4; leave it out")
+    if kind != "ssh" and flags != Flags():
+        raise UsageError("--profile, --cores and --repeat are for --target ssh://...")
+    flags.words()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -140,7 +166,7 @@ def bench_emulated_board(
     Raises:
         BundleError: a file is missing, damaged, or not the one its manifest speaks of.
         ParityError: a code is not the one that this machine computes.
-        TargetError: the board or the runtime is unknown or not installed, or a run fails.
+        TargetError: the board or the runtime is not installed, or a run fails.
         UsageError: nothing can be run.
     """
     from edgecomp.benchmarks.emulated import bench_emulated

@@ -12,7 +12,7 @@
       BudgetError      no plan satisfies the budget that was asked for
       ParityError      an exported file does not compute what it should
       ExportError      a format cannot express the graph
-      TargetError      a board is unknown, or a runtime, toolchain or emulator is missing
+      TargetError      a runtime, toolchain or emulator is missing, a device fails, or too little is known of a board
       BundleError      a file of ours is damaged or of an unknown version
 
 A message is one line: where, what was found, what was expected, what to do.
@@ -60,7 +60,7 @@ class ExportError(EdgecompError):
 
 
 class TargetError(EdgecompError):
-    """A board is unknown, or a runtime, toolchain or emulator is missing."""
+    """A runtime, toolchain or emulator is missing, a device fails, or too little is known of a board."""
 
 
 class BundleError(EdgecompError):

@@ -14,18 +14,17 @@ from edgecomp.comparing import read_baseline
 from edgecomp.compress import compress
 from edgecomp.errors import BundleError, UsageError
 from edgecomp.files import MANIFEST
-from edgecomp.folder import open_folder
+from edgecomp.folder import open_folder, read_file
 from edgecomp.latency import MICRO_RUNTIMES, Case, Estimate, LatencyLimit, LayerSource, Range, estimate
 from edgecomp.processor import processor_of
 from edgecomp.profiled import Profile, profile_of
-from edgecomp.report import Source, table
+from edgecomp.report import ESTIMATE_SCHEMA, Source, table
 from edgecomp.work import Work, total_macs, work_of
 
 if TYPE_CHECKING:
     from edgecomp.check import Stage
     from edgecomp.target import Target
 
-SCHEMA = "edgecomp-estimate/1"
 _RUNTIME_OF = {"onnx": "onnxruntime", "tflite": "litert", "tflm": "tflite-micro", "c": "c"}
 
 
@@ -52,7 +51,7 @@ class Estimated:
         """Give it for machines; `source` says that nothing was measured."""
         whole = self.estimate.latency_ms
         return {
-            "schema": SCHEMA,
+            "schema": ESTIMATE_SCHEMA,
             "source": Source.ESTIMATED.value,
             "model": self.model,
             "target": self.target,
@@ -179,7 +178,7 @@ def read_profile(report: Path, file: Path) -> Profile:
         UsageError: the report is not about this file, or as `profiled.profile_of`.
     """
     work, _ = _of_file(file)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_file(file)).hexdigest()
     found = [r for comparison in read_baseline(report) for r in comparison.reports if r.sha256 == digest]
     if not found:
         raise UsageError(f"{report}: has no report of {file} (SHA-256 {digest[:12]}...); name the file it measured")
@@ -261,10 +260,7 @@ def _of_file(path: Path) -> tuple[Sequence[Work], str]:
 
     if path.suffix not in (".onnx", ".tflite"):
         raise UsageError(f"{path}: expected an .onnx or .tflite that edgecomp wrote")
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise BundleError(f"{path}: cannot be read: {e.strerror}") from e
+    data = read_file(path)
     if path.suffix == ".onnx":
         return onnx_work(data, str(path)), _RUNTIME_OF["onnx"]
     micro = path.name.endswith(".tflm.tflite")

@@ -12,12 +12,11 @@ from edgecomp.cycles import REGISTERS, TABLES, cycles_of
 from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.latency import Range
 from edgecomp.plan import load_strict_json
-from edgecomp.report import Source, table
+from edgecomp.report import ESTIMATE_SCHEMA, Source, table
 
 if TYPE_CHECKING:
     from edgecomp.target import Target
 
-SCHEMA = "edgecomp-estimate/1"
 _MOST = 10**15
 """Instructions that are believed: months of a fast core, for one image."""
 
@@ -48,7 +47,7 @@ class FromCounts:
     def to_json(self) -> dict[str, object]:
         """Give it for machines; `source` says that nothing was measured."""
         return {
-            "schema": SCHEMA,
+            "schema": ESTIMATE_SCHEMA,
             "source": Source.ESTIMATED.value,
             "model": self.report,
             "target": self.target,

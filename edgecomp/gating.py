@@ -75,6 +75,7 @@ def gate(
     baseline: Path | None,
     stage: Stage,
     manifest: Path | None = None,
+    report: Path | None = None,
 ) -> str:
     """Check the network in C of a folder.
 
@@ -85,6 +86,7 @@ def gate(
         baseline: an earlier manifest or network.c, to say what has grown since.
         stage: shows how far the work is.
         manifest: of an exported folder: that of the build whose network it is, which knows its accuracy.
+        report: where the table will be written; it may replace only an earlier one.
 
     Returns:
         a table of what was judged.
@@ -113,6 +115,8 @@ def gate(
     before = None if baseline is None else _before(baseline)
     if baseline is not None and before is None:
         raise UsageError(f"{baseline}: --baseline knows no network in C to compare with; leave it out")
+    if report is not None:
+        _check_report(report)
     flash, ram = {"weights and scales": network.flash_bytes}, {"arena": network.arena_bytes}
     if target is not None:
         flash, ram = _on_core(path, target, stage) if exported else _benched(path, target, stage)
@@ -145,7 +149,7 @@ def gate(
     return table(rows, _HEADER)
 
 
-def check_report(path: Path) -> None:
+def _check_report(path: Path) -> None:
     """Refuse to replace a file that is no table of `gate`.
 
     Raises:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgecomp.benchmarks.litert import LiteRt
 from edgecomp.benchmarks.onnx_runtime import optimized
-from edgecomp.errors import BundleError, TargetError
+from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.exporters.describe import describe
 
 
@@ -26,10 +26,13 @@ def inspect(path: Path, *, execution: bool = False) -> dict[str, object]:
     Raises:
         BundleError: the file is missing, empty, damaged, or nothing that edgecomp knows.
         ExportError: the package that reads the format is missing.
+        UsageError: what a runtime makes of it was asked, and it is no model.
     """
     found: dict[str, object] = describe(path)
-    if not execution or found["kind"] not in ("onnx", "tflite"):
+    if not execution:
         return found
+    if found["kind"] not in ("onnx", "tflite"):
+        raise UsageError(f"{path}: is of the kind {found['kind']}, --execution is for ONNX and TFLite; leave it out")
     try:
         return {**found, **(_in_onnxruntime(path) if found["kind"] == "onnx" else _in_litert(path))}
     except (BundleError, TargetError) as e:

@@ -22,6 +22,7 @@ from edgecomp.errors import UsageError
 
 if TYPE_CHECKING:
     from edgecomp.latency import LatencyLimit
+    from edgecomp.methods import Scoring
     from edgecomp.preprocessing import Preprocessing
     from edgecomp.spending import Budget
 
@@ -168,7 +169,7 @@ def _add_bench(verbs: Any) -> None:
     p.add_argument("--target", metavar="T", action="append", default=[], help=about)
     p.add_argument("--compiler", choices=COMPILERS, help="for a core; default: the first that is installed")
     p.add_argument("--threads", type=int, default=1, metavar="N")
-    p.add_argument("--min-secs", type=float, default=2.0, metavar="S", help="measuring time for each model at least")
+    p.add_argument("--min-secs", type=float, metavar="S", help="measuring time for each model at least (default 2)")
     p.add_argument("--baseline", type=Path, metavar="FILE", help="what --json printed before, for --fail-if-slower")
     slower = "exit code 3 where a model is surely more than P %% slower than before, or than the first"
     p.add_argument("--fail-if-slower", type=read_percent, metavar="P", help=slower)
@@ -220,8 +221,8 @@ def _add_estimate(verbs: Any) -> None:
     p.add_argument("model", metavar="MODEL", help=about)
     p.add_argument("--target", required=True, metavar="NAME", help="of edgecomp targets, or your FILE.toml")
     p.add_argument("--runtime", metavar="R", help="litert, onnxruntime, ncnn; tflite-micro, x-cube-ai, c on Cortex-M")
-    p.add_argument("--precision", choices=("int8", "fp32", "fp16"), default="int8", help="default int8")
-    p.add_argument("--threads", type=int, default=1, metavar="N")
+    p.add_argument("--precision", choices=("int8", "fp32", "fp16"), help="default int8")
+    p.add_argument("--threads", type=int, metavar="N", help="default 1")
     _add_profile(p)
     p.add_argument("--weights", type=Path, metavar="FILE", help="of a model; not needed where untrained will do")
     p.add_argument("--input-shape", type=read_shape, metavar="C,H,W", help="of a model (torchvision: 3,224,224)")
@@ -278,12 +279,26 @@ def budget_of(args: argparse.Namespace) -> Budget:
     return Budget(kind=BudgetKind.AVG_BITS, asked=4.0 if args.avg_bits is None else args.avg_bits)
 
 
+def scoring_of(args: argparse.Namespace, usual: Scoring) -> Scoring:
+    """Give what tells important from unimportant.
+
+    Raises:
+        UsageError: a rule or start of relevance is given to another score.
+    """
+    score = args.score or usual.score
+    if score != SCORES[0]:
+        for option in ("rule", "start"):
+            if getattr(args, option) is not None:
+                raise UsageError(f"--{option} is of --score {SCORES[0]}, not of {score}; leave one out")
+    return replace(usual, score=score, rule=args.rule or usual.rule, start=args.start or usual.start)
+
+
 def latency_limit_of(args: argparse.Namespace) -> LatencyLimit | None:
     """Give the latency that `build` must keep to; None where none is asked for.
 
     Raises:
-        TargetError: the board is unknown.
-        UsageError: it is missing, or is named for nothing.
+        TargetError: the board's core or clock is not known.
+        UsageError: the board is missing or unknown, or is named for nothing.
     """
     from edgecomp.estimating import latency_limit
     from edgecomp.targets import load

@@ -5,7 +5,7 @@ Not here: how long a network takes on it (`latency`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgecomp.errors import TargetError, UsageError
@@ -115,6 +115,14 @@ tables. A target's own facts stand above all of these."""
 _UNKNOWN_64, _UNKNOWN_32 = Core(fp32_macs_per_cycle=4, reorders=True), _old(1, 900, 2_500)
 _HELIUM = frozenset({"helium", "mve"})
 _UNKNOWN_DOTPROD = _wide(8, 6_000, 12_000, 1_024, dotprod=True)
+_LIKE: Sequence[tuple[str, frozenset[str]]] = (
+    ("Cortex-M55", _HELIUM),
+    ("Cortex-M0+", frozenset({"armv6-m", "armv8-m.base"})),
+    ("Cortex-M4", frozenset({"armv7e-m", "dsp"})),
+    ("Cortex-M3", frozenset({"armv7-m", "armv8-m.main", "armv8.1-m.main"})),
+)
+"""What an unknown microcontroller computes like: the first core of whose instruction sets it has one. The DSP
+extension, which multiplies two numbers at once, is an option from ARMv8-M on, and in the baseline is not to be had."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,8 +173,8 @@ def processor_of(target: Target) -> Processor:
 
     Raises:
         TargetError: the core or its clock is not given.
-        UsageError: the core is not one of CORES, and the target does not give what stands for it: isa and, of the A
-            class, fp32_macs_per_cycle.
+        UsageError: the core is not one of CORES, and the target does not give what stands for it: isa, of a
+            microcontroller one of _LIKE, and, of the A class, fp32_macs_per_cycle.
     """
     if target.cpu is None or target.clock_hz is None:
         missing = "cpu" if target.cpu is None else "clock_hz"
@@ -175,7 +183,7 @@ def processor_of(target: Target) -> Processor:
             "take a board, or copy the target's file, add it, and give --target FILE.toml"
         )
     micro = target.cpu.lower().startswith("cortex-m")
-    core = CORES.get(target.cpu)
+    core, like = CORES.get(target.cpu), _like(target.isa) if micro else None
     if core is None:
         needed = ("isa",) if micro else ("isa", "fp32_macs_per_cycle")
         missing = " and ".join(fact for fact in needed if not getattr(target, fact))
@@ -184,8 +192,14 @@ def processor_of(target: Target) -> Processor:
                 f"target {target.name!r:.80}: nothing is known of a core {target.cpu!r:.80}: give {missing}, or one of "
                 f"{', '.join(CORES)}"
             )
-    usual = core or _usual(target.isa, micro)
-    assumed = [] if core else ["core"]
+        if micro and like is None:
+            sets = ", ".join(name for _, names in _LIKE for name in sorted(names))
+            raise UsageError(
+                f"target {target.name!r:.80}: nothing is known of a core {target.cpu!r:.80}, and isa does not say what "
+                f"it is like: expected one of {sets} in it"
+            )
+    usual = core or (CORES[like] if like is not None else _usual(target.isa))
+    assumed = [] if core else ["core" if like is None else f"what a {like} computes in a cycle"]
     isa = target.isa
     if not isa:
         assumed.append("isa")
@@ -227,9 +241,11 @@ def processor_of(target: Target) -> Processor:
     )
 
 
-def _usual(isa: tuple[str, ...], micro: bool) -> Core:
-    if micro:
-        return _micro(0.8, 0.3) if _HELIUM.isdisjoint(isa) else _micro(8, 1, helium=True)
+def _like(isa: tuple[str, ...]) -> str | None:
+    return next((core for core, sets in _LIKE if not sets.isdisjoint(isa)), None)
+
+
+def _usual(isa: tuple[str, ...]) -> Core:
     if "dotprod" in isa:
         return _UNKNOWN_DOTPROD
     return _UNKNOWN_64 if "aarch64" in isa or not isa else _UNKNOWN_32

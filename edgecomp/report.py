@@ -23,6 +23,7 @@ _T = TypeVar("_T")
 
 REPORT_SCHEMA = "edgecomp-bench/2"
 COMPARISON_SCHEMA = "edgecomp-comparison/2"
+ESTIMATE_SCHEMA = "edgecomp-estimate/1"
 
 Fact = str | int | float | bool | tuple[str, ...] | None
 """What a line of an environment may hold."""

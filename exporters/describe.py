@@ -19,8 +19,17 @@ from edgecomp.errors import BundleError, EdgecompError
 from edgecomp.files import MANIFEST_SCHEMA
 from edgecomp.manifest import read_manifest
 from edgecomp.plan import PLAN_SCHEMA, CompressionPlan, check_keys, load_strict_json
-from edgecomp.report import COMPARISON_SCHEMA, REPORT_SCHEMA, BenchReport, Comparison, Source, table
+from edgecomp.report import (
+    COMPARISON_SCHEMA,
+    ESTIMATE_SCHEMA,
+    REPORT_SCHEMA,
+    BenchReport,
+    Comparison,
+    Source,
+    table,
+)
 
+from .answers import are_boards, board_facts, estimate_facts, other_facts
 from .c_facts import BEGIN, CodeBorder, read_facts
 from .modelfacts import MEANT_BY_DAMAGED, model_facts, weight_row
 from .read_onnx import read_onnx
@@ -36,8 +45,8 @@ def describe(path: Path) -> dict[str, object]:
     """Say what a file holds, in values that JSON knows.
 
     Args:
-        path: an ONNX or TFLite file from anywhere, or a file of edgecomp: graph, plan, manifest, bench report, an
-            emulated core's report, network.c.
+        path: an ONNX or TFLite file from anywhere, or a file of edgecomp: graph, plan, manifest, network.c, and what
+            the verbs print with --json.
 
     Returns:
         kind, bytes and sha256; for a model also producer, format_version, inputs and outputs (name, shape, dtype, and
@@ -169,7 +178,11 @@ def _json(data: bytes, where: str) -> dict[str, object]:
             listed = load_strict_json(f'{{"list": {text}}}', where)
             check_keys(listed, ("list",), where)
             parts = listed["list"]
-            return _reports([Comparison.from_json(json.dumps(part), where) for part in parts])  # type: ignore[attr-defined]
+            _check_plain(parts, 8)
+            assert isinstance(parts, list)
+            if are_boards(parts):
+                return board_facts(parts)
+            return _reports([Comparison.from_json(json.dumps(part), where) for part in parts])
         record = load_strict_json(text, where)
         schema = record.get("schema")
         for known, read in _JSON.items():
@@ -177,13 +190,20 @@ def _json(data: bytes, where: str) -> dict[str, object]:
                 return read(text, where)
         if schema is None and record.get("source") == Source.EMULATED.value:
             return _emulated(record, where)
+        if schema is None:
+            _check_plain(record, 12)
+            if (found := other_facts(record)) is not None:
+                return found
     except BundleError:
         raise
     except EdgecompError as e:
         raise BundleError(str(e)) from e
     except MEANT_BY_DAMAGED as e:
         raise BundleError(f"{where}: is damaged: {' '.join(str(e).split())[:200] or type(e).__name__}") from e
-    raise BundleError(f"{where}: schema is {schema!r:.60}; expected one of {', '.join(_JSON)}")
+    raise BundleError(
+        f"{where}: schema is {schema!r:.60}; expected one of {', '.join(_JSON)}, or what a verb prints with "
+        "--json"
+    )
 
 
 def _plan(text: str, where: str) -> dict[str, object]:
@@ -272,6 +292,12 @@ def _emulated(record: Mapping[str, object], where: str) -> dict[str, object]:
     return {"kind": "emulated report", **{key: value for key, value in record.items() if key not in _HEADER}}
 
 
+def _estimate(text: str, where: str) -> dict[str, object]:
+    record = load_strict_json(text, where)
+    _check_plain(record, 6)
+    return estimate_facts(record)
+
+
 def _check_plain(value: object, depth: int) -> None:
     """Refuse what could not be written as JSON again: numbers beyond float64, lists nested without end.
 
@@ -315,4 +341,5 @@ _JSON: dict[str, Callable[[str, str], dict[str, object]]] = {
         "reports": [_report(BenchReport.from_json(text, where))],
     },
     COMPARISON_SCHEMA: lambda text, where: _reports([Comparison.from_json(text, where)]),
+    ESTIMATE_SCHEMA: _estimate,
 }

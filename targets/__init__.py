@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 from edgecomp.errors import TargetError, UsageError
 from edgecomp.processor import core_name
 from edgecomp.target import Target, parse
+
+SUFFIX = "-emulated"
+"""What is behind a board's name where bench is to emulate it, see `targets.emulated`."""
 
 
 def names() -> tuple[str, ...]:
@@ -22,19 +26,26 @@ def load(name: str) -> Target:
     """Look up a board by its name, or read a user's own file: a path that ends in .toml.
 
     Raises:
-        TargetError: no board has that name.
-        UsageError: there is no such file, or as `target.parse`.
+        TargetError: a file of ours is damaged.
+        UsageError: no board has that name, there is no such file, or as `target.parse`.
     """
     if name.endswith(".toml"):
         return _read(Path(name))
     if name not in names():
-        close = difflib.get_close_matches(name, names(), n=2)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names())}"
-        raise TargetError(f"target {name!r:.80} is unknown; {hint}")
+        board = name.removesuffix(SUFFIX)
+        if board in names():
+            raise UsageError(f"target {name!r:.80}: an emulated board is for bench alone; did you mean {board}?")
+        raise UsageError(f"target {name!r:.80} is unknown; {nearest(name, names())}")
     target = parse(resources.files(__package__).joinpath(f"{name}.toml").read_text(encoding="utf-8"), f"{name}.toml")
     if target.name != name:
         raise TargetError(f"{name}.toml: name is {target.name!r:.80}, expected {name!r}, as the file's")
     return target
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which of the known names a mistyped one may have meant, and where all of them are."""
+    close = difflib.get_close_matches(name.lower(), known, n=2)
+    return f"did you mean {' or '.join(close)}? see edgecomp targets" if close else "see edgecomp targets"
 
 
 def _read(path: Path) -> Target:

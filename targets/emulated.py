@@ -26,13 +26,12 @@ from types import MappingProxyType
 
 from edgecomp.errors import TargetError, UsageError
 from edgecomp.files import MANIFEST, new_folder, write_file
+from edgecomp.targets import SUFFIX, nearest
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Opens a progress bar: its name and total give what advances it."""
 
 SCHEMA = "edgecomp-rootfs/1"
-SUFFIX = "-emulated"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Core:
@@ -117,11 +116,11 @@ def core_of(target: str) -> Core:
     """Look up the core of an emulated board.
 
     Raises:
-        TargetError: it is none.
+        UsageError: it is none.
     """
     if target not in EMULATED:
-        hint = f"did you mean {target}{SUFFIX}?" if target + SUFFIX in EMULATED else f"there are {', '.join(EMULATED)}"
-        raise TargetError(f"target {target!r:.80} is not emulated; {hint}")
+        hint = nearest(target.removesuffix(SUFFIX) + SUFFIX, EMULATED)
+        raise UsageError(f"target {target!r:.80} is not emulated; {hint}")
     return EMULATED[target]
 
 

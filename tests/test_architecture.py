@@ -43,6 +43,7 @@ LEVELS = (
      "exporters.c_steps", "exporters.to_c", "exporters",
      "exporters.to_cyclonedx",
      "exporters.read_onnx", "exporters.read_tflite", "exporters.onnx_work", "exporters.tflite_work",
+     "exporters.answers",
      "exporters.describe", "runtime"),
     ("benchmarks", "benchmarks.environment", "benchmarks.harness", "benchmarks.validity", "benchmarks.runtime",
      "benchmarks.accuracy",

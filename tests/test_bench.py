@@ -379,7 +379,7 @@ def test_what_bench_refuses(tmp_path):
         bench([("a", model, "onnx")], baseline="b")
     with pytest.raises(TargetError, match="runtime litert reads tflite, the models are onnx"):
         bench([("a", model, "onnx")], runtime="litert")
-    with pytest.raises(TargetError, match="runtime 'magic' is unknown"):
+    with pytest.raises(UsageError, match="runtime 'magic' is unknown"):
         bench([("a", model, "onnx")], runtime="magic")
     with pytest.raises(TargetError, match="no runtime reads the format 'pb'"):
         bench([("a", model, "pb")])

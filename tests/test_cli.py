@@ -131,7 +131,7 @@ def test_wrong_usage_exits_with_2(argv: list[str], found: str, capsys: pytest.Ca
         (["inspect", "nowhere.onnx"], 2, "nowhere.onnx"),
         (["inspect", "tiny.pt"], 2, "tiny.pt"),
         (["export", "tiny.pt", "--graph", "tiny.pt", "--format", "onnx", "-o", "x"], 2, "tiny.pt"),
-        (["targets", "rpi9"], 6, "rpi"),
+        (["targets", "rpi9"], 2, "target 'rpi9' is unknown; did you mean rpi5 or rpi4? see edgecomp targets"),
         (["build", "tinymodels:tiny", "-o", "x"], 2, "--data"),
         (["bench", "full", "--seed", "-1"], 2, "--seed"),
         (["build", "--weights", "tiny.pt", "-o", "x"], 2, "MODEL"),

@@ -309,12 +309,13 @@ def test_bench_on_a_core(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "code", "found"),
     [
-        (["bench", "out", "--target", "cortex-m5"], 6, "did you mean"),
-        (["bench", "out", "--target", "rpi4"], 6, "is not emulated; those that are"),
+        (["bench", "out", "--target", "cortex-m5"], 2, "did you mean cortex-m"),
+        (["bench", "out", "--target", "rpi4"], 2, "--target rpi4-emulated emulates it, --target ssh://HOST?board=rpi4"),
+        (["bench", "out", "--target", "armv7"], 6, "is not emulated; those that are"),
         (["bench", "nowhere", "--target", "cortex-m4"], 2, "is no folder"),
         (["bench", "out/network.c"], 2, "add --target NAME"),
         (["bench", "out", "--target", "cortex-m4", "--runtime", "litert"], 2, "leave one out"),
-        (["bench", "out", "--target", ""], 6, "is unknown"),
+        (["bench", "out", "--target", ""], 2, "target '' is unknown; see edgecomp targets"),
         (["export", "out/plan.json", "--graph", "out/graph.edgecomp", "--format", "c", "-o", "out"], 2, "give --force"),
     ],
 )

@@ -99,7 +99,9 @@ def test_what_is_no_report_of_that_core(
     [
         ("--runtime", "c"),
         ("--precision", "fp32"),
+        ("--precision", "int8"),
         ("--threads", "2"),
+        ("--threads", "1"),
         ("--weights", "w.pt"),
         ("--input-shape", "1,8,8"),
     ],

@@ -226,7 +226,7 @@ def test_all_that_is_broken_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         (["nowhere", "--max-ram", "1K"], 2, "is no folder"),
         (["large", "--max-ram", "1K", "--baseline", "nowhere.json"], 2, "nowhere.json: cannot be read"),
         (["large", "--max-ram", "1K", "--baseline", "large/plan.json"], 2, "large/plan.json"),
-        (["large", "--max-ram", "1K", "--target", "toaster"], 6, "is unknown"),
+        (["large", "--max-ram", "1K", "--target", "toaster"], 2, "target 'toaster' is unknown; see edgecomp targets"),
         (["large", "--max-ram", "1K", "--baseline", "other/manifest.json"], 2, "knows no network in C to compare"),
         (["large", "--max-ram=-1"], 2, "--max-ram -1: expected 0 or more"),
     ],

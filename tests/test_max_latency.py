@@ -93,6 +93,7 @@ def test_what_was_met_for_c_is_met_by_the_folders_estimate(
         (["--max-latency", "0", *BOARD], 2, "--max-latency 0: expected milliseconds above 0"),
         (["--max-latency", "20ms", *BOARD, "--runtime", "litert"], 2, "litert is not for a Cortex-M4"),
         (["--max-latency", "20ms", "--target", "host"], 6, "cpu is not known"),
+        (["--max-latency", "20ms", "--target", "rpi9"], 2, "target 'rpi9' is unknown; did you mean rpi5 or rpi4?"),
     ],
 )
 def test_what_cannot_be(

@@ -318,7 +318,7 @@ def test_the_table_of_runtimes():
         "graph": "reference",
     }
     assert runner_class("litert") is LiteRt
-    with pytest.raises(TargetError, match="'tensorrt' is unknown; expected one of onnxruntime, onnxruntime-lean"):
+    with pytest.raises(UsageError, match="'tensorrt' is unknown; expected one of onnxruntime, onnxruntime-lean"):
         runner_class("tensorrt")
     with pytest.raises(TargetError, match="no runtime reads the format 'pb'; expected one of c, graph, onnx, tflite"):
         default_runtime("pb")

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from edgecomp.arguments import read_bytes, read_c_name
-from edgecomp.check import at_chance
+from edgecomp.check import at_chance, chance_warning
 from edgecomp.cli import main
 from edgecomp.errors import UsageError
+from edgecomp.graph import Graph
 from edgecomp.preprocessing import Preprocessing
 from tests.tiny import Place
 
@@ -222,6 +223,38 @@ def test_an_untrained_network_is_warned_of_before_the_work(
 )
 def test_chance(percent: float, n_images: int, n_classes: int, expected: bool) -> None:
     assert at_chance(percent, n_images, n_classes) is expected
+
+
+def test_which_of_several_are_no_better_than_chance() -> None:
+    assert chance_warning({"a": 10.89, "b": 10.91, "c": 0.0}, 10_000, 10) == (
+        "a is right on 10.89 % and c is right on 0.00 % of 10000 test images, no better than chance with 10 classes"
+    )
+    assert chance_warning({"b": 10.91}, 10_000, 10) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "much"),
+    [
+        (["--max-latency", "1s", "--target", "rpi4", "--max-size", "8K"], "--max-size 8192, --max-latency 1000ms"),
+        (["--prune", "0.1", "--sparsify", "zero", "--avg-bits", "8"], "--avg-bits 8, --prune 0.1, --sparsify zero"),
+    ],
+)
+def test_a_network_that_compression_has_ruined_is_warned_of(
+    options: list[str], much: str, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if cutting channels had left a network that says the first class whatever it sees."""
+
+    def ruined(graph: Graph, *given: object, **more: object) -> Graph:
+        bias = np.array([100, 0, 0, 0], dtype=np.float32)
+        return replace(graph, tensors={**graph.tensors, "fc.bias": replace(graph.tensors["fc.bias"], data=bias)})
+
+    monkeypatch.chdir(place.folder)
+    monkeypatch.setattr("edgecomp.build.pruned", ruined)
+    assert main([*place.command(), "--force", "--no-reconstruct", *options]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("edgecomp: warning: model.onnx is right on 25.00 % and model.tflite is right on 25.00 %")
+    assert f"the float network on 100.00 %; {much} is too much: ask for less, or win acc" in said
+    assert said.count("\n") == 1
 
 
 def run(*argv: str, folder: Path, **options: object) -> subprocess.Popen[str]:

@@ -348,7 +348,7 @@ def bench_target(
         BundleError: a file is missing, damaged, or not the one its manifest speaks of.
         ParityError: an output is not the reference's.
         TargetError: the core cannot be emulated, or a tool is missing.
-        UsageError: the core is unknown, the folder has no network in C, or a runtime is asked for.
+        UsageError: the core is unknown, the seed negative, the folder without a network in C, or a runtime is asked for.
     """
     from edgecomp.benchmarks.cross_compile import core_of
     from edgecomp.benchmarks.firmware import measure_firmware
@@ -358,6 +358,8 @@ def bench_target(
         raise UsageError(f"{path}: {target}, a core, runs the network in C; this is {kind}: give a built folder")
     if runtime is not None:
         raise UsageError(f"--runtime {runtime} with --target {target}: a core runs the network in C; leave one out")
+    if seed < 0:
+        raise UsageError(f"--seed {seed}: expected 0 or more")
     known = load(target)
     core_of(known.cpu, target)
     folder = open_folder(path.parent if path.is_file() else path)

@@ -18,7 +18,7 @@ from edgecomp.artifact import FILES
 from edgecomp.benching import bench_target
 from edgecomp.errors import BudgetError, BundleError, ParityError, UsageError
 from edgecomp.exporters.c_facts import BEGIN, check_files, read_facts
-from edgecomp.files import MANIFEST
+from edgecomp.files import MANIFEST, check_new_file
 from edgecomp.folder import open_folder, read_file, read_text
 from edgecomp.manifest import read_manifest
 from edgecomp.report import table
@@ -150,14 +150,15 @@ def gate(
 
 
 def _check_report(path: Path) -> None:
-    """Refuse to replace a file that is no table of `gate`.
+    """Refuse to replace a file that is no table of `gate`, and a place where none can be written.
 
     Raises:
-        UsageError: it is one.
+        UsageError: it is such a file or place.
     """
     begin = f"| {_HEADER[0]}".encode()
     if path.is_dir() or (path.is_file() and not path.read_bytes().startswith(begin)):
         raise UsageError(f"{path}: --report replaces only an earlier table of gate; choose another name")
+    check_new_file(path, "--report", force=True)
 
 
 # ---- where a network is described ------------------------------------------------------------------------------------

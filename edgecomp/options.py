@@ -309,5 +309,5 @@ def latency_limit_of(args: argparse.Namespace) -> LatencyLimit | None:
         return None
     if args.target is None:
         raise UsageError("--max-latency without --target: on which board? see edgecomp targets")
-    board, threads = load(args.target), args.threads or 1
+    board, threads = load(args.target), 1 if args.threads is None else args.threads
     return latency_limit(args.max_latency, board, args.runtime, args.format, threads, args.profile)

@@ -50,7 +50,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _read(path: Path) -> Target:
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")  # Windows puts a mark before a text
     except (OSError, ValueError) as e:
         what = "no such file" if isinstance(e, FileNotFoundError) else "cannot be read as text"
         raise UsageError(f"{path}: {what}; expected the facts of a board, as edgecomp targets shows them") from e

@@ -87,6 +87,7 @@ def test_what_was_met_for_c_is_met_by_the_folders_estimate(
         (["--max-latency", "1us", *BOARD], 3, "--max-latency: not met with 95% of the weights cut"),
         (["--max-latency", "1us", *BOARD], 3, "allow more time: estimated are 0."),
         (["--max-latency", "20ms", *BOARD, "--threads", "2"], 2, "threads 2: nucleo-l4r5zi has 1 core"),
+        (["--max-latency", "20ms", *BOARD, "--threads", "0"], 2, "threads 0: expected 1 to 1024"),
         (["--max-latency", "20ms"], 2, "--max-latency without --target"),
         ([*BOARD], 2, "--target, --runtime, --threads and --profile are of --max-latency"),
         (["--max-latency", "20ms", *BOARD, "--prune", "0.5"], 2, "--max-latency with --prune 0.5"),

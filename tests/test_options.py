@@ -57,6 +57,7 @@ NO_CORE = "--compiler gcc is for a --target with a Cortex-M"
         (["bench", "x.onnx", "--compiler", "gcc"], NO_CORE),
         (["bench", "x.onnx", "--compiler", "gcc", *EMULATED], NO_CORE),
         (["bench", "x.onnx", "--compiler", "gcc", *SSH], NO_CORE),
+        (["bench", "full", "--seed=-1", *CORE], "--seed -1: expected 0 or more"),
         (["bench", "x.onnx", "--force"], "--force is of --svg, which is not given"),
         (["inspect", "library.json", "--execution"], "is of the kind PlatformIO library, --execution is for ONNX"),
         (["sbom", "full", "--force"], "--force is of -o, which is not given"),

@@ -91,7 +91,7 @@ def test_only_errors_of_ours_are_raised_on_purpose() -> None:
     # Raised to themselves, and mapped at their own border.
     readers = ("exporters.describe", "exporters.modelfacts", "exporters.read_onnx", "exporters.read_tflite",
                "exporters.flatbuffer", "exporters.unpack_tflite", "exporters.tflm_decode", "exporters.c_facts",
-               "exporters.tflite_work", "benchmarks.tflm")
+               "exporters.tflite_work", "exporters.answers", "benchmarks.tflm")
     inner = {name: {"ValueError"} for name in readers}
     of_onnx = ("protobuf", "onnx_parts", "onnx_decoders", "onnx_work")
     inner |= {f"exporters.{n}": {"ValueError", "TypeError"} for n in of_onnx}

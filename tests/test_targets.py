@@ -116,6 +116,8 @@ def test_a_users_own_file(tmp_path):
         load(str(path))
     path.write_text(GOOD)
     assert load(str(path)) == parse(GOOD, "box.toml")
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())  # as Windows writes it
+    assert load(str(path)) == parse(GOOD, "box.toml")
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="cannot be read as text"):
         load(str(path))

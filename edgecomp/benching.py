@@ -348,7 +348,7 @@ def bench_target(
         BundleError: a file is missing, damaged, or not the one its manifest speaks of.
         ParityError: an output is not the reference's.
         TargetError: the core cannot be emulated, or a tool is missing.
-        UsageError: the core is unknown, the seed negative, the folder without a network in C, or a runtime is asked for.
+        UsageError: the core is unknown, the seed negative, no network in C is there, or a runtime is asked for.
     """
     from edgecomp.benchmarks.cross_compile import core_of
     from edgecomp.benchmarks.firmware import measure_firmware

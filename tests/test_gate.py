@@ -229,7 +229,7 @@ def test_all_that_is_broken_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         (["large", "--max-ram", "1K", "--target", "toaster"], 2, "target 'toaster' is unknown; see edgecomp targets"),
         (["large", "--max-ram", "1K", "--baseline", "other/manifest.json"], 2, "knows no network in C to compare"),
         (["large", "--max-ram=-1"], 2, "--max-ram -1: expected 0 or more"),
-        (["large", "--max-ram", "1", "--report", "no/r.md"], 2, "--report no/r.md: cannot be written there (No such file"),
+        (["large", "--max-ram", "1", "--report", "no/r.md"], 2, "--report no/r.md: cannot be written there"),
     ],
 )
 def test_bad_use(argv: list[str], code: int, found: str, capsys: pytest.CaptureFixture[str]) -> None:

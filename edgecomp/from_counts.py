@@ -116,7 +116,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         value = load_strict_json(path.read_text("utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as e:
-        raise BundleError(f"{path}: cannot be read; {expected}") from e
+        reason = e.strerror if isinstance(e, OSError) else "it is no text"
+        raise BundleError(f"{path}: cannot be read ({reason}); {expected}") from e
     if not isinstance(value, dict) or value.get("source") != Source.EMULATED.value or "classes" not in value:
         raise BundleError(f"{path}: is no emulated report with classes of instructions; {expected}")
     classes: Any = value["classes"]

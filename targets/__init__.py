@@ -52,7 +52,8 @@ def _read(path: Path) -> Target:
     try:
         text = path.read_text("utf-8-sig")  # Windows puts a mark before a text
     except (OSError, ValueError) as e:
-        what = "no such file" if isinstance(e, FileNotFoundError) else "cannot be read as text"
+        reason = e.strerror if isinstance(e, OSError) else "it is no text"
+        what = "no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({reason})"
         raise UsageError(f"{path}: {what}; expected the facts of a board, as edgecomp targets shows them") from e
     target = parse(text, str(path), stem=path.stem)
     return replace(target, cpu=None if target.cpu is None else core_name(target.cpu))

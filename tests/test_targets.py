@@ -114,14 +114,17 @@ def test_a_users_own_file(tmp_path):
     path = tmp_path / "mine.toml"
     with pytest.raises(UsageError, match=r"mine\.toml: no such file; expected the facts of a board"):
         load(str(path))
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(UsageError, match=r"folder\.toml: cannot be read \(Is a directory\); expected the facts"):
+        load(str(tmp_path / "folder.toml"))
     path.write_text(GOOD)
     assert load(str(path)) == parse(GOOD, "box.toml")
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())  # as Windows writes it
     assert load(str(path)) == parse(GOOD, "box.toml")
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="cannot be read as text"):
+    with pytest.raises(UsageError, match=r"cannot be read \(it is no text\)"):
         load(str(path))
-    with pytest.raises(UsageError, match="cannot be read as text"):
+    with pytest.raises(UsageError, match=r"cannot be read \(it is no text\)"):
         load(str(tmp_path) + "/\0.toml")
 
 

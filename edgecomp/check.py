@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -16,7 +17,7 @@ from edgecomp import reference
 from edgecomp.artifact import Exported
 from edgecomp.compress import border_codes
 from edgecomp.data import LabelledImages
-from edgecomp.errors import GraphError, ParityError
+from edgecomp.errors import GraphError, ParityError, TargetError
 from edgecomp.graph import Array, Graph, Op
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.report import Parity
@@ -62,13 +63,25 @@ def measure_accuracy(
     # Loaded one after the other: what native code prints meanwhile is held back, and there is one stderr for all.
     runners = [runner_class(runtime)(model, threads=1) for _ in shares]
 
+    ended = threading.Event()
+
+    def step(done: int) -> None:
+        if ended.is_set():
+            raise TargetError("interrupted")
+        if progress is not None:
+            progress(done)
+
     def right(runner: Runner, share: Array) -> int:
-        percent, n = accuracy(runner, images.take(share), preprocessing, progress=progress)
+        percent, n = accuracy(runner, images.take(share), preprocessing, progress=step)
         n_right: int = round(percent * n / 100)
         return n_right
 
     with ThreadPoolExecutor(len(shares)) as pool:
-        total = sum(pool.map(right, runners, shares))
+        try:
+            total = sum(pool.map(right, runners, shares))
+        except BaseException:  # Ctrl-C, or one of them failed: the others end with their batch
+            ended.set()
+            raise
     return 100 * total / len(images), len(images)
 
 

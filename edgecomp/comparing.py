@@ -95,6 +95,10 @@ def check_asked(
         raise UsageError("--svg is a plot of times that were measured; an emulator has none")
     if force and svg is None:
         raise UsageError("--force is of --svg, which is not given")
+    if svg is not None:
+        for path in (*paths, *([] if baseline is None else [baseline])):
+            if _holds(path, svg):
+                raise UsageError(f"--svg {svg}: is {path} or a file that belongs to it; choose another --svg")
     before = None if baseline is None else read_baseline(baseline)
     if len(paths) == 1 and stands_alone(paths[0]):
         if svg is not None:
@@ -104,9 +108,6 @@ def check_asked(
     if len(paths) > 1 and before is not None and stands_alone(paths[0]):
         _check_first(str(paths[0]), before)
     if svg is not None:
-        for path in (*paths, *([] if baseline is None else [baseline])):
-            if _holds(path, svg):
-                raise UsageError(f"--svg {svg}: is {path} or a file that belongs to it; choose another --svg")
         check_new_file(svg, "--svg", force=force)
     return before
 

@@ -128,7 +128,7 @@ def test_what_an_emulator_cannot_answer_is_refused_before_it_runs(target, models
     for more, what in (
         (["--svg", str(tmp_path / "x.svg")], "--svg is a plot of times that were measured; an emulator has none"),
         (["--fail-if-slower", "5"], "--fail-if-slower is about times that were measured; an emulator has none"),
-        (["--threads", "4"], f"--threads 4 with --target {target}: one thread is emulated"),
+        (["--threads", "4"], "--threads 4 with an emulated --target: one thread is emulated"),
         (["--repeat", "2"], "--profile, --cores and --repeat are for --target ssh://"),
     ):
         assert main(["bench", *names, "--target", target, *more]) == 2

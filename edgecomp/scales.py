@@ -61,9 +61,11 @@ def activation_params(graph: Graph, ranges: Mapping[str, ActRange]) -> dict[str,
 
 def sums_are_exact(scale_a: float, scale_b: float, scale_sum: float) -> bool:
     """Tell whether all runtimes make the same codes of a sum, by the float32 scales of its terms and of itself."""
+    if not 0 < scale_sum < math.inf:
+        return False
     for n in range(1, MOST_STEPS + 1, 2):
         steps = [float(scale) / float(scale_sum) * n for scale in (scale_a, scale_b)]
-        if all(abs(s - round(s)) <= 2.0**-22 * s and 1 <= round(s) <= MOST_STEPS for s in steps):
+        if all(0.5 < s < MOST_STEPS + 0.5 and abs(s - round(s)) <= 2.0**-22 * s for s in steps):
             return True
     return False
 

@@ -23,6 +23,7 @@ from edgecomp.errors import ParityError, TargetError, UsageError
 from edgecomp.folder import read_file
 from edgecomp.graph import Array
 from edgecomp.report import BenchReport, Comparison, Fact, Source
+from edgecomp.scales import sums_are_exact
 from edgecomp.targets.emulated import (
     COUNTS,
     WORK,
@@ -43,7 +44,6 @@ from .runtime import Border, Runner
 
 RUNTIMES = ("onnxruntime", "onnxruntime-lean", "litert", "litert-reference")
 """What the root file system holds."""
-_FUSED = {"QLinearAdd", "QLinearMul"}
 LIMIT_S = 3600.0
 """For one process; a network of a few billion multiplications takes minutes."""
 # Not -E or -I: the seed of hashes comes by the environment.
@@ -212,12 +212,16 @@ def _unlike(file: Path, runner: Runner) -> tuple[str, ...]:
     """Name what a runtime computes in another way on 64-bit Arm than on x86, so that codes may be a step apart.
 
     LiteRT's built-in kernels round an accumulator once there and twice here; they run what XNNPACK does not take,
-    convolutions with int4 weights among it. onnxruntime adds and multiplies two activations in real numbers, there with
-    fused instructions, here with two roundings.
+    convolutions with int4 weights among it. onnxruntime multiplies two activations in real numbers, there with fused
+    instructions, here with two roundings; it adds them in integers there, in real numbers here, which is the same where
+    no sum lies near the middle between two codes.
     """
     if isinstance(runner, OnnxRuntime):
         executed = optimized(file)
-        return tuple(sorted({*executed.in_float, *(executed.operators.keys() & _FUSED)}))
+        unlike = {*executed.in_float, *(executed.operators.keys() & {"QLinearMul"})}
+        if not all(sums_are_exact(*scales) for scales in executed.sums):
+            unlike.add("QLinearAdd")
+        return tuple(sorted(unlike))
     left = runner.describe()["nodes_left_to_builtin_kernels"]
     return left if isinstance(left, tuple) else ()
 

@@ -208,12 +208,14 @@ class Optimized:
             float again in every run. Empty is good.
         in_float: op type -> the outputs of its nodes that compute floats from floats. Conversions at the borders of
             integer arithmetic are none of them.
+        sums: of each QLinearAdd the scales of its two terms and of the sum; NaN for one that is no constant.
     """
 
     runtime: str
     operators: Counter[str]
     widened: tuple[str, ...]
     in_float: dict[str, list[str]]
+    sums: tuple[tuple[float, float, float], ...]
 
 
 _FLOATS = {1, 10, 11, 16}
@@ -253,9 +255,16 @@ def optimized(model: Path | str | bytes) -> Optimized:
         elif floats.intersection(node.input) and node.op_type not in _FROM_FLOATS:
             floats.update(node.output)
             in_float.setdefault(node.op_type, []).append(node.output[0])
+    scales = {t.name: t for t in graph.initializer}
+
+    def scale(name: str) -> float:
+        return float(onnx.numpy_helper.to_array(scales[name])) if name in scales else float("nan")
+
+    added = [node.input for node in graph.node if node.op_type == "QLinearAdd"]
     return Optimized(
         runtime=f"onnxruntime {import_runtime('onnxruntime', 'onnxruntime').__version__}",
         operators=Counter(node.op_type for node in graph.node),
         widened=tuple(widened),
         in_float=in_float,
+        sums=tuple((scale(names[1]), scale(names[4]), scale(names[6])) for names in added),
     )

@@ -5,7 +5,7 @@ The passes run in the order of `compress`; each takes a graph and gives a new on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -14,9 +14,10 @@ from edgecomp import quantmath, reference
 from edgecomp.errors import GraphError, PlanError
 from edgecomp.graph import Array, Attribute, Graph, Node, Op, QuantParams
 from edgecomp.groups import is_depthwise, kept_numbers, number_channels
-from edgecomp.ops import OPS, PROBABILITIES, SHARES_SCALE, ints
-from edgecomp.plan import ActRange, CompressionPlan, Io, validate
+from edgecomp.ops import OPS, PROBABILITIES, ints
+from edgecomp.plan import CompressionPlan, Io, validate
 from edgecomp.quantmath import Grid
+from edgecomp.scales import activation_params
 from edgecomp.verify import verify_float, verify_quantized
 
 _CLAMPING = frozenset({Op.CONV2D, Op.LINEAR, Op.ADD, Op.MUL})
@@ -123,95 +124,6 @@ def fuse_clips(graph: Graph) -> Graph:
         name: t for name, t in graph.tensors.items() if t.data is not None or name in written or name in graph.inputs
     }
     return replace(graph, nodes=nodes, tensors=tensors)
-
-
-def activation_params(graph: Graph, ranges: Mapping[str, ActRange]) -> dict[str, QuantParams]:
-    """Choose scale and zero point of every activation: one for each set of tensors that must share them.
-
-    Args:
-        graph: after `fuse_clips`.
-        ranges: by activation tensor.
-    """
-    names = [name for name, tensor in graph.tensors.items() if tensor.data is None]
-    leader = {name: name for name in names}
-
-    def find(name: str) -> str:
-        while leader[name] != name:
-            name = leader[name]
-        return name
-
-    for node in graph.nodes:
-        if node.op in SHARES_SCALE:
-            for name in node.inputs:
-                leader[find(name)] = find(node.outputs[0])
-    bounds: dict[str, tuple[float, float]] = {}
-    for name in names:
-        low, high = ranges[name].low, ranges[name].high
-        top = find(name)
-        if top in bounds:
-            low, high = min(low, bounds[top][0]), max(high, bounds[top][1])
-        bounds[top] = (low, high)
-    chosen = {top: quantmath.activation_params(*bound) for top, bound in bounds.items()}
-    # TFLite fixes the codes of probabilities; what shares its scale with anything else gets that of all together.
-    others = {find(node.outputs[0]) for node in graph.nodes if node.op not in SHARES_SCALE | PROBABILITIES}
-    for node in graph.nodes:
-        top = find(node.outputs[0])
-        if node.op in PROBABILITIES and top not in others and top not in map(find, graph.inputs):
-            chosen[top] = quantmath.UNIT
-    # Raising one output can ask for another further on; a graph settles after as many rounds as it has loops of shared
-    # scales, in practice one.
-    for _ in graph.nodes:
-        raised = False
-        for node in graph.nodes:
-            read = _read(graph, node)
-            output = find(node.outputs[0])
-            leasts = {output: _least_scale(graph, node, [chosen[find(i)] for i in read])}
-            leasts |= {find(name): _least_term_scale(node, chosen[output]) for name in read if find(name) != output}
-            for top, least in leasts.items():
-                low, high = bounds[top]
-                # What TFLite fixes stays: a term of 1/256 is too fine only beside sums that reach beyond 1000.
-                if least > float(chosen[top].scale) and chosen[top] is not quantmath.UNIT:
-                    span = (quantmath.ACT_MAX - quantmath.ACT_MIN) * least
-                    bounds[top] = (min(low, 0.0), max(high, min(low, 0.0) + span))
-                    chosen[top], raised = quantmath.activation_params(*bounds[top]), True
-        if not raised:
-            break
-    return {name: chosen[find(name)] for name in names}
-
-
-def _read(graph: Graph, node: Node) -> list[str]:
-    return [name for name in node.inputs if graph.tensors[name].data is None]
-
-
-def _least_scale(graph: Graph, node: Node, inputs: Sequence[QuantParams]) -> float:
-    """Give the finest output scale that makes sense: runtimes refuse factors of 256 and more from sums to codes.
-
-    Only an output that was (nearly) constant on the calibration data asks for less.
-    """
-    if node.op not in (Op.CONV2D, Op.LINEAR, Op.ADD, Op.MUL, Op.GLOBAL_AVG_POOL, Op.SILU, Op.HARD_SWISH):
-        return 0.0
-    scales = [float(params.scale) for params in inputs]
-    if node.op in (Op.SILU, Op.HARD_SWISH):
-        scales.append(float(quantmath.SHARES.scale))
-    largest = max(scales) if node.op in (Op.ADD, Op.GLOBAL_AVG_POOL) else float(np.prod(scales))
-    if node.op in (Op.CONV2D, Op.LINEAR):
-        weight = graph.weight(node).data
-        assert weight is not None
-        largest *= float(np.abs(weight).max(initial=0.0))
-    return 1.0001 * largest / 128
-
-
-def _least_term_scale(node: Node, output: QuantParams) -> float:
-    """Give the finest scale that makes sense for what a sum reads: XNNPACK adds nothing finer than 1/1024 of its step.
-
-    Where such a term stands in many places, LiteRT 2.3.0 ends the process ("double free") instead of falling back to
-    its own kernels. A hard-sigmoid is such a sum, of x / 6 and a constant.
-    """
-    if node.op is Op.ADD:
-        return 1.0001 * float(output.scale) / 1024
-    if node.op in (Op.HARD_SIGMOID, Op.HARD_SWISH):
-        return 6 * 1.0001 * float(quantmath.SHARES.scale if node.op is Op.HARD_SWISH else output.scale) / 1024
-    return 0.0
 
 
 def quantize_layers(graph: Graph, activations: Mapping[str, QuantParams], weight_bits: Mapping[str, int]) -> Graph:

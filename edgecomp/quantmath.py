@@ -73,9 +73,14 @@ def activation_params(low: float, high: float) -> QuantParams:
     if high - low < _LEAST_RANGE:
         # Constant on the calibration data. A tiny scale would be no gain there, and runtimes refuse it.
         high = low + 1.0
-    scale = np.array((high - low) / (ACT_MAX - ACT_MIN), dtype=np.float32)
-    zero_point = int(np.clip(np.rint(ACT_MIN - low / float(scale)), ACT_MIN, ACT_MAX))
-    return QuantParams(bits=8, scale=scale, zero_point=np.array(zero_point))
+    return params_from(low, (high - low) / (ACT_MAX - ACT_MIN))
+
+
+def params_from(low: float, scale: float) -> QuantParams:
+    """Give int8 parameters of a scale whose smallest code is about `low`, or 0 where that is above; 0 is exact."""
+    rounded = np.array(scale, dtype=np.float32)
+    zero_point = int(np.clip(np.rint(ACT_MIN - min(low, 0.0) / float(rounded)), ACT_MIN, ACT_MAX))
+    return QuantParams(bits=8, scale=rounded, zero_point=np.array(zero_point))
 
 
 def grid_scale(weight: Array, grid: Grid) -> Array:

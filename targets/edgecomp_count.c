@@ -4,13 +4,14 @@
  * The program marks places by closing file -31337: that fails in every kernel and changes nothing. At each mark, and at
  * the end, one line is written to the file given as out=PATH: the count of each class so far. Counts are added as blocks
  * of instructions are entered, and a block ends at a system call, so at a mark they are exact. They are of all threads
- * together, added without locks: run the program with one.
+ * together, in version 1 added without locks: run the program with one.
  *
  * Loaded before QEMU's own libraries it also answers getrandom(), which seeds hash tables and names, with the same bytes
  * in every run: else a program would take slightly other ways each time. Clocks likewise: how the difference of two times
  * is taken depends on their fractions. Each question is answered by a microsecond more than the one before.
  *
- * QEMU's plugin interface, version 1 (QEMU 4.2 to 8.1), is declared here, because Debian 12 ships no header for it.
+ * QEMU's plugin interface, versions 1 to 6 (QEMU 4.2 to 8.2, 9.0, 9.1 and later), is declared here, because Debian 12
+ * ships no header for it. One binary serves all: what a version does not have is a weak symbol, which is then NULL.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -28,8 +29,16 @@
 typedef uint64_t qemu_plugin_id_t;
 struct qemu_plugin_tb;
 struct qemu_plugin_insn;
+struct qemu_plugin_scoreboard;
 typedef struct {
-    const char *target_name; /* more follows that is not needed */
+    struct qemu_plugin_scoreboard *score;
+    size_t offset;
+} qemu_plugin_u64;
+typedef struct {
+    const char *target_name;
+    struct {
+        int min, cur;
+    } version; /* more follows that is not needed */
 } qemu_info_t;
 typedef void (*translated)(qemu_plugin_id_t, struct qemu_plugin_tb *);
 typedef void (*called)(qemu_plugin_id_t, unsigned, int64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t,
@@ -39,12 +48,29 @@ enum { INLINE_ADD_U64 };
 void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t, translated);
 void qemu_plugin_register_vcpu_syscall_cb(qemu_plugin_id_t, called);
 void qemu_plugin_register_atexit_cb(qemu_plugin_id_t, ended, void *);
-void qemu_plugin_register_vcpu_tb_exec_inline(struct qemu_plugin_tb *, int, void *, uint64_t);
 size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *);
 struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *, size_t);
-const void *qemu_plugin_insn_data(const struct qemu_plugin_insn *);
+/* Before version 3 it took the first argument alone and gave a pointer, which a caller with three does not hinder. */
+uintptr_t qemu_plugin_insn_data(const struct qemu_plugin_insn *, void *, size_t);
+
+#define WEAK __attribute__((weak))
+/* version 1 */
+WEAK void qemu_plugin_register_vcpu_tb_exec_inline(struct qemu_plugin_tb *, int, void *, uint64_t);
+WEAK int qemu_plugin_n_vcpus(void);
+/* from version 2 on */
+WEAK void qemu_plugin_register_vcpu_tb_exec_inline_per_vcpu(struct qemu_plugin_tb *, int, qemu_plugin_u64, uint64_t);
+WEAK struct qemu_plugin_scoreboard *qemu_plugin_scoreboard_new(size_t);
+WEAK uint64_t qemu_plugin_u64_sum(qemu_plugin_u64);
+
+enum { COPIES_DATA = 3, LATEST = 6 }; /* versions; 7 gives callbacks other arguments */
 
 EXPORT int qemu_plugin_version = 1;
+static int version;
+
+/* QEMU refuses a plugin of a version before its oldest, and reads this after constructors have run. */
+__attribute__((constructor)) static void say_version(void) {
+    if (!qemu_plugin_n_vcpus) qemu_plugin_version = 2;
+}
 
 /* In the order of edgecomp.targets.emulated.CLASSES. */
 enum { INTEGER, BRANCH, LOAD, STORE, SIMD_LOAD, SIMD_STORE, SIMD_INTEGER, DOT_PRODUCT, FLOAT, OTHER, N_CLASSES };
@@ -122,6 +148,7 @@ static const struct {
 };
 
 static uint64_t counts[N_CLASSES];
+static struct qemu_plugin_scoreboard *per_thread; /* in the place of counts, where that can be */
 static FILE *out;
 
 static int kind_of(uint32_t word) {
@@ -136,21 +163,33 @@ static int kind_of(uint32_t word) {
     return OTHER; /* SVE */
 }
 
+static qemu_plugin_u64 place_of(int kind) {
+    return (qemu_plugin_u64){per_thread, (size_t)kind * sizeof *counts};
+}
+
 static void on_block(qemu_plugin_id_t id, struct qemu_plugin_tb *block) {
     uint64_t here[N_CLASSES] = {0};
     (void)id;
     for (size_t i = 0, n = qemu_plugin_tb_n_insns(block); i < n; i++) {
         uint32_t word;
-        memcpy(&word, qemu_plugin_insn_data(qemu_plugin_tb_get_insn(block, i)), sizeof word);
+        uintptr_t found = qemu_plugin_insn_data(qemu_plugin_tb_get_insn(block, i), &word, sizeof word);
+        if (version < COPIES_DATA) memcpy(&word, (const void *)found, sizeof word);
         here[kind_of(word)]++;
     }
-    for (int kind = 0; kind < N_CLASSES; kind++)
-        if (here[kind]) qemu_plugin_register_vcpu_tb_exec_inline(block, INLINE_ADD_U64, &counts[kind], here[kind]);
+    for (int kind = 0; kind < N_CLASSES; kind++) {
+        if (!here[kind]) continue;
+        if (per_thread)
+            qemu_plugin_register_vcpu_tb_exec_inline_per_vcpu(block, INLINE_ADD_U64, place_of(kind), here[kind]);
+        else
+            qemu_plugin_register_vcpu_tb_exec_inline(block, INLINE_ADD_U64, &counts[kind], here[kind]);
+    }
 }
 
 static void write_counts(void) {
-    for (int kind = 0; kind < N_CLASSES; kind++)
-        fprintf(out, "%llu%c", (unsigned long long)counts[kind], kind + 1 < N_CLASSES ? ' ' : '\n');
+    for (int kind = 0; kind < N_CLASSES; kind++) {
+        uint64_t count = per_thread ? qemu_plugin_u64_sum(place_of(kind)) : counts[kind];
+        fprintf(out, "%llu%c", (unsigned long long)count, kind + 1 < N_CLASSES ? ' ' : '\n');
+    }
     fflush(out);
 }
 
@@ -223,7 +262,13 @@ EXPORT time_t time(time_t *to) {
 
 EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv) {
     if (strcmp(info->target_name, "aarch64") || argc != 1 || strncmp(argv[0], "out=", 4)) return 1;
+    version = info->version.cur;
+    if (version > LATEST) {
+        fprintf(stderr, "edgecomp_count: QEMU's plugin interface is version %d, expected at most %d\n", version, LATEST);
+        return 1;
+    }
     if (!(out = fopen(argv[0] + 4, "w"))) return 1;
+    if (qemu_plugin_scoreboard_new) per_thread = qemu_plugin_scoreboard_new(sizeof counts);
     qemu_plugin_register_vcpu_tb_trans_cb(id, on_block);
     qemu_plugin_register_vcpu_syscall_cb(id, on_call);
     qemu_plugin_register_atexit_cb(id, on_end, NULL);

@@ -454,7 +454,7 @@ def read_counts(path: Path) -> list[dict[str, int]]:
     try:
         rows = [[int(word) for word in line.split()] for line in path.read_text("ascii").splitlines()]
     except (OSError, ValueError) as e:
-        raise TargetError(f"{path.name}: no counts of instructions: {e}; is QEMU older than 8.2?") from e
+        raise TargetError(f"{path.name}: no counts of instructions: {e}; is this QEMU built without plugins?") from e
     if not rows or any(len(row) != len(CLASSES) for row in rows):
         raise TargetError(f"{path.name}: expected lines of {len(CLASSES)} counts")
     return [dict(zip(CLASSES, row, strict=True)) for row in rows]

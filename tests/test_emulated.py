@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from edgecomp.benchmarks import emulated as bench_module
 from edgecomp.benchmarks.emulated import bench_emulated, one_inference
+from edgecomp.benchmarks.runners import runner_class
 from edgecomp.cli import main
 from edgecomp.compress import compress
 from edgecomp.errors import ParityError, TargetError, UsageError
@@ -119,7 +121,8 @@ def integer_files(tmp_path: Path, name: str, bits: int = 4) -> dict[str, Path]:
 @pytest.mark.devices
 @pytest.mark.parametrize(("target", "dot_product"), [("rpi3b", False), ("rpi4", False), ("rpi5", True)])
 def test_a_core_computes_the_same_codes(target, dot_product, root, tmp_path):
-    entries = [(n, path, path.suffix[1:]) for n, path in integer_files(tmp_path, "plain").items()]
+    files = integer_files(tmp_path, "plain") | integer_files(tmp_path, "residual")
+    entries = [(n, path, path.suffix[1:]) for n, path in files.items()]
     comparison = bench_emulated(entries, f"{target}-emulated", n_images=4)
     for report in comparison.reports:
         assert report.source is Source.EMULATED
@@ -306,6 +309,18 @@ def test_codes_must_be_the_same_where_kernels_compute_alike(tmp_path):
     np.savez(path, codes.astype(np.float32))
     real = bench_module._compared(path, [other.astype(np.float32)], "x", alike=True)
     assert (real["outputs_are_codes"], real["values_different"]) == (False, 1)
+
+
+def test_sums_that_lie_near_the_middle_of_two_codes_are_told(tmp_path):
+    quantized = compress(GRAPHS["residual"](), plan_for(GRAPHS["residual"](), 4, io=Io.INT8))
+    last = quantized.tensors["end.relu"]
+    assert last.quant is not None
+    free = replace(last, quant=replace(last.quant, scale=last.quant.scale * np.float32(1.0003)))
+    path = tmp_path / "sum.onnx"
+    for tensor, told in ((last, ()), (free, ("QLinearAdd",))):
+        graph = replace(quantized, tensors={**quantized.tensors, "end.relu": tensor})
+        path.write_bytes(export(graph, "onnx").data)
+        assert bench_module._unlike(path, runner_class("onnxruntime")(path, threads=1)) == told
 
 
 def test_emulated_boards_are_listed(capsys):

@@ -33,6 +33,7 @@ from edgecomp.pytorch.rounding import (
     round_nearest,
 )
 from edgecomp.quantmath import Grid
+from edgecomp.scales import activation_params
 from edgecomp.sparsity import NOTHING, Masks
 
 MOST_BITS = 6
@@ -67,7 +68,7 @@ def reconstruct(
     Raises:
         DataError: no images.
     """
-    activations = compression.activation_params(compression.fuse_clips(graph), ranges)
+    activations = activation_params(compression.fuse_clips(graph), ranges)
     return _walked(graph, activations, grids, masks, batches, progress)
 
 

@@ -18,8 +18,9 @@ from edgecomp.artifact import FILES
 from edgecomp.errors import BundleError, EdgecompError
 from edgecomp.files import MANIFEST_SCHEMA
 from edgecomp.manifest import read_manifest
-from edgecomp.plan import PLAN_SCHEMA, CompressionPlan, check_keys, load_strict_json
+from edgecomp.plan import PLAN_SCHEMA, CompressionPlan
 from edgecomp.report import COMPARISON_SCHEMA, REPORT_SCHEMA, BenchReport, Comparison, Source, table
+from edgecomp.strictjson import check_keys, load_strict_json
 
 from .c_facts import BEGIN, CodeBorder, read_facts
 from .modelfacts import MEANT_BY_DAMAGED, model_facts, weight_row

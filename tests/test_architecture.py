@@ -21,7 +21,7 @@ FOLDERS = {
 
 # A module may import any lower row, and what stands before it in its own. The package itself holds only a version.
 LEVELS = (
-    ("edgecomp", "errors", "launched"),
+    ("edgecomp", "errors", "launched", "strictjson"),
     ("graph", "quantmath", "curves", "packing", "words", "coding", "atrest", "target", "preprocessing", "imagefolder",
      "data"),
     ("ops", "verify", "reference", "groups", "plan", "selection", "work"),

@@ -209,19 +209,26 @@ def _guest_bytes() -> int:
     """Count what an emulated program has in memory, without QEMU itself.
 
     QEMU 7.2 shows a program its own mappings as /proc/self/maps, and its smaps as they are, QEMU's among them; a newer
-    one shows the program's own in both. The addresses are the same, as long as QEMU is not told to shift them.
+    one shows the program's own in both. A program of 32 bits lies at other addresses than it sees: how far away is told
+    by the first file that is mapped.
     """
-    own = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text("utf-8").splitlines()]
-    ranges = [(int(low, 16), int(high, 16)) for low, high in own]
+    own = [line.split() for line in Path("/proc/self/maps").read_text("utf-8").splitlines()]
+    all_ = [line.split() for line in Path("/proc/self/smaps").read_text("utf-8").splitlines()]
+    ranges = [(_low(words), int(words[0].split("-")[1], 16)) for words in own]
+    first = next(words for words in own if "/" in words[-1])
+    shift = _low(next(words for words in all_ if words[-1] == first[-1])) - _low(first)
     total, counted = 0, False
-    for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
-        head, *rest = line.split()
-        if head.endswith(":"):
-            total += int(rest[0]) * 1024 if head == "Rss:" and counted else 0
+    for words in all_:
+        if words[0].endswith(":"):
+            total += int(words[1]) * 1024 if words[0] == "Rss:" and counted else 0
         else:
-            start = int(head.split("-")[0], 16)
-            counted = any(low <= start < high for low, high in ranges)
+            counted = any(low <= _low(words) - shift < high for low, high in ranges)
     return total
+
+
+def _low(words: list[str]) -> int:
+    """Give the address where a mapping begins."""
+    return int(words[0].split("-")[0], 16)
 
 
 def main(argv: list[str]) -> int:

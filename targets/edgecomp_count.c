@@ -1,5 +1,5 @@
 /*
- * A QEMU plugin that counts the instructions of an emulated 64-bit Arm program by class, in user mode.
+ * A QEMU plugin that counts the instructions of an emulated Arm program in user mode, of 64-bit ones by class.
  *
  * The program marks places by closing file -31337: that fails in every kernel and changes nothing. At each mark, and at
  * the end, one line is written to the file given as out=PATH: the count of each class so far. Counts are added as blocks
@@ -121,6 +121,10 @@ static const struct {
     {0x0e000000, 0x0e000000, SIMD_INTEGER},
 };
 
+/* "close" on 64-bit and on 32-bit Arm */
+enum { CLOSE = 57, CLOSE_32 = 6 };
+
+static int is_32_bit; /* all are OTHER */
 static uint64_t counts[N_CLASSES];
 static FILE *out;
 
@@ -139,7 +143,8 @@ static int kind_of(uint32_t word) {
 static void on_block(qemu_plugin_id_t id, struct qemu_plugin_tb *block) {
     uint64_t here[N_CLASSES] = {0};
     (void)id;
-    for (size_t i = 0, n = qemu_plugin_tb_n_insns(block); i < n; i++) {
+    if (is_32_bit) here[OTHER] = qemu_plugin_tb_n_insns(block);
+    for (size_t i = 0, n = is_32_bit ? 0 : qemu_plugin_tb_n_insns(block); i < n; i++) {
         uint32_t word;
         memcpy(&word, qemu_plugin_insn_data(qemu_plugin_tb_get_insn(block, i)), sizeof word);
         here[kind_of(word)]++;
@@ -157,7 +162,7 @@ static void write_counts(void) {
 static void on_call(qemu_plugin_id_t id, unsigned vcpu, int64_t number, uint64_t a1, uint64_t a2, uint64_t a3,
                     uint64_t a4, uint64_t a5, uint64_t a6, uint64_t a7, uint64_t a8) {
     (void)id, (void)vcpu, (void)a2, (void)a3, (void)a4, (void)a5, (void)a6, (void)a7, (void)a8;
-    if (number == 57 && (int32_t)a1 == MARK) write_counts(); /* close on aarch64 */
+    if (number == (is_32_bit ? CLOSE_32 : CLOSE) && (int32_t)a1 == MARK) write_counts();
 }
 
 static void on_end(qemu_plugin_id_t id, void *none) {
@@ -222,7 +227,8 @@ EXPORT time_t time(time_t *to) {
 }
 
 EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv) {
-    if (strcmp(info->target_name, "aarch64") || argc != 1 || strncmp(argv[0], "out=", 4)) return 1;
+    is_32_bit = !strcmp(info->target_name, "arm");
+    if ((!is_32_bit && strcmp(info->target_name, "aarch64")) || argc != 1 || strncmp(argv[0], "out=", 4)) return 1;
     if (!(out = fopen(argv[0] + 4, "w"))) return 1;
     qemu_plugin_register_vcpu_tb_trans_cb(id, on_block);
     qemu_plugin_register_vcpu_syscall_cb(id, on_call);

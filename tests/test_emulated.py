@@ -21,7 +21,8 @@ from edgecomp.exporters import export
 from edgecomp.plan import Io
 from edgecomp.report import Source
 from edgecomp.targets import emulated
-from edgecomp.targets.emulated import CLASSES, COUNTS, EMULATED, WORK, inside, read_counts
+from edgecomp.targets.cores import EMULATED
+from edgecomp.targets.emulated import CLASSES, COUNTS, WORK, inside, read_counts
 from tests.filemodels import conv_onnx
 from tests.graphs import GRAPHS, plan_for
 

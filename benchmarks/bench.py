@@ -6,9 +6,9 @@ import random
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from edgecomp.errors import BundleError, TargetError, UsageError
@@ -16,7 +16,7 @@ from edgecomp.report import BenchReport, Comparison, Source, summarise
 
 from .environment import environment, state
 from .harness import Clock, measure, ratio
-from .memory import PROCESSES, STATUS, Footprint, footprint
+from .memory import PROCESSES, STATUS, Footprint, footprint, settle
 from .runners import OnnxRuntime, Runner, default_runtime, runner_class
 from .validity import why_not_valid
 
@@ -81,8 +81,9 @@ def bench(
     order, draws = random.Random(f"order {seed}"), random.Random(f"draws {seed}")
     report = progress if progress is not None else _ignore
     facts = environment()
-    with tempfile.TemporaryDirectory(prefix="edgecomp-bench-") as folder:
-        files = [_on_disk(Path(folder) / str(i), entry) for i, entry in enumerate(entries)]
+    with ExitStack() as stack:
+        files = [_on_disk(entry, stack) for entry in entries]
+        settle()
         runners = {
             label: runner_class(name)(file, threads=threads)
             for label, name, file in zip(labels, runtimes, files, strict=True)
@@ -168,7 +169,7 @@ def _runtimes(entries: Sequence[Entry], runtime: str | None) -> list[str]:
     return [runtime if format in reads else name for (_, _, format), name in zip(entries, names, strict=True)]
 
 
-def _on_disk(folder: Path, entry: Entry) -> Path:
+def _on_disk(entry: Entry, stack: ExitStack) -> Path:
     """Give the entry's file; bytes are written to one, named after the label, in a folder of its own."""
     label, model, format = entry
     if not isinstance(model, bytes):
@@ -176,7 +177,9 @@ def _on_disk(folder: Path, entry: Entry) -> Path:
         if not path.is_file():
             raise BundleError(f"{path}: no such file; expected an exported model")
         return path
-    folder.mkdir()
+    import tempfile  # brings libraries for archives, 0.6 MB
+
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgecomp-bench-")))
     path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', label)[:100] or 'model'}.{format}"
     path.write_bytes(model)
     return path

@@ -8,9 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -47,6 +45,8 @@ def host_compiler() -> Sequence[str]:
     Raises:
         TargetError: there is none.
     """
+    import shutil
+
     for name in _COMPILERS:
         if found := shutil.which(name):
             return (found,)
@@ -119,6 +119,7 @@ def _compiled(source: bytes, compiler: Sequence[str], place: str) -> ctypes.CDLL
     The header of the network is left empty: the source says all that it needs.
     """
     import subprocess
+    import tempfile
 
     from edgecomp.exporters.to_c import HEADER, kernel_files
 

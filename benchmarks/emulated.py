@@ -1,7 +1,7 @@
 """Run exported models on an emulated Raspberry Pi-class core: outputs, memory and instruction counts, never a time.
 
-The runtimes are the real ones for 64-bit Arm, in the root file system of `edgecomp.targets.emulated`. Outputs are
-compared with those that the same runtime gives on this machine for the same images.
+The runtimes are the real ones for Arm, in a root file system of `edgecomp.targets.emulated`. Outputs are compared with
+those that the same runtime gives on this machine for the same images; on 32 bits, LiteRT for its predecessor.
 """
 
 from __future__ import annotations
@@ -24,26 +24,16 @@ from edgecomp.folder import read_file
 from edgecomp.graph import Array
 from edgecomp.report import BenchReport, Comparison, Fact, Source
 from edgecomp.scales import sums_are_exact
-from edgecomp.targets.emulated import (
-    COUNTS,
-    WORK,
-    Core,
-    core_of,
-    inside,
-    is_installed,
-    read_counts,
-    root_folder,
-    wanted_wheels,
-)
+from edgecomp.targets.cores import Core, core_of
+from edgecomp.targets.emulated import COUNTS, WORK, inside, is_installed, read_counts, root_folder
 
 from .archive import runner_archive
 from .bench import Entry
 from .device import MARKED
-from .runners import OnnxRuntime, default_runtime, optimized, runner_class
+from .environment import PACKAGES, installed
+from .runners import OnnxRuntime, optimized, runner_class
 from .runtime import Border, Runner
 
-RUNTIMES = ("onnxruntime", "onnxruntime-lean", "litert", "litert-reference")
-"""What the root file system holds."""
 LIMIT_S = 3600.0
 """For one process; a network of a few billion multiplications takes minutes."""
 # Not -E or -I: the seed of hashes comes by the environment.
@@ -86,20 +76,27 @@ def bench_emulated(
     core = core_of(target)
     if n_images < 1 or seed < 0 or not entries:
         raise UsageError(f"{len(entries)} models, {n_images} images, seed {seed}: expected at least one, one and 0")
-    if not is_installed(cache):
+    if not is_installed(cache, core.machine):
         raise TargetError(f"{target} is not installed, or was for other versions: edgecomp targets --install {target}")
-    names = [default_runtime(format) if runtime is None else runtime for _, _, format in entries]
-    for name in names:
-        if name not in RUNTIMES:
-            raise TargetError(f"runtime {name} is not there on {target}; expected one of {', '.join(RUNTIMES)}")
+    names = [_runtime_for(format, runtime, core, target) for _, _, format in entries]
     reports = []
     with tempfile.TemporaryDirectory(prefix="edgecomp-emulated-") as folder:
-        place = _Place(Path(folder), root_folder(cache), core, target)
+        place = _Place(Path(folder), root_folder(cache, core.machine), core, target)
         for entry, name in zip(entries, names, strict=True):
             reports.append(_report(entry, name, place, n_images, seed, progress or _ignore))
             for path in (f for f in place.folder.iterdir() if f.is_file()):
                 path.unlink()
     return Comparison(reports=tuple(reports), baseline=baseline or reports[0].label, ratios={})
+
+
+def _runtime_for(format: str, runtime: str | None, core: Core, target: str) -> str:
+    there = core.machine.runtimes
+    if runtime is not None and runtime not in there:
+        raise TargetError(f"runtime {runtime} is not there on {target}; expected one of {', '.join(there)}")
+    for name in there if runtime is None else (runtime,):
+        if format in runner_class(name).formats:
+            return name
+    raise TargetError(f"{target}: {runtime or ', '.join(there)} does not read {format}")
 
 
 class _Place:
@@ -130,20 +127,27 @@ def _report(
     data = model if isinstance(model, bytes) else read_file(Path(model))
     file = place.folder / f"model.{format_name}"
     file.write_bytes(data)
-    runner = runner_class(runtime)(file, threads=1)
+    here = place.core.machine.runtimes[runtime]
+    runner = runner_class(here)(file, threads=1)
     images = _noise(runner.input, n_images, seed)
     expected = list(runner.run_all(images).values())
     np.save(place.folder / "inputs.npy", images)
     words = ("--task=outputs", f"--inputs={WORK}/inputs.npy", f"--result={WORK}/outputs.npz")
     place.run(file.name, runtime, *words, count=True)
-    unlike = _unlike(file, runner)
+    versions = installed(PACKAGES, [str(place.root / "usr/lib/python3/dist-packages")])
+    if here == runtime:
+        version, unlike = runner.version, _unlike(file, runner)
+    else:  # releases of years between them, and kernels for 32 bits: a code may be a step apart
+        version = versions[runtime]
+        unlike = (f"{runtime} {version} beside {here} {runner.version}",)
     what = f"{label}: {runtime} on {place.target}"
     compared = _compared(place.folder / "outputs.npz", expected, what, alike=not unlike)
     instructions = one_inference(read_counts(place.folder / COUNTS))
+    if not place.core.machine.classes:
+        instructions = {"total": instructions["total"]}
     progress(1)
     memory = _memory(place.run(file.name, runtime, "--task=memory", "--emulated"), file.name)
     progress(1)
-    versions: dict[str, Fact] = dict(wheel.split("==") for wheel in wanted_wheels() if "==" in wheel)
     return BenchReport(
         label=label,
         artifact=file.name if isinstance(model, bytes) else Path(model).name,
@@ -152,7 +156,7 @@ def _report(
         format=format_name,
         target=place.target,
         runtime=runtime,
-        runtime_version=runner.version,
+        runtime_version=version,
         threads=1,
         execution={
             **compared,
@@ -165,8 +169,8 @@ def _report(
         instructions=instructions,
         environment={
             "cpu": place.core.name,
-            "machine": "aarch64",
-            "emulator": f"qemu-aarch64 -cpu {place.core.qemu}",
+            "machine": place.core.machine.name,
+            "emulator": f"{place.core.machine.qemu} -cpu {place.core.qemu}",
             **versions,
         },
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -151,8 +150,8 @@ def _throttle_flags(root: Path) -> int:
     path = root / "sys/devices/platform/soc/soc:firmware/get_throttled"
     if path.is_file():
         return int(_text(path), 16)
-    program = shutil.which(root / "usr/bin/vcgencmd")
-    if program is None:
+    program = root / "usr/bin/vcgencmd"
+    if not os.access(program, os.X_OK):
         raise OSError("no vcgencmd")
     done = subprocess.run([program, "get_throttled"], capture_output=True, text=True, timeout=5, check=True)
     return int(done.stdout.strip().rpartition("=")[2], 16)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import random
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ class Timing:
     warmups: int
     steady: bool
     rounds: int
-    samples_us: tuple[float, ...]
+    samples_us: Sequence[float]
 
 
 def measure(
@@ -132,7 +132,7 @@ def measure(
             warmups=warm[name].runs,
             steady=warm[name].steady,
             rounds=done,
-            samples_us=tuple(ns / 1000 for ns in taken[name]),
+            samples_us=array("d", (ns / 1000 for ns in taken[name])),
         )
         for name in names
     }
@@ -158,7 +158,7 @@ def _warm_up(
             body()
             window.append(clock() - before)
         runs += len(window)
-        medians.append(max(float(np.median(window)), 1.0))
+        medians.append(max(median(window), 1.0))
         last = medians[-STEADY_WINDOWS:]
         elapsed = (clock() - start) / 1e9
         settled = len(last) == STEADY_WINDOWS and max(last) / min(last) - 1 <= tolerance
@@ -177,11 +177,18 @@ def _turn(body: Callable[[], object], block: int, clock: Clock, samples: array[i
         samples.append(clock() - before)
 
 
+def median(values: Sequence[float]) -> float:
+    """Give the median, of an even number the mean of the middle two; numpy's loads masked arrays for it, 1 MB."""
+    low, high = (len(values) - 1) // 2, len(values) // 2
+    ordered = sorted(values)
+    return (ordered[low] + ordered[high]) / 2
+
+
 def medians(timing: Timing) -> Array:
     """Give the median of each round, in microseconds: float64 (rounds,)."""
     n = len(timing.samples_us) // timing.rounds
     # Round by round: of a small model there are many samples, and they are not to be in memory twice.
-    return np.array([np.median(timing.samples_us[i * n : (i + 1) * n]) for i in range(timing.rounds)])
+    return np.array([median(timing.samples_us[i * n : (i + 1) * n]) for i in range(timing.rounds)])
 
 
 def ratio(timing: Timing, baseline: Timing, *, rng: random.Random, resamples: int = 2000) -> Ratio:
@@ -205,8 +212,9 @@ def ratio(timing: Timing, baseline: Timing, *, rng: random.Random, resamples: in
     # A clock too coarse for the body may say 0; a nanosecond keeps the ratio a number.
     ratios = np.maximum(above, 1e-3) / np.maximum(below, 1e-3)
     words = np.frombuffer(rng.randbytes(4 * resamples * len(ratios)), dtype="<u4")
-    drawn = np.median(ratios[words.reshape(resamples, -1) % len(ratios)], axis=1)
-    middle = float(np.median(ratios))
+    drawn = np.sort(ratios[words.reshape(resamples, -1) % len(ratios)], axis=1)
+    drawn = (drawn[:, (len(ratios) - 1) // 2] + drawn[:, len(ratios) // 2]) / 2
+    middle = median(ratios.tolist())
     low, high = (float(bound) for bound in np.percentile(drawn, (2.5, 97.5)))
     return Ratio(median=middle, low=min(low, middle), high=max(high, middle))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -150,6 +149,8 @@ class OnnxRuntime:
         Returns:
             by the node's name, a space and its type, in the order of the first run.
         """
+        import tempfile
+
         x = sample_image(self.input)
         with tempfile.TemporaryDirectory(prefix="edgecomp-") as folder:
             options = _session_options(self._threads)
@@ -231,6 +232,8 @@ def optimized(model: Path | str | bytes) -> Optimized:
         BundleError: the file cannot be read, or is damaged or foreign.
         TargetError: onnxruntime or onnx is not installed.
     """
+    import tempfile
+
     onnx = import_runtime("onnx", "onnx")
     file, place = checked_file(model, "onnxruntime"), place_of(model)
     with tempfile.TemporaryDirectory(prefix="edgecomp-") as folder:

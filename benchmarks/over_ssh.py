@@ -19,7 +19,7 @@ from edgecomp.targets.ssh import Address, Session, platforms_of, read_wheels
 from .archive import NAME, runner_archive
 from .bench import Entry
 from .device import NOT_VALID
-from .runners import default_runtime
+from .runners import default_runtime, runner_class
 
 PACKAGES = {
     "onnxruntime": ("numpy", "onnxruntime"),
@@ -70,17 +70,15 @@ def bench_over_ssh(
         TargetError: the device cannot be reached, set up, or fails; or the runtime is unknown.
     """
     step = progress if progress is not None else _ignore
-    names = {default_runtime(format) if runtime is None else runtime for _, _, format in entries}
-    if unknown := sorted(names - PACKAGES.keys()):
-        raise TargetError(f"runtime {unknown[0]} does not run on a device; expected one of {', '.join(PACKAGES)}")
-    packages = sorted({package for name in names for package in PACKAGES[name]})
+    _packages(entries, runtime)
     program = resources.files(__package__).joinpath("session.py").read_bytes()
     with Session(address) as session:
         if opened is not None:
             opened(session)
         session.start(program)
         step(1)
-        key = _set_up(session, address, packages)
+        runtime = _runtime_there(entries, runtime, session, address)
+        key = _set_up(session, address, _packages(entries, runtime))
         step(1)
         files, argv = {NAME: runner_archive()}, [f"@{NAME}"]
         for i, (label, model, format_name) in enumerate(entries):
@@ -100,6 +98,37 @@ def bench_over_ssh(
     return _read(out, entries, address)
 
 
+def _packages(entries: Sequence[Entry], runtime: str | None) -> list[str]:
+    """Name what the models need, without duplicates.
+
+    Raises:
+        TargetError: a runtime does not run on devices.
+    """
+    names = {default_runtime(format) if runtime is None else runtime for _, _, format in entries}
+    if unknown := sorted(names - PACKAGES.keys()):
+        raise TargetError(f"runtime {unknown[0]} does not run on a device; expected one of {', '.join(PACKAGES)}")
+    return sorted({package for name in names for package in PACKAGES[name]})
+
+
+def _runtime_there(
+    entries: Sequence[Entry], runtime: str | None, session: Session, address: Address
+) -> str | None:
+    """Give the runtime, which on 32-bit Arm is the one that there is.
+
+    Raises:
+        TargetError: it does not read a model.
+    """
+    if runtime is not None or not str(session.facts.get("machine")).startswith("armv"):
+        return runtime
+    (there,) = load("armv7").runtimes
+    if unread := sorted({format for _, _, format in entries} - {*runner_class(there).formats}):
+        raise TargetError(
+            f"{address.host}: no runtime for {unread[0]} is made for 32-bit Arm; give --runtime {there}, which reads "
+            f"{', '.join(runner_class(there).formats)} alone"
+        )
+    return there
+
+
 def _set_up(session: Session, address: Address, packages: Sequence[str]) -> str:
     """See to it that the device has an environment of these packages, and give its key."""
     facts = session.facts
@@ -112,20 +141,44 @@ def _set_up(session: Session, address: Address, packages: Sequence[str]) -> str:
     known = facts.get("environments")
     if isinstance(known, list) and key in known:
         return key
-    message: dict[str, Any] = {"op": "environment", "key": key, "packages": list(packages)}
+    folder = cache_folder() / "downloads" / f"wheels-{machine}-{python}"
+    wheels, trouble = _wheels(packages, folder, python, machine, str(facts.get("libc")))
+    # What there is no wheel of here, as of numpy for 32-bit Arm, the device may have or know a place for.
+    message: dict[str, Any] = {"op": "environment", "key": key, "packages": list(packages), "own": list(trouble)}
     try:
-        tags = platforms_of(machine, str(facts.get("libc")))
-        folder = cache_folder() / "downloads" / f"wheels-{machine}-{python}"
-        wheels = read_wheels(pip_download(packages, folder, python, tags))
-    except TargetError as e:
-        # No such wheel here, as for 32-bit Arm: the device may know a place that has one.
-        try:
-            session.ask(message, limit_s=SET_UP_S)
-        except TargetError as there:
-            raise TargetError(f"{there}; and from here: {e}") from e
-    else:
         session.ask(message, wheels, limit_s=SET_UP_S)
+    except TargetError as there:
+        if trouble:
+            raise TargetError(f"{there}; and from here: {next(iter(trouble.values()))}") from there
+        raise
     return key
+
+
+def _wheels(
+    packages: Sequence[str], folder: Path, python: str, machine: str, libc: str
+) -> tuple[dict[str, bytes], dict[str, TargetError]]:
+    """Fetch wheels for a device: all at once, or, where one of them cannot be had, each for itself.
+
+    Returns:
+        the wheels, by file name; by package, why there is none.
+    """
+    found: dict[str, bytes] = {}
+    trouble: dict[str, TargetError] = {}
+    try:
+        tags = platforms_of(machine, libc)
+    except TargetError as e:
+        return {}, dict.fromkeys(packages, e)
+    try:
+        return read_wheels(pip_download(packages, folder, python, tags)), {}
+    except TargetError as e:
+        if len(packages) == 1:
+            return {}, {packages[0]: e}
+    for package in packages:
+        try:
+            found |= read_wheels(pip_download([package], folder, python, tags))
+        except TargetError as e:
+            trouble[package] = e
+    return found, trouble
 
 
 def _read(out: bytes, entries: Sequence[Entry], address: Address) -> Comparison:

@@ -24,6 +24,20 @@ CHUNK = 1 << 16
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "edgecomp")
 
 
+# Prints those of its arguments that are not installed, or whose version is not below what stands behind "<".
+LACKING = """
+import importlib.metadata, sys
+for package in sys.argv[1:]:
+    name, _, below = package.partition("<")
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    if version is None or below and int(version.split(".")[0]) >= int(below):
+        print(package)
+"""
+
+
 class Gone(Exception):
     """Nobody is at the other end any more."""
 
@@ -96,18 +110,16 @@ def make_environment(message, work):
     os.makedirs(CACHE, exist_ok=True)
     made = tempfile.mkdtemp(prefix="making-", dir=CACHE)
     try:
-        pip = [] if message["files"] else ["pip"]
-        run_quietly([sys.executable, "-m", "venv"] + ([] if pip else ["--without-pip"]) + [made], message["limit_s"])
-        python = os.path.join(made, "bin", "python")
-        if pip:
-            install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
-            run_quietly(install + message["packages"], message["limit_s"])
-        else:
-            version = "python{}.{}".format(*sys.version_info)
-            for name, _ in message["files"]:
-                with zipfile.ZipFile(os.path.join(work, name)) as wheel:
-                    wheel.extractall(os.path.join(made, "lib", version, "site-packages"))
-                os.unlink(os.path.join(work, name))
+        # Its own packages it shows the environment only if one of them is needed.
+        venv = [sys.executable, "-m", "venv"] + (["--system-site-packages"] if message["own"] else [])
+        run_quietly([*venv, "--without-pip", made], message["limit_s"])
+        version = "python{}.{}".format(*sys.version_info)
+        for name, _ in message["files"]:
+            with zipfile.ZipFile(os.path.join(work, name)) as wheel:
+                wheel.extractall(os.path.join(made, "lib", version, "site-packages"))
+            os.unlink(os.path.join(work, name))
+        if message["own"]:
+            see_to(message["own"], [*venv, made], os.path.join(made, "bin", "python"), message["limit_s"])
         with open(os.path.join(made, "ready"), "w") as ready:
             ready.write("\n".join(message["packages"]))
         # Programs of the environment are not used but its python, so that it may be renamed.
@@ -118,6 +130,21 @@ def make_environment(message, work):
                 raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def see_to(packages, venv, python, limit_s):
+    """See to it that an environment has packages of which no wheel was sent: the device's own, or by its pip."""
+    code, out, _ = run_watched([python, "-s", "-c", LACKING, *packages], limit_s, {})
+    lacking = packages if code else out.decode("utf-8", "replace").split()
+    if not lacking:
+        return
+    try:
+        run_quietly(venv, limit_s)
+        install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:"]
+        run_quietly([*install, *lacking], limit_s)
+    except OSError as e:
+        hint = "; there: apt-get install python3-numpy" if any(name.startswith("numpy") for name in lacking) else ""
+        raise OSError("has no {} and cannot install it: {}{}".format(", ".join(lacking), e, hint)) from e
 
 
 def run_quietly(command, limit_s):
@@ -180,6 +207,12 @@ def run(message, work):
     answer({"exit": code, "stderr": err[-4000:]}, out)
 
 
+def machine():
+    """Say for which machine a wheel must be: a 64-bit kernel may have a system of 32 bits on it, as Pi OS does."""
+    name = platform.machine()
+    return "armv7l" if name in ("aarch64", "armv8l") and sys.maxsize < 1 << 32 else name
+
+
 def facts():
     """Say what is to know before anything is sent."""
     at = CACHE
@@ -189,7 +222,7 @@ def facts():
     ready = [name for name in found if os.path.exists(os.path.join(CACHE, name, "ready"))]
     return {
         "session": 1,
-        "machine": platform.machine(),
+        "machine": machine(),
         "python": "{}.{}".format(*sys.version_info),
         "libc": platform.libc_ver()[1],
         "free_bytes": shutil.disk_usage(at).free,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from edgecomp.report import Fact
 
-from .harness import MIN_ROUNDS, Timing, medians
+from .harness import MIN_ROUNDS, Timing, median, medians
 
 DRIFT = 0.05
 """So much may the median of the last third of the rounds be away from that of the first third."""
@@ -42,7 +40,7 @@ def why_not_valid(before: Mapping[str, Fact], after: Mapping[str, Fact], timings
         if timing.rounds >= MIN_ROUNDS:
             each = medians(timing)
             third = max(2, timing.rounds // 3)
-            first, last = float(np.median(each[:third])), float(np.median(each[-third:]))
+            first, last = median(each[:third].tolist()), median(each[-third:].tolist())
             if abs(last - first) > DRIFT * max(first, 1e-3):
                 reasons.append(f"drifted: {label} took {first:.1f} us at first and {last:.1f} us at last")
     return reasons

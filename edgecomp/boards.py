@@ -11,8 +11,9 @@ from edgecomp.files import check_new_file, write_file
 from edgecomp.report import table
 from edgecomp.target import Target
 from edgecomp.targets import load, names
-from edgecomp.targets.emulated import EMULATED, core_of, is_installed
+from edgecomp.targets.cores import EMULATED, Core, core_of
 from edgecomp.targets.emulated import install as install_root
+from edgecomp.targets.emulated import is_installed
 
 if TYPE_CHECKING:
     from edgecomp.check import Stage
@@ -39,13 +40,16 @@ def boards_table() -> str:
     """List the boards, and which of them are emulated."""
     known: list[Target] = [load(name) for name in names()]
     rows: list[tuple[object, ...]] = [(t.name, t.cores or "-", t.description) for t in known]
-    state = "installed" if is_installed() else "to be had by: edgecomp targets --install NAME"
-    rows += [(name, "-", f"emulated: QEMU -cpu {core.qemu}; {state}") for name, core in EMULATED.items()]
+    rows += [(name, "-", f"emulated: QEMU -cpu {core.qemu}; {_state(core)}") for name, core in EMULATED.items()]
     return table(rows, ("target", "cores", "description"))
 
 
+def _state(core: Core) -> str:
+    return "installed" if is_installed(None, core.machine) else "to be had by: edgecomp targets --install NAME"
+
+
 def install(name: str | None, *, stage: Stage) -> str:
-    """Make what an emulated board needs, one file system for all of them, and say where it lies.
+    """Make what an emulated board needs, one file system for all of 64 bits, and say where it lies.
 
     Raises:
         TargetError: a tool or a package is missing.
@@ -53,8 +57,7 @@ def install(name: str | None, *, stage: Stage) -> str:
     """
     if name is None:
         raise UsageError(f"--install needs a NAME: {', '.join(EMULATED)}")
-    core_of(name)
-    return str(install_root(stage))
+    return str(install_root(stage, machine=core_of(name).machine))
 
 
 def check_asked(name: str | None, *, install: bool, runner: Path | None, force: bool, as_json: bool) -> None:

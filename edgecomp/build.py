@@ -23,7 +23,7 @@ from edgecomp.graph import Array, Graph
 from edgecomp.latency import LatencyLimit
 from edgecomp.methods import LRP, OURS, Paper, Scoring, check_method
 from edgecomp.overview import overview
-from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance, write_json
+from edgecomp.plan import ActRange, CompressionPlan, Io, LayerPlan, Relevance
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.provenance import tools
 from edgecomp.pruning import check_pruning, pruned, sparsified
@@ -31,6 +31,7 @@ from edgecomp.quantmath import Grid
 from edgecomp.recovering import recover, recovery_settings
 from edgecomp.sparsity import NOTHING, masked, zero_share
 from edgecomp.spending import Budget, BudgetKind, Candidate, Spent, spend, spend_on_ladder
+from edgecomp.strictjson import write_json
 
 if TYPE_CHECKING:
     from edgecomp.pytorch.scores import Scorer

@@ -17,7 +17,7 @@ import numpy as np
 from edgecomp.errors import BundleError, EdgecompError, GraphError
 from edgecomp.files import write_file
 from edgecomp.graph import Graph, Node, Op, Tensor
-from edgecomp.plan import check_keys, load_strict_json
+from edgecomp.strictjson import check_keys, load_strict_json
 from edgecomp.verify import verify_float
 
 GRAPH_SCHEMA = "edgecomp-graph/1"

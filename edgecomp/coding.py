@@ -232,7 +232,7 @@ def _write_words(nodes: Array, depth: Array, texts: tuple[Array, Array], symbols
         high = max(low + 1, int(np.searchsorted(ends, done + _CHUNK, side="right")))
         lengths = depth[nodes[low:high]]
         start_of = places[nodes[low:high]] - (ends[low:high] - lengths - done)
-        at = np.repeat(start_of, lengths) + np.arange(int(lengths.sum()))
+        at = np.repeat(start_of, lengths.astype(np.intp)) + np.arange(int(lengths.sum()))
         part = symbols[of_words[at[: len(rows) - done]]]
         rows[done : done + len(part)] = part
         low, done = high, int(ends[high - 1])

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from edgecomp.cycles import REGISTERS, TABLES, cycles_of
 from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.latency import Range
-from edgecomp.plan import load_strict_json
 from edgecomp.report import ESTIMATE_SCHEMA, Source, table
+from edgecomp.strictjson import load_strict_json
 
 if TYPE_CHECKING:
     from edgecomp.target import Target

@@ -16,7 +16,8 @@ from edgecomp.errors import BundleError, PlanError
 from edgecomp.files import MANIFEST_SCHEMA, PLAN_FILE
 from edgecomp.graph import Graph, Op
 from edgecomp.groups import number_channels
-from edgecomp.plan import CompressionPlan, Relevance, check_keys, load_strict_json
+from edgecomp.plan import CompressionPlan, Relevance
+from edgecomp.strictjson import check_keys, load_strict_json
 
 KEYS = (
     "schema",

@@ -6,13 +6,10 @@ person can read, edit and compare. Weight scales are not in it: they follow from
 
 from __future__ import annotations
 
-import io
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import islice
 from types import MappingProxyType
 
 import numpy as np
@@ -21,6 +18,7 @@ from edgecomp.errors import PlanError
 from edgecomp.graph import Array, Graph, frozen
 from edgecomp.preprocessing import Preprocessing
 from edgecomp.quantmath import WEIGHT_BITS
+from edgecomp.strictjson import check_keys, checked_object, load_strict_json, write_json
 
 PLAN_SCHEMA = "edgecomp-plan/1"
 
@@ -219,7 +217,7 @@ class CompressionPlan:
         classes = obj["classes"]
         if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
             raise PlanError(f"{where}: classes: expected a list of strings")
-        made_by = _mapping(obj["made_by"], f"{where}: made_by")
+        made_by = checked_object(obj["made_by"], f"{where}: made_by")
         if not all(isinstance(v, str) for v in made_by.values()):
             raise PlanError(f"{where}: made_by: expected strings")
         return CompressionPlan(
@@ -227,11 +225,11 @@ class CompressionPlan:
             io=Io(str(io)),
             layers={
                 name: _layer_from_json(value, f"{where}: layer {name!r}")
-                for name, value in _mapping(obj["layers"], f"{where}: layers").items()
+                for name, value in checked_object(obj["layers"], f"{where}: layers").items()
             },
             ranges={
                 name: _range_from_json(value, f"{where}: range of {name!r}")
-                for name, value in _mapping(obj["ranges"], f"{where}: ranges").items()
+                for name, value in checked_object(obj["ranges"], f"{where}: ranges").items()
             },
             preprocessing=Preprocessing.from_json(obj["preprocessing"], where),
             classes=tuple(classes),
@@ -293,56 +291,12 @@ def validate(plan: CompressionPlan, graph: Graph) -> None:
         raise PlanError(f"plan: its ranges and the model's activations differ in {', '.join(odd[:5])}")
 
 
-def load_strict_json(text: str, where: str) -> Mapping[str, object]:
-    """Read one JSON object; refuse what Python's reader lets pass: duplicate keys, NaN and infinities.
-
-    Raises:
-        PlanError: with the place and the reason.
-    """
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise PlanError(f"{where}: key {key!r:.80} stands twice")
-            seen.add(key)
-        return dict(pairs)
-
-    def refuse(constant: str) -> object:
-        raise PlanError(f"{where}: {constant} is not a number JSON knows")
-
-    try:
-        obj = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as e:
-        raise PlanError(f"{where}: not JSON: {str(e)[:120]}") from e
-    return _mapping(obj, where)
-
-
-def check_keys(obj: Mapping[str, object], expected: tuple[str, ...], where: str) -> None:
-    """Demand exactly these keys.
-
-    Raises:
-        PlanError: one is missing or unknown.
-    """
-    missing = [key for key in expected if key not in obj]
-    unknown = [key for key in obj if key not in expected]
-    if missing or unknown:
-        what = f"key {missing[0]!r} is missing" if missing else f"unknown key {unknown[0]!r:.80}"
-        raise PlanError(f"{where}: {what}; expected {', '.join(expected)}")
-
-
-def _mapping(value: object, where: str) -> dict[str, object]:
-    if not isinstance(value, dict):
-        raise PlanError(f"{where}: expected an object, found {type(value).__name__}")
-    return value
-
-
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _layer_from_json(value: object, where: str) -> LayerPlan:
-    obj = _mapping(value, where)
+    obj = checked_object(value, where)
     check_keys(obj, ("out_channels", "dropped", "weight_bits"), where)
     channels, dropped, bits = obj["out_channels"], obj["dropped"], obj["weight_bits"]
     if not (_is_int(channels) and 0 < channels <= 1 << 20):  # type: ignore[operator]
@@ -374,39 +328,3 @@ def _range_from_json(value: object, where: str) -> ActRange:
     if not (math.isfinite(low) and math.isfinite(high) and low <= high and max(-low, high) < 1e30):
         raise PlanError(f"{where}: [{low}, {high}], expected finite numbers with low <= high")
     return ActRange(low=low, high=high)
-
-
-def write_json(obj: Mapping[str, object]) -> str:
-    """Write an object with a line for each key, and for each entry of the objects right below: fit for diff."""
-    # A string for each number of a long list, as json.dumps holds them, is many times the text.
-    text = io.StringIO()
-    flat = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
-
-    def entries(values: Iterable[tuple[str | None, object]], indent: str, write: Callable[[object], object]) -> None:
-        between = ""
-        for key, value in values:
-            text.write(f"{between}{indent}" if key is None else f"{between}{indent}{flat.encode(key)}: ")
-            write(value)
-            between = ",\n"
-
-    def line(value: object) -> None:
-        parts = flat.iterencode(value)
-        while some := "".join(islice(parts, 1000)):
-            text.write(some)
-
-    def block(value: object) -> None:
-        if isinstance(value, dict) and value:
-            text.write("{\n")
-            entries(value.items(), "  ", line)
-            text.write("\n }")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            text.write("[\n")
-            entries(((None, v) for v in value), "  ", line)
-            text.write("\n ]")
-        else:
-            line(value)
-
-    text.write("{\n")
-    entries(obj.items(), " ", block)
-    text.write("\n}\n")
-    return text.getvalue()

@@ -185,7 +185,7 @@ def layer_choices(
             codes = quantmath.quantize_weight(data, scale, grid.bits)
             off = codes.reshape(len(data), -1) * scale[:, None] - data.reshape(len(data), -1)
             error = np.einsum("oi,oi,oi->o", off, off, cost.reshape(off.shape), dtype=np.float32)
-            counts = np.bincount(codes.reshape(-1).astype(np.int64) + 128, minlength=256)
+            counts = np.bincount(codes.reshape(-1).astype(np.intp) + 128, minlength=256)
             stored = tuple(stored_bits(name, node, grid.bits, counts) for name in formats)
             found[grid] = (float(error.sum(dtype=np.float64)), stored)
         choices.append(weighed(node.name, data.size, found))

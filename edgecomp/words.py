@@ -67,7 +67,8 @@ def trie_of(below: Array, n_symbols: int, word_bits: int) -> Trie:
     children = np.concatenate([[n_symbols, n_symbols], below.astype(np.int64)])
     n = children.size
     first = 2 + np.cumsum(children) - children
-    parent = np.concatenate([[0, 1], np.repeat(np.arange(n), children)[: n - 2]])
+    # intp: where addresses have 32 bits, numpy repeats and counts nothing by numbers of 64.
+    parent = np.concatenate([[0, 1], np.repeat(np.arange(n), children.astype(np.intp))[: n - 2]])
     rank = np.maximum(np.arange(n) - first[parent], 0)
     depth, chapter = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
     chapter[1] = 1
@@ -226,7 +227,7 @@ def _grow(p: Array, gain: Array, start: Array, size: int) -> _Chapter:
         threshold /= 8
     taken = np.sort(order[: int(np.searchsorted(words, size, side="right"))])
     depth = np.repeat(np.arange(1, len(levels) + 1), [lv[0].size for lv in levels])
-    new = np.zeros(n, dtype=np.int64)
+    new = np.zeros(n, dtype=np.intp)
     new[taken] = np.arange(taken.size)
     inside = parent[taken] >= 0
     children = np.bincount(new[parent[taken][inside]], minlength=taken.size)

@@ -18,7 +18,7 @@ from edgecomp.artifact import FILES
 from edgecomp.errors import BundleError, EdgecompError
 from edgecomp.files import MANIFEST_SCHEMA
 from edgecomp.manifest import read_manifest
-from edgecomp.plan import PLAN_SCHEMA, CompressionPlan, check_keys, load_strict_json
+from edgecomp.plan import PLAN_SCHEMA, CompressionPlan
 from edgecomp.report import (
     COMPARISON_SCHEMA,
     ESTIMATE_SCHEMA,
@@ -28,6 +28,7 @@ from edgecomp.report import (
     Source,
     table,
 )
+from edgecomp.strictjson import check_keys, load_strict_json
 
 from .answers import are_boards, board_facts, estimate_facts, other_facts
 from .c_facts import BEGIN, CodeBorder, read_facts

@@ -1,5 +1,5 @@
 /*
- * A QEMU plugin that counts the instructions of an emulated 64-bit Arm program by class, in user mode.
+ * A QEMU plugin that counts the instructions of an emulated Arm program in user mode, of 64-bit ones by class.
  *
  * The program marks places by closing file -31337: that fails in every kernel and changes nothing. At each mark, and at
  * the end, one line is written to the file given as out=PATH: the count of each class so far. Counts are added as blocks
@@ -147,6 +147,10 @@ static const struct {
     {0x0e000000, 0x0e000000, SIMD_INTEGER},
 };
 
+/* "close" on 64-bit and on 32-bit Arm */
+enum { CLOSE = 57, CLOSE_32 = 6 };
+
+static int is_32_bit; /* all are OTHER */
 static uint64_t counts[N_CLASSES];
 static struct qemu_plugin_scoreboard *per_thread; /* in the place of counts, where that can be */
 static FILE *out;
@@ -170,7 +174,8 @@ static qemu_plugin_u64 place_of(int kind) {
 static void on_block(qemu_plugin_id_t id, struct qemu_plugin_tb *block) {
     uint64_t here[N_CLASSES] = {0};
     (void)id;
-    for (size_t i = 0, n = qemu_plugin_tb_n_insns(block); i < n; i++) {
+    if (is_32_bit) here[OTHER] = qemu_plugin_tb_n_insns(block);
+    for (size_t i = 0, n = is_32_bit ? 0 : qemu_plugin_tb_n_insns(block); i < n; i++) {
         uint32_t word;
         uintptr_t found = qemu_plugin_insn_data(qemu_plugin_tb_get_insn(block, i), &word, sizeof word);
         if (version < COPIES_DATA) memcpy(&word, (const void *)found, sizeof word);
@@ -196,7 +201,7 @@ static void write_counts(void) {
 static void on_call(qemu_plugin_id_t id, unsigned vcpu, int64_t number, uint64_t a1, uint64_t a2, uint64_t a3,
                     uint64_t a4, uint64_t a5, uint64_t a6, uint64_t a7, uint64_t a8) {
     (void)id, (void)vcpu, (void)a2, (void)a3, (void)a4, (void)a5, (void)a6, (void)a7, (void)a8;
-    if (number == 57 && (int32_t)a1 == MARK) write_counts(); /* close on aarch64 */
+    if (number == (is_32_bit ? CLOSE_32 : CLOSE) && (int32_t)a1 == MARK) write_counts();
 }
 
 static void on_end(qemu_plugin_id_t id, void *none) {
@@ -261,7 +266,8 @@ EXPORT time_t time(time_t *to) {
 }
 
 EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv) {
-    if (strcmp(info->target_name, "aarch64") || argc != 1 || strncmp(argv[0], "out=", 4)) return 1;
+    is_32_bit = !strcmp(info->target_name, "arm");
+    if ((!is_32_bit && strcmp(info->target_name, "aarch64")) || argc != 1 || strncmp(argv[0], "out=", 4)) return 1;
     version = info->version.cur;
     if (version > LATEST) {
         fprintf(stderr, "edgecomp_count: QEMU's plugin interface is version %d, expected at most %d\n", version, LATEST);

@@ -1,4 +1,4 @@
-"""Raspberry Pi-class boards in QEMU's user mode: one root file system for 64-bit Arm, run as one core or another.
+"""Raspberry Pi-class boards in QEMU's user mode: a root file system for 64-bit Arm, one for 32-bit, run as some core.
 
 Debian packages and wheels, both by name, are unpacked into a folder of the cache, and QEMU runs programs of it with the
 core's instructions alone. What comes out is what the core would compute; how long it would take does not.
@@ -19,77 +19,25 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from types import MappingProxyType
 
 from edgecomp.errors import TargetError, UsageError
 from edgecomp.files import MANIFEST, new_folder, write_file
-from edgecomp.targets import SUFFIX, nearest
+
+from .cores import AARCH64, EMULATED, Core, Machine
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Opens a progress bar: its name and total give what advances it."""
 
 SCHEMA = "edgecomp-rootfs/1"
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Core:
-    """A core that QEMU knows.
-
-    Attributes:
-        name: as people say it.
-        qemu: what `-cpu` takes.
-        cpuinfo: the lines of /proc/cpuinfo that say which core and which instructions: a program asks there, and would
-            see this machine's processor. After Linux 6.1 on the board of that core.
-    """
-
-    name: str
-    qemu: str
-    cpuinfo: Mapping[str, str]
-
-
-def _core(name: str, qemu: str, features: str, part: str, variant: str, revision: str) -> Core:
-    lines = {
-        "BogoMIPS": "108.00",
-        "Features": features,
-        "CPU implementer": "0x41",
-        "CPU architecture": "8",
-        "CPU variant": variant,
-        "CPU part": part,
-        "CPU revision": revision,
-    }
-    return Core(name=name, qemu=qemu, cpuinfo=MappingProxyType(lines))
-
-
-_V8 = "fp asimd evtstrm crc32 cpuid"
-_V82 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
-_A53 = _core("Cortex-A53", "cortex-a53", _V8, "0xd03", "0x0", "4")
-_A72 = _core("Cortex-A72", "cortex-a72", _V8, "0xd08", "0x0", "3")
-_A76 = _core("Cortex-A76", "cortex-a76", _V82, "0xd0b", "0x4", "1")
-EMULATED: Mapping[str, Core] = MappingProxyType(
-    {
-        "rpi-zero2w-emulated": _A53,
-        "rpi3b-emulated": _A53,
-        "rpi4-emulated": _A72,
-        "rpi5-emulated": _A76,
-    }
-)
-"""Emulated boards by name: that of the board, and SUFFIX."""
-
 CLASSES = (
     "integer", "branch", "load", "store", "simd_load", "simd_store", "simd_integer", "dot_product", "float", "other",
 )  # fmt: skip
 """Classes of instructions, in the order in which edgecomp_count.c writes their counts."""
 
-DEBIAN = ("python3", "libgomp1", "libstdc++6", "coreutils", "dash", "tar")
-"""Debian packages of the root file system; apt adds what they depend on."""
-WHEELS = ("numpy", "onnxruntime", "ai-edge-litert")
-"""Wheels, without what they name as dependencies: running models needs none of it."""
-_PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
-
 _TOOLS = {
-    "qemu-aarch64": "qemu-user",
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
     "tar": "tar",
@@ -100,7 +48,7 @@ _TOOLS = {
     "chroot": "coreutils",
     "mount": "mount",
 }
-"""Programs that are needed here, and the Debian packages that hold them."""
+"""Programs that are needed here beside the emulator, and the Debian packages that hold them."""
 
 WORK = "/edgecomp"
 """Where a run's files lie inside."""
@@ -110,18 +58,7 @@ _LEAST_BYTES = 10_000_000
 _PLUGIN = "usr/lib/edgecomp_count.so"
 _LOADER = "/lib64/ld-linux-x86-64.so.2"
 _SPACE = "0x1000000000"
-
-
-def core_of(target: str) -> Core:
-    """Look up the core of an emulated board.
-
-    Raises:
-        UsageError: it is none.
-    """
-    if target not in EMULATED:
-        hint = nearest(target.removesuffix(SUFFIX) + SUFFIX, EMULATED)
-        raise UsageError(f"target {target!r:.80} is not emulated; {hint}")
-    return EMULATED[target]
+"""Addresses of a 64-bit program, in bytes; without a limit QEMU gives it what is free."""
 
 
 def cache_folder() -> Path:
@@ -130,10 +67,10 @@ def cache_folder() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "edgecomp"
 
 
-def wanted_wheels() -> tuple[str, ...]:
+def wanted_wheels(machine: Machine = AARCH64) -> tuple[str, ...]:
     """Name the wheels: in the versions that run on this machine, so that outputs can be compared; else the newest."""
     found = []
-    for name in WHEELS:
+    for name in machine.wheels:
         try:
             found.append(f"{name}=={importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
@@ -141,26 +78,26 @@ def wanted_wheels() -> tuple[str, ...]:
     return tuple(found)
 
 
-def is_installed(cache: Path | None = None) -> bool:
+def is_installed(cache: Path | None = None, machine: Machine = AARCH64) -> bool:
     """Tell whether the root file system is there, whole, and of this edgecomp and these versions of the wheels."""
     try:
-        found = json.loads((root_folder(cache) / MANIFEST).read_text("utf-8"))
+        found = json.loads((root_folder(cache, machine) / MANIFEST).read_text("utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(found == _manifest())
+    return bool(found == _manifest(machine))
 
 
-def root_folder(cache: Path | None = None) -> Path:
+def root_folder(cache: Path | None = None, machine: Machine = AARCH64) -> Path:
     """Give the place of the root file system."""
-    return (cache_folder() if cache is None else cache) / "aarch64-root"
+    return (cache_folder() if cache is None else cache) / f"{machine.name}-root"
 
 
-def _manifest() -> dict[str, object]:
+def _manifest(machine: Machine) -> dict[str, object]:
     source = resources.files(__package__).joinpath("edgecomp_count.c").read_bytes()
     return {
         "schema": SCHEMA,
-        "debian": list(DEBIAN),
-        "wheels": list(wanted_wheels()),
+        "debian": list(machine.packages),
+        "wheels": list(wanted_wheels(machine)),
         "plugin_sha256": hashlib.sha256(source).hexdigest(),
     }
 
@@ -168,12 +105,13 @@ def _manifest() -> dict[str, object]:
 # ---- making it -------------------------------------------------------------------------------------------------------
 
 
-def install(stage: Stage, cache: Path | None = None) -> Path:
+def install(stage: Stage, cache: Path | None = None, machine: Machine = AARCH64) -> Path:
     """Make the root file system, unless it is there; what was downloaded stays, for a run that goes on from it.
 
     Args:
         stage: shows how far the work is.
         cache: where it lies; `cache_folder()` by default.
+        machine: what it is for.
 
     Returns:
         the root file system.
@@ -182,11 +120,11 @@ def install(stage: Stage, cache: Path | None = None) -> Path:
         TargetError: this machine cannot, a tool is missing, or a package cannot be had.
         UsageError: the cache cannot be written, or is full.
     """
-    _check_tools()
+    _check_tools(machine)
     cache = cache_folder() if cache is None else cache
     downloads = cache / "downloads"
     try:
-        return _install(stage, cache, downloads)
+        return _install(stage, cache, machine)
     except (OSError, TargetError) as e:
         stays = f"what was downloaded stays in {downloads}, for the next try" if downloads.exists() else "nothing stays"
         if isinstance(e, OSError):
@@ -198,15 +136,15 @@ def install(stage: Stage, cache: Path | None = None) -> Path:
         raise
 
 
-def _install(stage: Stage, cache: Path, downloads: Path) -> Path:
-    root = root_folder(cache)
+def _install(stage: Stage, cache: Path, machine: Machine) -> Path:
+    root, downloads = root_folder(cache, machine), cache / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
     with (cache / "install.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two at once the second waits, and finds it done
-        if is_installed(cache):
+        if is_installed(cache, machine):
             return root
-        with stage("installing aarch64", 100) as advance, new_folder(root, force=True) as work:
-            packages = _debian_packages(downloads / "apt", advance)
+        with stage(f"installing {machine.name}", 100) as advance, new_folder(root, force=True) as work:
+            packages = _debian_packages(downloads / "apt", machine, advance)
             for folder in ("bin", "lib", "sbin"):
                 (work / "usr" / folder).mkdir(parents=True)
                 (work / folder).symlink_to(f"usr/{folder}")
@@ -215,21 +153,25 @@ def _install(stage: Stage, cache: Path, downloads: Path) -> Path:
             for i, package in enumerate(packages):
                 _unpack_package(package, work)
                 advance(_share(i, len(packages), 35))
+            # As the packages' scripts would, which do not run: of several libraries Debian lets one choose.
+            for library in (work / "usr/lib").glob("*/*/lib*.so.3"):
+                if library.parent.name in ("blas", "lapack"):
+                    (library.parents[1] / library.name).symlink_to(f"{library.parent.name}/{library.name}")
             python = _python_version(work)
-            wheels = _wheels(downloads / "wheels", python)
+            wheels = pip_download(wanted_wheels(machine), downloads / "wheels", python, machine.platforms)
             advance(20)
-            for wheel in wheels:
+            for i, wheel in enumerate(wheels):
                 _run([sys.executable, "-m", "zipfile", "-e", wheel, work / "usr/lib/python3/dist-packages"])
-                advance(4)
-            _add_emulator(work)
+                advance(_share(i, len(wheels), 12))
+            _add_emulator(work, machine)
             _add_plugin(work)
             # Four cores, as each of the boards has; programs look here, too.
             for name in ("possible", "present"):
                 (work / "sys/devices/system/cpu" / name).write_text("0-3\n")
             advance(3)
-            _check_imports(work)
+            _check_imports(work, machine)
             advance(5)
-            write_file(work / MANIFEST, json.dumps(_manifest(), indent=1).encode())
+            write_file(work / MANIFEST, json.dumps(_manifest(machine), indent=1).encode())
     return root
 
 
@@ -237,13 +179,14 @@ def _share(i: int, n: int, total: int) -> int:
     return total * (i + 1) // n - total * i // n
 
 
-def _check_tools() -> None:
+def _check_tools(machine: Machine) -> None:
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise TargetError(f"emulated boards run on Linux on x86-64, this is {sys.platform} on {platform.machine()}")
     path = os.pathsep.join((os.defpath, "/usr/sbin", "/sbin", os.environ.get("PATH", "")))
-    missing = [tool for tool in _TOOLS if shutil.which(tool, path=path) is None]
+    tools = {machine.qemu: "qemu-user", **_TOOLS}
+    missing = [tool for tool in tools if shutil.which(tool, path=path) is None]
     if missing:
-        packages = sorted({name for tool in missing for name in _TOOLS[tool].split()})
+        packages = sorted({name for tool in missing for name in tools[tool].split()})
         raise TargetError(f"{', '.join(missing)} not found; install: apt-get install {' '.join(packages)}")
 
 
@@ -276,7 +219,7 @@ def _run(
     return done.stdout
 
 
-def _debian_packages(folder: Path, advance: Callable[[int], object]) -> list[Path]:
+def _debian_packages(folder: Path, machine: Machine, advance: Callable[[int], object]) -> list[Path]:
     """Download the packages with what they depend on, from the sources that this machine's apt is set up with."""
     for name in ("lists/partial", "archives/partial", "state"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -289,20 +232,28 @@ def _debian_packages(folder: Path, advance: Callable[[int], object]) -> list[Pat
         "Dir::Cache::archives": folder / "archives",
         "Dir::Cache::pkgcache": "",
         "Dir::Cache::srcpkgcache": "",
-        "APT::Architecture": "arm64",
+        "APT::Architecture": machine.debian,
         "APT::Install-Recommends": "false",
         "APT::Sandbox::User": "root",
         "Acquire::Languages": "none",
     }
     lines = [f'{key} "{value}";' for key, value in settings.items()]
     config = folder / "apt.conf"
-    write_file(config, "\n".join([*lines, 'APT::Architectures { "arm64"; };', ""]).encode())
+    write_file(config, "\n".join([*lines, f'APT::Architectures {{ "{machine.debian}"; }};', ""]).encode())
     env = {"APT_CONFIG": str(config)}
-    _run(["apt-get", "-q", "update"], env=env, what="apt-get update, arm64")
+    trouble = None
+    try:
+        _run(["apt-get", "-q", "update"], env=env, what=f"apt-get update, {machine.debian}")
+    except TargetError as e:
+        trouble = e  # of one list, as while a mirror changes: the others may hold all that is needed
     advance(10)
     install = ["apt-get", "-q", "-y", "install"]
-    simulated = _run([*install, "--simulate", *DEBIAN], env=env, what="Debian packages for arm64")
-    _run([*install, "--download-only", *DEBIAN], env=env, what="Debian packages for arm64")
+    what = f"Debian packages for {machine.debian}"
+    try:
+        simulated = _run([*install, "--simulate", *machine.packages], env=env, what=what)
+        _run([*install, "--download-only", *machine.packages], env=env, what=what)
+    except TargetError as e:
+        raise trouble or e from e
     advance(15)
     chosen = re.findall(r"^Inst (\S+) \((\S+) .*\[(\w+)\]", simulated, flags=re.MULTILINE)
     found = [folder / "archives" / f"{name}_{version.replace(':', '%3a')}_{arch}.deb" for name, version, arch in chosen]
@@ -328,11 +279,6 @@ def _python_version(root: Path) -> str:
     return found[0]
 
 
-def _wheels(folder: Path, python: str) -> list[Path]:
-    """Download the wheels for a Python on 64-bit Arm."""
-    return pip_download(wanted_wheels(), folder, python, _PLATFORMS)
-
-
 def pip_download(packages: Sequence[str], folder: Path, python: str, platforms: Sequence[str]) -> list[Path]:
     """Download wheels for another machine, without dependencies.
 
@@ -351,18 +297,18 @@ def pip_download(packages: Sequence[str], folder: Path, python: str, platforms: 
     return [folder / Path(name).name for name in names]
 
 
-def _add_emulator(root: Path) -> None:
-    """Copy QEMU with its libraries, which lie where 64-bit Arm has none: inside nothing else is of this machine."""
-    qemu = Path(shutil.which("qemu-aarch64") or "qemu-aarch64").resolve()
-    listed = _run(["ldd", qemu], what="qemu-aarch64, which must be the dynamic one of Debian's qemu-user")
+def _add_emulator(root: Path, machine: Machine) -> None:
+    """Copy QEMU with its libraries, which lie where Arm has none: inside nothing else is of this machine."""
+    qemu = Path(shutil.which(machine.qemu) or machine.qemu).resolve()
+    listed = _run(["ldd", qemu], what=f"{machine.qemu}, which must be the dynamic one of Debian's qemu-user")
     files = re.findall(r"(?:=> )?(/\S+) \(0x", listed)
     for name in files:
         place = root / name.lstrip("/")
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(name, place)  # follows links
         place.chmod(0o755)
-    shutil.copyfile(qemu, root / "usr/bin/qemu-aarch64")
-    (root / "usr/bin/qemu-aarch64").chmod(0o755)
+    shutil.copyfile(qemu, root / "usr/bin" / machine.qemu)
+    (root / "usr/bin" / machine.qemu).chmod(0o755)
 
 
 def _add_plugin(root: Path) -> None:
@@ -372,16 +318,17 @@ def _add_plugin(root: Path) -> None:
         _run(["cc", *flags, "-o", root / _PLUGIN, source], what="compiling the QEMU plugin")
 
 
-def _check_imports(root: Path) -> None:
+def _check_imports(root: Path, machine: Machine) -> None:
     """Import what is to run there, which also leaves it compiled."""
     with _temporary(root) as work:
         # Beside the runtimes, what the runner imports of Python's own: later runs leave nothing behind.
         own = "argparse, dataclasses, email, importlib.metadata, importlib.resources, json, subprocess, zipfile"
-        code = f"import numpy, onnxruntime, ai_edge_litert.interpreter, platform, {own}; print(platform.machine())"
-        command = inside(root, next(iter(EMULATED.values())), work, ["/usr/bin/python3", "-c", code])
+        code = f"import {', '.join(machine.modules)}, platform, {own}; print(platform.machine())"
+        core = next(core for core in EMULATED.values() if core.machine is machine)
+        command = inside(root, core, work, ["/usr/bin/python3", "-c", code])
         said = _run(command, what="the new root file system", limit_s=300)
-    if said.strip() != "aarch64":
-        raise TargetError(f"the new root file system says it is {said.strip()!r:.80}, expected aarch64")
+    if said.strip() != machine.name:
+        raise TargetError(f"the new root file system says it is {said.strip()!r:.80}, expected {machine.name}")
 
 
 @contextlib.contextmanager
@@ -428,10 +375,11 @@ def inside(root: Path, core: Core, work: Path, command: Sequence[str], *, count:
     env = {"PATH": "/usr/bin", "HOME": "/root", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
     # Its thread would be counted too, and the data base it keeps grows from run to run.
     env["ORT_DISABLE_TELEMETRY"] = "1"
-    qemu = ["/usr/bin/qemu-aarch64", "-cpu", core.qemu, "-seed", "1"]
+    qemu = [f"/usr/bin/{core.machine.qemu}", "-cpu", core.qemu, "-seed", "1"]
     if count:
+        space = ["-R", _SPACE] if core.machine is AARCH64 else []
         # Preloaded by QEMU's own loader, as it also answers the program's getrandom().
-        qemu = [_LOADER, "--preload", f"/{_PLUGIN}", *qemu, "-R", _SPACE, "-plugin", f"/{_PLUGIN},out={WORK}/{COUNTS}"]
+        qemu = [_LOADER, "--preload", f"/{_PLUGIN}", *qemu, *space, "-plugin", f"/{_PLUGIN},out={WORK}/{COUNTS}"]
     private = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
     if os.geteuid():
         private += ["--user", "--map-root-user"]

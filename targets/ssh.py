@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from edgecomp.errors import PlanError, TargetError, UsageError
-from edgecomp.plan import load_strict_json
+from edgecomp.strictjson import load_strict_json
 
 SCHEME = "ssh://"
 CONNECT_S = 15

@@ -13,8 +13,9 @@ from edgecomp.compress import compress
 from edgecomp.exporters import export
 from edgecomp.files import MANIFEST, MANIFEST_SCHEMA, PLAN_FILE
 from edgecomp.graph import Graph
-from edgecomp.plan import CompressionPlan, LayerRelevance, Relevance, write_json
+from edgecomp.plan import CompressionPlan, LayerRelevance, Relevance
 from edgecomp.provenance import tools
+from edgecomp.strictjson import write_json
 from tests.graphs import plain, plan_for
 
 FORMATS = ("onnx", "tflite")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgecomp.errors import TargetError
+from edgecomp.targets.cores import AARCH64, ARMV7, Machine
 from tests import ssh_device
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -23,10 +24,21 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The file system of emulated boards; made when it is not there. In CI a machine that cannot is a failure."""
+    """The file system of emulated 64-bit boards; made when it is not there."""
+    return emulated_root(AARCH64)
+
+
+@pytest.fixture(scope="session")
+def root_32() -> Path:
+    """The same of 32-bit boards."""
+    return emulated_root(ARMV7)
+
+
+def emulated_root(machine: Machine) -> Path:
+    """Make a board's file system; in CI a machine that cannot is a failure."""
     lacking = ssh_device.missing()
     try:
-        made = None if lacking else ssh_device.emulated_root()
+        made = None if lacking else ssh_device.emulated_root(machine)
     except TargetError as e:
         lacking, made = str(e), None
     if made is None:

@@ -16,7 +16,7 @@ from edgecomp.compress import compress
 from edgecomp.exporters import export
 from edgecomp.exporters.c_facts import read_facts
 from edgecomp.graph import Graph
-from edgecomp.plan import write_json
+from edgecomp.strictjson import write_json
 from tests.built import MEASURED, flat_relevance, record_of
 from tests.graphs import GRAPHS, plan_for
 

@@ -38,7 +38,7 @@ from edgecomp.exporters import export
 from edgecomp.graph import Array, Graph, Node, Op, Tensor
 from edgecomp.plan import Io
 from edgecomp.report import table
-from edgecomp.targets import emulated
+from edgecomp.targets import cores, emulated
 from tests.graphs import GRAPHS, Build, alone, dense, images, plan_for
 from tests.packed_files import wide
 
@@ -247,7 +247,7 @@ def run_emulated(target: str, files: Path, results: Path) -> Ran:
             shutil.copytree(HERE.parent / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "samples"))
         (place / "results").mkdir()
         script = [f"{emulated.WORK}/{name}" for name in ("runtimes_run.py", ".", "files", "results")]
-        command = emulated.inside(root, emulated.core_of(target), place, ["/usr/bin/python3", "-I", *script])
+        command = emulated.inside(root, cores.core_of(target), place, ["/usr/bin/python3", "-I", *script])
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
         shutil.copytree(place / "results", results)
     return read_results(results)
@@ -427,7 +427,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.runtimes", description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where environments are kept; by default they are thrown away")
     parser.add_argument("--only", action="append", help="a line of runtimes.txt by its name; may be given again")
-    parser.add_argument("--emulated", choices=emulated.EMULATED, help="also on this board; ONNX only")
+    boards = [name for name, core in cores.EMULATED.items() if core.machine is cores.AARCH64]
+    parser.add_argument("--emulated", choices=boards, help="also on this board; ONNX only")
     args = parser.parse_args(argv)
     lines = pins(PINS.read_text("utf-8"))
     names = args.only or list(lines)

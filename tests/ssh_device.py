@@ -1,7 +1,7 @@
-"""A device on this machine: a real sshd on loopback whose sessions land in the emulated 64-bit Arm file system.
+"""A device on this machine: a real sshd on loopback whose sessions land in an emulated board's file system.
 
-`uname -m` says aarch64 there and every program is run by QEMU, in a name space of users and mounts of its own. Home and
-/tmp are folders of the test, which sees in them what a session leaves behind.
+`uname -m` says aarch64 or armv7l there and every program is run by QEMU, in a name space of users and mounts of its
+own. Home and /tmp are folders of the test, which sees in them what a session leaves behind.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgecomp.targets.emulated import EMULATED, cache_folder, install, root_folder
+from edgecomp.targets import SUFFIX
+from edgecomp.targets.cores import EMULATED, Machine
+from edgecomp.targets.emulated import install
 
 REQUIRED = "EDGECOMP_REQUIRE_DEVICES"
 """Where this is set, as in CI, what a test of devices needs must be there: it fails instead of being skipped."""
@@ -33,12 +35,16 @@ mount --bind {place}/home $root/root
 mount --bind {place}/tmp $root/tmp
 . {place}/extra.sh
 mount -t binfmt_misc none /proc/sys/fs/binfmt_misc
-magic='\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00'
+magic='\x7fELF{bits}\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00{elf}\x00'
 mask='\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff'
-echo ":edgecomp:M::$magic:$mask:/usr/bin/qemu-aarch64:F" > /proc/sys/fs/binfmt_misc/register
+echo ":edgecomp:M::$magic:$mask:/usr/bin/{qemu}:F" > /proc/sys/fs/binfmt_misc/register
 cd /
 exec env -i "${{path:-PATH=/usr/bin}}" HOME=/root QEMU_CPU={cpu} {chroot} $root /usr/bin/sh -c "$SSH_ORIGINAL_COMMAND"
 """
+
+
+ELF = {"aarch64": ("\\x02", "\\xb7"), "armv7l": ("\\x01", "\\x28")}
+"""How a program of the machine is told: bytes 4 and 18 of its file."""
 
 
 class Device:
@@ -51,14 +57,17 @@ class Device:
 
     def __init__(self, place: Path, root: Path, target: str = "rpi4-emulated") -> None:
         self.place, self.root, self.port = place, root, _free_port()
-        core = EMULATED[target]
+        core, self.board = EMULATED[target], target.removesuffix(SUFFIX)
         for name in ("home", "tmp", "bin"):
             (place / name).mkdir()
         lines = "".join(f"{key}\t: {value}\n" for key, value in core.cpuinfo.items())
         (place / "cpuinfo").write_text("\n".join(f"processor\t: {i}\n{lines}" for i in range(4)))
         self.extra("")
         chroot = shutil.which("chroot", path="/usr/sbin:/usr/bin:/sbin:/bin")
-        entered = ENTER.format(place=place, root=root, cpu=core.qemu, chroot=chroot)
+        bits, elf = ELF[core.machine.name]
+        entered = ENTER.format(
+            place=place, root=root, cpu=core.qemu, chroot=chroot, qemu=core.machine.qemu, bits=bits, elf=elf
+        )
         (place / "enter.sh").write_text(entered)
         self.script("forced.sh", FORCED.format(place=place))
         for name in ("host", "user", "stranger", "other_host"):
@@ -73,7 +82,7 @@ class Device:
 
     @property
     def address(self) -> str:
-        return f"ssh://127.0.0.1:{self.port}?board=rpi4"
+        return f"ssh://127.0.0.1:{self.port}?board={self.board}"
 
     def script(self, name: str, text: str) -> None:
         (self.place / name).write_text(text)
@@ -158,16 +167,15 @@ def missing() -> str:
     return ""
 
 
-def emulated_root() -> Path:
+def emulated_root(machine: Machine) -> Path:
     """Give the file system of emulated boards, where `edgecomp targets --install` puts it."""
-    install(lambda name, total: contextlib.nullcontext(lambda n: None))
-    return root_folder(cache_folder())
+    return install(lambda name, total: contextlib.nullcontext(lambda n: None), machine=machine)
 
 
 @contextlib.contextmanager
-def running(place: Path, root: Path) -> Iterator[Device]:
+def running(place: Path, root: Path, target: str = "rpi4-emulated") -> Iterator[Device]:
     """Give a device that is switched on."""
-    device = Device(place, root)
+    device = Device(place, root, target)
     device.start()
     try:
         yield device

@@ -21,7 +21,7 @@ FOLDERS = {
 
 # A module may import any lower row, and what stands before it in its own. The package itself holds only a version.
 LEVELS = (
-    ("edgecomp", "errors", "launched"),
+    ("edgecomp", "errors", "launched", "strictjson"),
     ("graph", "quantmath", "curves", "packing", "words", "coding", "atrest", "target", "preprocessing", "imagefolder",
      "data"),
     ("ops", "verify", "reference", "groups", "plan", "selection", "work"),
@@ -34,7 +34,8 @@ LEVELS = (
      "pytorch.trial", "pytorch.recover", "pytorch.prune", "pytorch.sparsify", "pytorch.rebuild", "pytorch.views",
      "pytorch.progress", "pytorch.descent", "pytorch.finetune",
      "samples.train"),
-    ("targets", "targets.emulated", "targets.ssh", "exporters.layout", "exporters.fused", "exporters.modelfacts",
+    ("targets", "targets.cores", "targets.emulated", "targets.ssh", "exporters.layout",
+     "exporters.fused", "exporters.modelfacts",
      "exporters.flatbuffer", "exporters.unpack_tflite", "exporters.tflite_schema", "exporters.tflm_decode",
      "exporters.tflite_weights",
      "exporters.protobuf", "exporters.onnx_model", "exporters.onnx_parts", "exporters.onnx_decoders",

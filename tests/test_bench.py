@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import sys
 from pathlib import Path
 from random import Random
@@ -16,7 +17,7 @@ from edgecomp.benchmarks import memory
 from edgecomp.benchmarks.accuracy import accuracy, parity
 from edgecomp.benchmarks.bench import bench
 from edgecomp.benchmarks.environment import environment
-from edgecomp.benchmarks.harness import MIN_ROUNDS, Timing, measure, ratio
+from edgecomp.benchmarks.harness import MIN_ROUNDS, Timing, measure, median, ratio
 from edgecomp.benchmarks.memory import TINY, footprint
 from edgecomp.benchmarks.runners import LiteRt, OnnxRuntime
 from edgecomp.data import LabelledImages
@@ -197,6 +198,12 @@ def test_senseless_options_are_refused(options):
 def timing(per_round: np.ndarray) -> Timing:
     samples = tuple(np.repeat(per_round, 3).tolist())
     return Timing(warmups=0, steady=True, rounds=len(per_round), samples_us=samples)
+
+
+def test_the_median_is_that_of_statistics():
+    for n in range(1, 30):
+        values = rng(n).integers(0, 20, size=n).tolist()
+        assert median(values) == statistics.median(values)
 
 
 def test_the_interval_of_a_ratio_holds_the_truth_as_often_as_it_says():

@@ -26,8 +26,9 @@ from edgecomp.exporters.to_c import to_c
 from edgecomp.exporters.to_onnx import to_onnx
 from edgecomp.exporters.to_tflite import to_tflite
 from edgecomp.graph import Graph
-from edgecomp.plan import Io, write_json
+from edgecomp.plan import Io
 from edgecomp.report import BenchReport, Comparison, Ratio
+from edgecomp.strictjson import write_json
 from tests.graphs import GRAPHS, plan_for
 from tests.test_report import MEASURED, NO_LATENCY
 

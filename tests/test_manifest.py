@@ -14,7 +14,7 @@ from edgecomp.errors import BundleError
 from edgecomp.exporters import export
 from edgecomp.manifest import KEYS, read_manifest
 from edgecomp.overview import overview, results_table
-from edgecomp.plan import write_json
+from edgecomp.strictjson import write_json
 from tests.built import MEASURED, flat_relevance, record_of
 from tests.graphs import plain, plan_for, residual
 

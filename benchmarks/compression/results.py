@@ -14,7 +14,7 @@ import numpy as np
 
 from edgecomp.errors import BundleError, PlanError, UsageError
 from edgecomp.files import write_file
-from edgecomp.plan import load_strict_json
+from edgecomp.strictjson import load_strict_json
 
 RESULT_SCHEMA = "edgecomp-compression/1"
 EXPERIMENT_SCHEMA = "edgecomp-compression-experiment/1"

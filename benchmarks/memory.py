@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,9 +75,13 @@ def footprint(
     """
     if not STATUS.exists():
         raise TargetError(f"peak memory is read from {STATUS}, which this system lacks")
+    return median_footprint([_child(file, runtime, threads=threads, timeout_s=timeout_s) for _ in range(processes)])
+
+
+def median_footprint(runs: Sequence[Mapping[str, float]]) -> Footprint:
+    """Give the median of each number that processes found; see `take`."""
     import statistics
 
-    runs = [_child(file, runtime, threads=threads, timeout_s=timeout_s) for _ in range(processes)]
     return Footprint(
         runtime_bytes=int(statistics.median_low(run["runtime_bytes"] for run in runs)),
         loaded_bytes=int(statistics.median_low(run["loaded_bytes"] for run in runs)),

@@ -258,6 +258,7 @@ def _on_device(
 ) -> Benched:
     from edgecomp.benchmarks.over_ssh import bench_over_ssh
 
+    said: list[str] = []
     comparison: Comparison = bench_over_ssh(
         subject.entries,
         address,
@@ -269,8 +270,8 @@ def _on_device(
         seed=seed,
         progress=advance,
         opened=sessions.add,
+        told=said.append,
     )
     title = f"{subject.title} on {address.host}" + (f", {address.board}" if address.known else "")
-    return Benched(
-        title=title, comparison=comparison, accuracy_percent=subject.accuracy_percent, note=subject.note
-    )
+    note = "\n".join(line for line in (*said, subject.note) if line)
+    return Benched(title=title, comparison=comparison, accuracy_percent=subject.accuracy_percent, note=note)

@@ -20,6 +20,9 @@ from edgecomp.targets.emulated import EMULATED, cache_folder, install, root_fold
 REQUIRED = "EDGECOMP_REQUIRE_DEVICES"
 """Where this is set, as in CI, what a test of devices needs must be there: it fails instead of being skipped."""
 
+POSIX = ("sh", "mkdir", "rm", "uname", "tr", "dd", "wc", "chmod", "tail", "head")
+"""What the C runner needs of a device's programs."""
+
 # Run by sshd for every session; $SSH_ORIGINAL_COMMAND is what the client asked for.
 FORCED = """#!/bin/sh
 exec unshare --user --map-root-user --mount --propagation private sh {place}/enter.sh
@@ -79,6 +82,15 @@ class Device:
         (self.place / name).write_text(text)
         (self.place / name).chmod(0o755)
 
+    def only(self, *programs: str) -> None:
+        """Leave no other programs in PATH than these."""
+        place = self.place / "home" / "bin"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        for name in programs:
+            (place / name).symlink_to(f"/usr/bin/{name}")
+        self.extra("path=PATH=/root/bin")
+
     def extra(self, text: str) -> None:
         """Say what else is mounted or set when a session begins."""
         (self.place / "extra.sh").write_text(f"{text}\n")
@@ -134,7 +146,7 @@ class Device:
     def left_behind(self) -> list[str]:
         """Name what lies in the device's temporary folder and in its cache, but for finished environments."""
         cache = self.place / "home" / ".cache" / "edgecomp"
-        kept = [p.name for p in cache.glob("*") if not p.name.startswith("venv-") and p.name != "run.lock"]
+        kept = [p.name for p in cache.glob("*") if not p.name.startswith(("venv-", "native-")) and p.name != "run.lock"]
         return sorted([*(p.name for p in (self.place / "tmp").iterdir()), *kept])
 
 

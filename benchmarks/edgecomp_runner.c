@@ -385,10 +385,11 @@ static void choose_cores(void) {
   sched_getaffinity(0, sizeof there, &there);
   do {
     long core = strtol(text, &end, 10);
-    if (end == text || *text < '0' || *text > '9' || (*end && *end != ',') || core < 0 || core >= CPU_SETSIZE)
+    if (*text < '0' || *text > '9' || (*end && *end != ','))
       fail(WRONG_USE, "--cores: '%.80s': expected numbers of cores, e.g. 2,3", asked.cores);
-    if (!CPU_ISSET(core, &there)) fail(WRONG_USE, "--cores %.80s: core %ld is not there, or not for us", asked.cores, core);
-    CPU_SET(core, &wanted);
+    if (core >= CPU_SETSIZE || !CPU_ISSET((size_t)core, &there))
+      fail(WRONG_USE, "--cores %.80s: core %ld is not there, or not for us", asked.cores, core);
+    CPU_SET((size_t)core, &wanted);
     text = end + 1;
   } while (*end);
   if (sched_setaffinity(0, sizeof wanted, &wanted)) fail(WRONG_USE, "--cores %.80s: %s", asked.cores, strerror(errno));

@@ -383,8 +383,11 @@ static Model *litert_load(const char *path, int n_threads, const char *profile) 
 }
 
 static void litert_infer(Model *model) {
-  litert_check(litert.RunCompiledModel(model->own[LITERT_COMPILED], 0, 1, model->inputs, model->n_outputs,
-                                       model->outputs), model->file, "run");
+  int status = litert.RunCompiledModel(model->own[LITERT_COMPILED], 0, 1, model->inputs, model->n_outputs,
+                                       model->outputs);
+  if (status)
+    fail(WRONG_USE, "%s: litert cannot run it (status %d; a packed file is unpacked first, by edgecomp unpack)",
+         model->file, status);
 }
 
 static void litert_set(Model *model, const void *bytes) {

@@ -6,6 +6,7 @@ into a temporary folder, under names that are known beforehand, and parsed there
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecomp.errors import BundleError, PlanError, UsageError
+from edgecomp.exporters.unpack_tflite import is_packed, unpack_tflite
 from edgecomp.plan import check_keys, load_strict_json
 from edgecomp.report import BenchReport, Comparison, Fact, Source, summarise
 
@@ -57,13 +59,13 @@ class Sent:
 
 
 def comparison_of(
-    text: str, sent: Mapping[str, Sent], *, baseline: str, target: str, seed: int = 0, where: str = "gathered"
+    text: str, sent: Sequence[Sent], *, baseline: str, target: str, seed: int = 0, where: str = "gathered"
 ) -> Comparison:
     """Make a comparison of what was gathered.
 
     Args:
         text: JSON of the schema SCHEMA.
-        sent: by label of the runner: what it was given.
+        sent: what the runner was given, in any order; it is told by its digest.
         baseline: label in the report that ratios refer to.
         target: what stands in the reports.
         seed: of the confidence intervals.
@@ -77,18 +79,47 @@ def comparison_of(
         if found.get("schema") != SCHEMA:
             raise BundleError(f"{where}: schema is {found.get('schema')!r:.80}, this edgecomp reads {SCHEMA!r}")
         check_keys(found, _KEYS, where)
-        for model in _list(found["models"], where):
+        for model in _list(found["models"], "models"):
             check_keys(model, _MODEL_KEYS, f"{where}: model")
-        models = {model["label"]: model for model in found["models"]}
-        if {label: model["sha256"] for label, model in models.items()} != {
-            label: each.sent_sha256 for label, each in sent.items()
-        } or len(models) != len(found["models"]):
-            raise BundleError(f"{where}: it is about other files than were given")
-        return _comparison(found, [(each, models[label]) for label, each in sent.items()], baseline, target, seed)
+        return _comparison(found, _paired(sent, found["models"], where), baseline, target, seed)
     except PlanError as e:
         raise BundleError(str(e)) from e
     except (UsageError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, MemoryError) as e:
         raise BundleError(f"{where}: {' '.join(str(e).split())[:200]}; expected what the C runner writes") from e
+
+
+def sent_of(label: str, data: bytes, artifact: str, format_name: str) -> tuple[Sent, bytes]:
+    """Give a model as the runner in C takes it: packed TFLite is unpacked.
+
+    Raises:
+        BundleError: the file is damaged.
+    """
+    packed = format_name == "tflite" and is_packed(data)
+    plain = unpack_tflite(data, label) if packed else data
+    digest, plain_digest = (hashlib.sha256(each).hexdigest() for each in (data, plain))
+    sent = Sent(
+        label=label,
+        artifact=artifact,
+        artifact_bytes=len(data),
+        sha256=digest,
+        format=format_name,
+        sent_sha256=plain_digest,
+        unpacked=packed,
+    )
+    return sent, plain
+
+
+def _paired(sent: Sequence[Sent], models: Sequence[Any], where: str) -> list[tuple[Sent, Mapping[str, Any]]]:
+    pairs, left = [], list(models)
+    for each in sent:
+        of_it = [model for model in left if model["sha256"] == each.sent_sha256]
+        if not of_it:
+            raise BundleError(f"{where}: {each.label} was not measured, or has changed since")
+        pairs.append((each, of_it[0]))
+        left.remove(of_it[0])
+    if left:
+        raise BundleError(f"{where}: {left[0]['label']!r:.80} was measured too; expected the same models")
+    return pairs
 
 
 def _comparison(

@@ -5,9 +5,7 @@ What it gathers becomes a report in `gathered`.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import io
 import os
 import subprocess
 import sys
@@ -41,14 +39,25 @@ class Cpu:
     """A processor that the runner is compiled for.
 
     Attributes:
-        zig: of zig cc, -target; the C library as old as one that the libraries run with.
+        zig: of zig cc, -target, with the oldest C library that onnxruntime's wheel is for.
         loader: of the C library, which must be on the device.
-        libc: the version of the C library that a runner given away is for.
     """
 
     zig: str
     loader: str
-    libc: str = "2.36"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """Where a runtime's library comes from.
+
+    Attributes:
+        wheel: as pip takes it.
+        begins: how the library's name in it begins.
+    """
+
+    wheel: str
+    begins: str
 
 
 CPUS: Mapping[str, Cpu] = MappingProxyType(
@@ -59,14 +68,16 @@ CPUS: Mapping[str, Cpu] = MappingProxyType(
 )
 """By what `uname -m` says. No package has a library of a runtime for 32-bit Arm with an interface for C."""
 
-RUNTIMES: Mapping[str, tuple[str, str]] = MappingProxyType(
+RUNTIMES: Mapping[str, Library] = MappingProxyType(
     {
-        "onnxruntime": ("onnxruntime", "libonnxruntime.so."),
+        "onnxruntime": Library(wheel="onnxruntime", begins="libonnxruntime.so"),
         # LiteRT's interface for C is not the same in all versions; edgecomp_runtimes.c speaks that of this one.
-        "litert": ("ai-edge-litert==2.3.0", "libLiteRt.so"),
+        "litert": Library(wheel="ai-edge-litert==2.3.0", begins="libLiteRt.so"),
     }
 )
-"""By name of the runtime: its wheel, and how its library's name begins."""
+"""By name of the runtime."""
+NEWEST_LIBC = "2.40"
+"""Wheels for this version of the C library, or any older one, are given away."""
 
 
 def sources() -> dict[str, bytes]:
@@ -158,21 +169,13 @@ def libraries(cpu: str, libc: str, runtimes: Sequence[str]) -> dict[str, bytes]:
     """
     folder = cache_folder() / "downloads" / f"libraries-{cpu}"
     found = {}
-    for runtime in sorted(set(runtimes)):
-        package, begins = RUNTIMES[runtime]
-        (wheel,) = pip_download([package], folder, _PYTHON, platforms_of(cpu, libc))
+    for name in runtimes:
+        library = RUNTIMES[name]
+        (wheel,) = pip_download([library.wheel], folder, _PYTHON, platforms_of(cpu, libc))
         version = wheel.name.split("-")[1]
-        with zipfile.ZipFile(io.BytesIO(wheel.read_bytes())) as archive:
-            names = [name for name in archive.namelist() if Path(name).name.startswith(begins)]
+        with zipfile.ZipFile(wheel) as archive:
+            names = [place for place in archive.namelist() if Path(place).name.startswith(library.begins)]
             if not names:
-                raise TargetError(f"{wheel.name}: has no {begins}*; expected the runtime's library")
-            found[f"{begins.removesuffix('.')}.{version}"] = archive.read(names[0])
+                raise TargetError(f"{wheel.name}: has no {library.begins}*; expected the runtime's library")
+            found[f"{library.begins}.{version}"] = archive.read(names[0])
     return found
-
-
-def key_of(files: Mapping[str, bytes]) -> str:
-    """Name a set of libraries by what is in them."""
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(name.encode() + hashlib.sha256(files[name]).digest())
-    return digest.hexdigest()[:16]

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from edgecomp.errors import BundleError, TargetError
-from edgecomp.exporters.unpack_tflite import is_packed, unpack_tflite
 from edgecomp.report import Comparison
 from edgecomp.targets import load
 from edgecomp.targets.emulated import cache_folder, pip_download
-from edgecomp.targets.ssh import SHELL, Address, Session, platforms_of, read_wheels
+from edgecomp.targets.ssh import NO_PROGRAM, SHELL, Address, Session, platforms_of, read_wheels
 
 from .archive import NAME, runner_archive
 from .bench import Entry
 from .device import NOT_VALID
 from .emulated import read_model
-from .gathered import Sent, comparison_of
-from .native_runner import CPUS, RUNTIMES, key_of, libraries, native_runner
+from .gathered import Sent, comparison_of, sent_of
+from .native_runner import CPUS, RUNTIMES, libraries, native_runner
 from .runners import default_runtime
 
 PACKAGES = {
@@ -135,8 +134,8 @@ def bench_over_ssh(
         try:
             found = _by_c(asked)
         except TargetError as native:
-            raise TargetError(f"{e}; nor by the C runner: {native}") from native
-        (told or _ignore)(f"{e}: measured by the C runner")
+            raise TargetError(f"{e}; and the C runner does not run there: {native}") from native
+        (told or _ignore)(f"{e}; measured by the C runner")
         return found
 
 
@@ -148,7 +147,7 @@ def _by_python(asked: _Asked) -> Comparison:
         try:
             session.start(program)
         except TargetError as e:
-            if session.code == 127:
+            if session.code == NO_PROGRAM:
                 raise _NoPython(str(e)) from e
             raise
         asked.step(1)
@@ -179,13 +178,20 @@ def _by_c(asked: _Asked) -> Comparison:
             raise TargetError(f"it needs the GNU C library of {machine}, {CPUS[machine].loader} is not there")
         session.start(native_runner(machine))
         asked.step(1)
-        needed = libraries(machine, str(session.facts.get("libc")), sorted(asked.runtimes))
-        key, known = key_of(needed), session.facts.get("environments")
+        libc, known = str(session.facts.get("libc")), session.facts.get("environments")
+        key = _key([*(RUNTIMES[name].wheel for name in sorted(asked.runtimes)), machine, libc])
         if not isinstance(known, list) or key not in known:
+            needed = libraries(machine, libc, sorted(asked.runtimes))
             session.order(("libraries", key, len(needed)), needed, (), limit_s=SET_UP_S)
         asked.step(1)
-        files, sent, words = _unpacked(asked)
-        arguments = [*words, *(word for word in asked.words() if not word.startswith("--repeat="))]
+        files, sent = {}, []
+        for i, (label, model, format_name) in enumerate(asked.entries):
+            name = f"{i}.{format_name}"
+            about, files[name] = sent_of(label, _bytes_of(model), name, format_name)
+            sent.append(about)
+        # Whether to repeat is judged here.
+        words = [word for word in asked.words() if not word.startswith("--repeat=")]
+        arguments = [*(f"--graph={name}" for name in files), *words]
         order = ("run", key, f"{asked.limit_s:g}", len(files), len(arguments))
         for attempt in range(asked.attempts):
             if attempt:
@@ -199,27 +205,7 @@ def _by_c(asked: _Asked) -> Comparison:
     return found
 
 
-def _unpacked(asked: _Asked) -> tuple[dict[str, bytes], dict[str, Sent], list[str]]:
-    """Give the files as the runner in C takes them, what they are of, and its arguments; packed TFLite is unpacked."""
-    files, sent, words = {}, {}, []
-    for i, (label, model, format_name) in enumerate(asked.entries):
-        data, name = _bytes_of(model), f"{i}.{format_name}"
-        packed = format_name == "tflite" and is_packed(data)
-        files[name] = unpack_tflite(data, label) if packed else data
-        sent[str(i)] = Sent(
-            label=label,
-            artifact=name,
-            artifact_bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-            format=format_name,
-            sent_sha256=hashlib.sha256(files[name]).hexdigest(),
-            unpacked=packed,
-        )
-        words.append(f"--graph={i}={name}")
-    return files, sent, words
-
-
-def _judged(out: bytes, sent: Mapping[str, Sent], asked: _Asked) -> Comparison:
+def _judged(out: bytes, sent: Sequence[Sent], asked: _Asked) -> Comparison:
     baseline = asked.entries[0][0] if asked.baseline is None else asked.baseline
     where = f"{asked.address.host}: report"
     try:
@@ -250,8 +236,7 @@ def _set_up(session: Session, address: Address, packages: Sequence[str]) -> str:
     numbers = tuple(int(part) for part in python.split(".") if part.isdecimal())
     if len(numbers) != 2 or numbers < OLDEST:
         raise _NoPython(f"{address.host}: has Python {python:.20}, expected {'.'.join(map(str, OLDEST))} or newer")
-    text = " ".join([*packages, python])
-    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    key = _key([*packages, python])
     known = facts.get("environments")
     if isinstance(known, list) and key in known:
         return key
@@ -269,6 +254,10 @@ def _set_up(session: Session, address: Address, packages: Sequence[str]) -> str:
     else:
         session.ask(message, wheels, limit_s=SET_UP_S)
     return key
+
+
+def _key(words: Sequence[str]) -> str:
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
 
 
 def _read(out: bytes, entries: Sequence[Entry], address: Address) -> Comparison:

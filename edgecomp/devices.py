@@ -47,15 +47,19 @@ class Flags:
         return words + ([f"--repeat={self.repeat}"] if self.repeat else [])
 
 
-def kind_of(targets: Sequence[str]) -> str:
-    """Tell what `--target` asks for: "host", "ssh", "emulated" or "core".
+def kind_of(targets: Sequence[str], gathered: Path | None = None) -> str:
+    """Tell what `--target` and `--gathered` ask for: "host", "ssh", "emulated", "core" or "gathered".
 
     Raises:
-        UsageError: several that are not all devices.
+        UsageError: several targets that are not all devices, or one beside what was gathered elsewhere.
     """
     from edgecomp.targets.emulated import SUFFIX
     from edgecomp.targets.ssh import SCHEME
 
+    if gathered is not None and targets:
+        raise UsageError(f"--gathered {gathered} and --target {targets[0]}: what is gathered was measured already")
+    if gathered is not None:
+        return "gathered"
     if not targets or list(targets) == ["host"]:
         return "host"
     if all(target.startswith(SCHEME) for target in targets):
@@ -224,6 +228,27 @@ def bench_devices(
         except BaseException:  # Ctrl-C, or one of them failed: no device goes on for nobody
             sessions.end()
             raise
+
+
+def bench_gathered(paths: Sequence[Path], gathered: Path, *, seed: int) -> Benched:
+    """Judge what the runner in C gathered when it was run by hand.
+
+    Args:
+        paths: the .onnx and .tflite files that it measured; ratios refer to the first. Of packed TFLite files what
+            `edgecomp unpack` makes of them was measured.
+        gathered: what it wrote.
+        seed: of the confidence intervals.
+
+    Raises:
+        BundleError: a file cannot be read, or what was gathered is of other files.
+    """
+    from edgecomp.benchmarks.emulated import read_model
+    from edgecomp.benchmarks.gathered import comparison_of, sent_of
+
+    sent = [sent_of(str(path), read_model(path), path.name, path.suffix.removeprefix("."))[0] for path in paths]
+    text = read_model(gathered).decode("utf-8", "replace")
+    found = comparison_of(text, sent, baseline=sent[0].label, target="device", seed=seed, where=str(gathered))
+    return Benched(title=str(gathered), comparison=found, accuracy_percent={})
 
 
 class _Sessions:

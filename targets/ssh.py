@@ -28,6 +28,8 @@ CONNECT_S = 15
 """Seconds for a connection; ssh itself gives up on one that has been silent for four times this."""
 FIRST_ANSWER_S = 60.0
 """Seconds until the device's python3 has said what it is."""
+NO_PROGRAM = 127
+"""What ssh ends with where the program that should begin a session is not there."""
 MOST_BYTES = 64 * 2**20
 """That a device may answer at once."""
 _LINE_BYTES = 64 * 1024
@@ -119,7 +121,7 @@ class Session:
 
     Attributes:
         facts: what the program said of the device when it began.
-        code: of ssh, when the connection has ended by itself: 127 where what should begin the session is not there.
+        code: of ssh, when the connection has ended by itself.
     """
 
     def __init__(self, address: Address, begin: str = PYTHON) -> None:
@@ -134,7 +136,7 @@ class Session:
         """
         if shutil.which("ssh") is None:
             raise TargetError("ssh not found; install OpenSSH's client: apt-get install openssh-client")
-        self._address, self._buffer = address, b""
+        self._address, self._begin, self._buffer = address, begin, b""
         self.facts: dict[str, Any] = {}
         self.code: int | None = None
         options = {"BatchMode": "yes", "ConnectTimeout": CONNECT_S, "ServerAliveInterval": CONNECT_S}
@@ -278,8 +280,10 @@ class Session:
         for sign, meaning in _SIGNS:
             if re.search(sign, said):
                 return TargetError(f"{host}: {meaning.format(host=host)}")
-        if code == 127:
-            return TargetError(f"{host}: has no python3; there: apt-get install python3")
+        if code == NO_PROGRAM and self._begin == SHELL:
+            return TargetError(f"{host}: has not all programs of a POSIX system")
+        if code == NO_PROGRAM:
+            return TargetError(f"{host}: has no python3 (there: apt-get install python3)")
         lines = [line for line in said.splitlines() if line.strip()] or [f"ssh ended with {code}"]
         return TargetError(f"{host}: the connection ended: {lines[-1][:300]}")
 

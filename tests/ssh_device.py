@@ -82,14 +82,17 @@ class Device:
         (self.place / name).write_text(text)
         (self.place / name).chmod(0o755)
 
-    def only(self, *programs: str) -> None:
-        """Leave no other programs in PATH than these."""
-        place = self.place / "home" / "bin"
+    def only(self, *programs: str, more: str = "", machine: str | None = None) -> None:
+        """Leave no other programs in PATH than these; say what else is mounted, and what uname says."""
+        place = self.place / "programs"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         for name in programs:
             (place / name).symlink_to(f"/usr/bin/{name}")
-        self.extra("path=PATH=/root/bin")
+        if machine is not None:
+            (place / "uname").unlink()
+            self.script("programs/uname", f"#!/usr/bin/sh\necho {machine}\n")
+        self.extra(f"mount --bind {place} $root/edgecomp; path=PATH=/edgecomp\n{more}")
 
     def extra(self, text: str) -> None:
         """Say what else is mounted or set when a session begins."""

@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -108,6 +109,7 @@ def _quoted(text: str) -> str:
     return f'"{text}"'
 
 
+@cache
 def native_runner(cpu: str) -> bytes:
     """Compile the runner; the same bytes for the same edgecomp and compiler, wherever.
 

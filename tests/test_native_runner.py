@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -311,12 +312,26 @@ def test_a_session_without_a_fault(tmp_path):
         session.stdin.write(b"run %s 0.5 1 2\n3 0.onnx\n%s\n0.onnx\nabc" % (key, slow))
         session.stdin.flush()
         assert "the runner: not done when its time was over" in json.loads(session.stdout.readline())["error"]
+        # A measurement by another session, in Python or in C, is waited for.
+        with (tmp_path / "cache/edgecomp/run.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            session.stdin.write(b"run %s 0.5 0 1\n-h\n" % key)
+            session.stdin.flush()
+            assert "another measurement holds it" in json.loads(session.stdout.readline())["error"]
         session.stdin.close()
         assert session.wait(timeout=60) == 0
         assert session.stderr.read() == b""
     stored = tmp_path / "cache/edgecomp" / f"native-{key.decode()}"
     assert (stored / "lib.so").read_bytes() == data
     assert {path.name for path in stored.parent.iterdir()} == {stored.name, "run.lock"}
+    assert not (tmp_path / "work").exists()
+    # Where no cache folder can be made, libraries stay for the session alone.
+    (tmp_path / "work").mkdir()
+    env["XDG_CACHE_HOME"] = str(program)
+    order = b"libraries %s 1\n3 lib.so\nabc" % key
+    done = subprocess.run([program, "--task=session", f"--folder={tmp_path}/work"], input=order, capture_output=True,
+                          check=True, env=env)  # fmt: skip
+    assert json.loads(done.stdout.splitlines()[1]) == {"done": True, "bytes": 0}
     assert not (tmp_path / "work").exists()
 
 
@@ -328,7 +343,7 @@ def test_the_compiled_runner_is_the_same_each_time(cpu, number):
     program = native.native_runner(cpu)
     assert program[:6] == b"\x7fELF\x02\x01"
     assert int.from_bytes(program[18:20], "little") == number
-    assert native.native_runner(cpu) == program
+    assert native.native_runner.__wrapped__(cpu) == program  # in another folder
     assert b"/tmp/" not in program.replace(b"/tmp\0", b"")
     assert native.CPUS[cpu].loader.encode() + b"\0" in program
 
@@ -350,7 +365,7 @@ def test_what_cannot_be_compiled(monkeypatch):
         native.compiled(["/nowhere/cc"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TargetError, match=r"compiled by the package ziglang: pip install 'edgecomp\[boards\]'"):
-        native.native_runner(CPU)
+        native.native_runner.__wrapped__(CPU)
 
 
 def a_wheel(folder: Path, package: str, names: Mapping[str, bytes]) -> Path:

@@ -175,7 +175,7 @@ def _comparison(
 def _timing(model: Mapping[str, Any]) -> Timing:
     samples, rounds = _list(model["samples_ns"], "samples_ns"), _whole(model["rounds"])
     if not samples or rounds < 1 or len(samples) % rounds or not isinstance(model["steady"], bool):
-        raise ValueError(f"{len(samples)} samples in {rounds} rounds, steady {model['steady']!r:.20}")
+        raise UsageError(f"{len(samples)} samples in {rounds} rounds, steady {model['steady']!r:.20}")
     samples_us = tuple(_whole(ns) / 1000 for ns in samples)
     return Timing(warmups=_whole(model["warmups"]), steady=model["steady"], rounds=rounds, samples_us=samples_us)
 
@@ -199,7 +199,7 @@ def _with_files(files: Any, expected: Sequence[str], read: Any) -> dict[str, Fac
     with tempfile.TemporaryDirectory(prefix="edgecomp-") as name:
         for path, text in _object(files).items():
             if not legal.fullmatch(path):
-                raise ValueError(f"a file {path!r:.80}")
+                raise UsageError(f"a file {path!r:.80}")
             place = Path(name) / path
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(text.encode("latin-1"))
@@ -209,17 +209,17 @@ def _with_files(files: Any, expected: Sequence[str], read: Any) -> dict[str, Fac
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise TypeError(f"{value!r:.40} is no object")
+        raise UsageError(f"{value!r:.40} is no object")
     return value
 
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError(f"{where}: {value!r:.40} is no list")
+        raise UsageError(f"{where}: {value!r:.40} is no list")
     return value
 
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r:.40} is no whole number")
+        raise UsageError(f"{value!r:.40} is no whole number")
     return value

@@ -47,7 +47,7 @@ SHELL = r"""exec sh -c '
 umask 077
 d=${TMPDIR:-/tmp}/edgecomp-$$
 fail() {
-  printf "{\"error\": \"%s\", \"bytes\": 0}\n" "$(printf %s "$1" | tr "\042\134" "__" | tr -cd "[:print:]")"
+  printf "{\"error\": \"%s\", \"bytes\": 0}\n" "$(printf %s "$1" | tr "\012\042\134" " __" | tr -cd "[:print:]")"
   exit 1
 }
 mkdir "$d" || fail "no folder can be made in ${TMPDIR:-/tmp}"
@@ -59,10 +59,10 @@ for f in /lib/ld-linux*.so.* /lib64/ld-linux*.so.*; do
 done
 printf "{\"machine\": \"%s\", \"loaders\": \"%s\", \"bytes\": 0}\n" "$(uname -m)" "$loaders"
 read -r n || exit 1
-dd bs=1 count="$n" of="$d/runner" 2> "$d/said" || fail "$d/runner: $(head -n 1 "$d/said")"
+said=$(dd bs=1 count="$n" of="$d/runner" 2>&1) || fail "$said"
 [ "$(wc -c < "$d/runner")" -eq "$n" ] || exit 1
 chmod 700 "$d/runner"
-"$d/runner" --help > "$d/said" 2>&1 || fail "the C runner does not start there: $(tail -n 1 "$d/said")"
+said=$("$d/runner" --help 2>&1) || fail "it does not start: $said"
 trap - EXIT HUP INT TERM PIPE
 exec "$d/runner" --task=session --folder="$d"
 '"""

@@ -475,7 +475,7 @@ def gathered(folder: Path) -> str:
         (("models", 0, "profile"), '[{"cat": "Node", "name": "x_kernel_time"}]', "expected what the C runner writes"),
         (("affinity",), 1, "affinity: 1 is no list"),
         (("cores",), [1], "environment: 'cores' is"),
-        (("files", "../../etc/passwd"), "x", "a file '../../etc/passwd'"),
+        (("files", "../../outside"), "x", "a file '../../outside'"),
         (("files", "sys/class/thermal/thermal_zone/../x/temp"), "1", "a file 'sys/class/thermal"),
         (("before", "usr/bin/vcgencmd"), "#!/bin/sh", "a file 'usr/bin/vcgencmd'"),
         (("before", "proc/vmstat"), 5, "expected what the C runner writes"),
@@ -483,7 +483,10 @@ def gathered(folder: Path) -> str:
         (("after",), None, "is no object"),
     ],
 )
-def test_what_is_no_gathered_run(place, value, what, gathered, models):
+def test_what_is_no_gathered_run(place, value, what, gathered, models, tmp_path, monkeypatch):
+    # A name that leads out of the temporary folder would, were it taken, lead into this one.
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     changed = json.loads(gathered)
     at = changed
     for key in place[:-1]:
@@ -492,6 +495,8 @@ def test_what_is_no_gathered_run(place, value, what, gathered, models):
     with pytest.raises(BundleError, match=re.escape(what)) as caught:
         judged(json.dumps(changed), models, "model.onnx")
     assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["temporary"]
+    assert not os.listdir(tmp_path / "temporary")
 
 
 def test_text_that_is_no_gathered_run(gathered, models):

@@ -197,6 +197,7 @@ def test_a_damaged_model(device, models, tmp_path):
     with pytest.raises(TargetError, match=r"the runner ended with 2: 0\.onnx: onnxruntime cannot load it: ") as caught:
         measured(device, [("it", tmp_path / "damaged.onnx", "onnx")])
     assert "\n" not in str(caught.value)
+    until(lambda: device.left_behind() == [], 20)
 
 
 def test_a_device_with_another_c_library(tmp_path, monkeypatch, models):

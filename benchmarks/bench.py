@@ -15,7 +15,7 @@ from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.report import BenchReport, Comparison, Source, summarise
 
 from .environment import environment, state
-from .harness import Clock, measure, ratio
+from .harness import MAX_S, MIN_S, ROUNDS, WARMUP_MAX_S, Clock, measure, ratio
 from .memory import PROCESSES, STATUS, Footprint, footprint, settle
 from .runners import OnnxRuntime, Runner, default_runtime, runner_class
 from .validity import why_not_valid
@@ -32,9 +32,9 @@ def bench(
     runtime: str | None = None,
     threads: int = 1,
     baseline: str | None = None,
-    min_s: float = 2.0,
-    max_s: float = 30.0,
-    rounds: int = 10,
+    min_s: float = MIN_S,
+    max_s: float = MAX_S,
+    rounds: int = ROUNDS,
     seed: int = 0,
     clock: Clock = time.perf_counter_ns,
     progress: Callable[[str, float], object] | None = None,
@@ -96,7 +96,7 @@ def bench(
                 rng=order,
                 rounds=rounds,
                 warmup_runs=warmup_runs,
-                warmup_max_s=max(3.0, warmup_runs and max_s),
+                warmup_max_s=max(WARMUP_MAX_S, warmup_runs and max_s),
                 min_s=min_s,
                 max_s=max_s,
                 samples=samples,

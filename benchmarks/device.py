@@ -24,6 +24,7 @@ import numpy as np
 from edgecomp.errors import BundleError, EdgecompError, TargetError, UsageError
 
 from .bench import Entry, bench
+from .harness import MAX_S, MIN_S
 from .memory import PROCESSES
 from .memory import main as weigh
 from .runners import default_runtime, runner_class
@@ -201,8 +202,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--num_threads", "-x", type=_count(1), default=1, metavar="N")
     add("--num_runs", "-r", type=_count(1), default=1, metavar="N", help="samples of each model at least")
     add("--warmup_runs", type=_count(0), default=0, metavar="N", help="at least; it goes on until latency is steady")
-    add("--min_secs", "-t", type=_seconds, default=2.0, metavar="S", help="for each model at least")
-    add("--max_secs", type=_seconds, default=30.0, metavar="S", help="for each model, when 5 rounds are done")
+    add("--min_secs", "-t", type=_seconds, default=MIN_S, metavar="S", help="for each model at least")
+    add("--max_secs", type=_seconds, default=MAX_S, metavar="S", help="for each model, when 5 rounds are done")
     add("--enable_op_profiling", type=_truth, nargs="?", const=True, default=False, help="time each operator")
     add("--cores", type=_cores, default=(), metavar="A,B", help="run on these cores alone")
     add("--repeat", type=_count(0), default=0, metavar="N", help="again up to N times while the run is not valid")

@@ -19,6 +19,16 @@ from edgecomp.report import Fact
 PACKAGES = ("numpy", "onnx", "onnxruntime", "ai-edge-litert", "tflite-runtime", "tflite-micro", "torch")
 """Packages whose versions belong to a report, where they are installed."""
 
+THROTTLE_FLAGS = "sys/devices/platform/soc/soc:firmware/get_throttled"
+_GOVERNOR = "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
+_FREQUENCY = "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"
+_ZONES = "sys/class/thermal/thermal_zone*/temp"
+_BOARDS = ("proc/device-tree/model", "sys/class/dmi/id/product_name")
+_COUNTS = "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count"
+FACT_FILES = ("proc/cpuinfo", *_BOARDS, _GOVERNOR, _FREQUENCY, _ZONES, "proc/loadavg", "proc/meminfo", "etc/os-release")
+STATE_FILES = ("proc/cpuinfo", _GOVERNOR, _FREQUENCY, _ZONES, THROTTLE_FLAGS, _COUNTS, "proc/vmstat")
+"""What `environment` and `state` read below the root, * for a number; the C runner brings copies of them."""
+
 # Of a wheel, or of a package of Debian.
 _RECORD = re.compile(r"(?P<name>[A-Za-z0-9._]+)-(?P<version>[^-]+)(-py[0-9.]+)?\.(dist|egg)-info")
 
@@ -44,9 +54,22 @@ def environment(root: Path = Path("/")) -> dict[str, Fact]:
     """
     facts = _read(_FACTS, root)
     unread = tuple(name for name, value in facts.items() if value is None)
+    facts["runner"] = "Python"
     facts["python"] = platform.python_version()
     facts["edgecomp"] = edgecomp.__version__
     return {**facts, **installed(PACKAGES), "unread": unread}
+
+
+def environment_elsewhere(root: Path, known: Mapping[str, Fact]) -> dict[str, Fact]:
+    """Describe another machine as `environment` describes this one.
+
+    Args:
+        root: where copies of its files lie, see FACT_FILES.
+        known: what is known of it beside these.
+    """
+    facts = _read(_FILE_FACTS, root)
+    unread = tuple(name for name, value in facts.items() if value is None)
+    return {**facts, **known, "unread": unread}
 
 
 def installed(packages: Sequence[str], places: Sequence[str] | None = None) -> dict[str, str]:
@@ -107,14 +130,14 @@ def _cpu(root: Path) -> str:
 
 
 def _board(root: Path) -> str:
-    for path in ("proc/device-tree/model", "sys/class/dmi/id/product_name"):
+    for path in _BOARDS:
         if (root / path).is_file():
             return _text(root / path)
     raise OSError("neither device tree nor DMI")
 
 
 def _frequency_mhz(root: Path) -> float:
-    path = root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"
+    path = root / _FREQUENCY
     if path.is_file():
         return int(_text(path)) / 1000  # kHz
     for line in _text(root / "proc/cpuinfo").splitlines():
@@ -125,7 +148,7 @@ def _frequency_mhz(root: Path) -> float:
 
 def _temperature_c(root: Path) -> float:
     # Of all sensors the hottest: which one is the processor's differs from board to board.
-    zones = (root / "sys/class/thermal").glob("thermal_zone*/temp")
+    zones = root.glob(_ZONES)
     return max(int(_text(zone)) for zone in zones) / 1000  # ValueError where there is none
 
 
@@ -142,12 +165,12 @@ def _os(root: Path) -> str:
 
 
 def _governor(root: Path) -> str:
-    return _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return _text(root / _GOVERNOR)
 
 
 def _throttle_flags(root: Path) -> int:
     """Read the Raspberry Pi's own flags: bits 0-3 hold now, 16-19 since it was switched on."""
-    path = root / "sys/devices/platform/soc/soc:firmware/get_throttled"
+    path = root / THROTTLE_FLAGS
     if path.is_file():
         return int(_text(path), 16)
     program = root / "usr/bin/vcgencmd"
@@ -159,7 +182,7 @@ def _throttle_flags(root: Path) -> int:
 
 def _throttle_count(root: Path) -> int:
     """Count how often x86 cores were slowed down because of heat."""
-    paths = list((root / "sys/devices/system/cpu").glob("cpu*/thermal_throttle/core_throttle_count"))
+    paths = list(root.glob(_COUNTS))
     if not paths:
         raise OSError("no thermal_throttle")
     return sum(int(_text(path)) for path in paths)
@@ -179,18 +202,21 @@ _STATE: Mapping[str, Callable[[Path], Fact]] = {
     "throttle_count": _throttle_count,
     "swapped_pages": _swapped_pages,
 }
-_FACTS: dict[str, Callable[[Path], Fact]] = {
+_FILE_FACTS: Mapping[str, Callable[[Path], Fact]] = {
     "cpu": _cpu,
     "board": _board,
-    "machine": lambda root: platform.machine() or None,
-    "cores": lambda root: os.cpu_count(),
-    "cores_allowed": lambda root: len(os.sched_getaffinity(0)),
-    "affinity": lambda root: tuple(str(core) for core in sorted(os.sched_getaffinity(0))),
     "governor": _governor,
     "frequency_mhz": _frequency_mhz,
     "temperature_c": _temperature_c,
     "load_average_1min": lambda root: float(_text(root / "proc/loadavg").split()[0]),
     "memory_bytes": _memory_bytes,
     "os": _os,
+}
+_FACTS: Mapping[str, Callable[[Path], Fact]] = {
+    **_FILE_FACTS,
+    "machine": lambda root: platform.machine() or None,
+    "cores": lambda root: os.cpu_count(),
+    "cores_allowed": lambda root: len(os.sched_getaffinity(0)),
+    "affinity": lambda root: tuple(str(core) for core in sorted(os.sched_getaffinity(0))),
     "kernel": lambda root: platform.release() or None,
 }

@@ -27,12 +27,20 @@ WINDOW_S = 0.05
 """Length of a warm-up window, in seconds."""
 STEADY_WINDOWS = 3
 """Warm-up is over when the medians of so many windows in a row agree."""
+WARMUP_MIN_S, WARMUP_MAX_S = 0.25, 3.0
+"""Shortest and longest warm-up of a body, in seconds."""
+TOLERANCE = 0.03
+"""Largest relative difference of window medians that counts as steady."""
 BLOCK_S = 0.02
 """Length of a turn, in seconds: long against the clock's own noise, short against drifts."""
 MAX_BLOCK = 100
 """Most inferences in a turn."""
+ROUNDS = 10
+"""Fewest rounds, unless other limits ask for less."""
 MIN_ROUNDS = 5
 """So many rounds are done (or as many as were asked for, if less) however long they take: fewer give no interval."""
+MIN_S, MAX_S = 2.0, 30.0
+"""Seconds of measuring for each body: at least, and after which no further round is begun."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +65,13 @@ def measure(
     *,
     clock: Clock,
     rng: random.Random,
-    warmup_min_s: float = 0.25,
-    warmup_max_s: float = 3.0,
+    warmup_min_s: float = WARMUP_MIN_S,
+    warmup_max_s: float = WARMUP_MAX_S,
     warmup_runs: int = 0,
-    tolerance: float = 0.03,
-    rounds: int = 10,
-    min_s: float = 2.0,
-    max_s: float = 30.0,
+    tolerance: float = TOLERANCE,
+    rounds: int = ROUNDS,
+    min_s: float = MIN_S,
+    max_s: float = MAX_S,
     samples: int = 1,
     progress: Callable[[float], object] | None = None,
 ) -> dict[str, Timing]:

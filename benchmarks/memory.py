@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,11 @@ def footprint(
     """
     if not STATUS.exists():
         raise TargetError(f"peak memory is read from {STATUS}, which this system lacks")
-    runs = [_child(file, runtime, threads=threads, timeout_s=timeout_s) for _ in range(processes)]
+    return median_footprint([_child(file, runtime, threads=threads, timeout_s=timeout_s) for _ in range(processes)])
+
+
+def median_footprint(runs: Sequence[Mapping[str, float]]) -> Footprint:
+    """Give the median of each number that processes found; see `take`."""
 
     def middle(name: str) -> float:  # of an even number the lower one; `statistics` would take 0.4 MB
         return sorted(run[name] for run in runs)[(len(runs) - 1) // 2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -159,13 +159,7 @@ class OnnxRuntime:
             for _ in range(runs + 1):
                 session.run(self._names, {self.input.name: x})
             events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
-        times: dict[str, list[float]] = {}
-        for event in events:
-            name = str(event.get("name", ""))
-            if event.get("cat") == "Node" and name.endswith(_KERNEL):
-                place = f"{name.removesuffix(_KERNEL)} {event['args']['op_name']}"
-                times.setdefault(place, []).append(float(event["dur"]))
-        return {place: sum(each[1:]) / max(1, len(each) - 1) for place, each in times.items()}
+        return mean_times(events)
 
     def describe(self) -> dict[str, Fact]:
         """Say how the runtime executes this model."""
@@ -176,6 +170,21 @@ class OnnxRuntime:
             "inter_op_threads": 1,
             "spins_between_runs": False,
         }
+
+
+def mean_times(events: Sequence[Any]) -> dict[str, float]:
+    """Give each operator's mean time in microseconds from what onnxruntime's profiler wrote, but for the first run.
+
+    Raises:
+        KeyError: an event is none of onnxruntime's; TypeError and ValueError likewise.
+    """
+    times: dict[str, list[float]] = {}
+    for event in events:
+        name = str(event.get("name", ""))
+        if event.get("cat") == "Node" and name.endswith(_KERNEL):
+            place = f"{name.removesuffix(_KERNEL)} {event['args']['op_name']}"
+            times.setdefault(place, []).append(float(event["dur"]))
+    return {place: sum(each[1:]) / max(1, len(each) - 1) for place, each in times.items()}
 
 
 class OnnxRuntimeLean(OnnxRuntime):

@@ -30,6 +30,12 @@ MIN_S = 2.0
 _TRIAL_S = 60.0
 
 
+_UNPACKED = {
+    "unpacked_at_load": "unpacked to int8 when it is loaded; load and memory include that",
+    "unpacked_beforehand": "unpacked to int8 beforehand, on another machine; load and memory do not include that",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Benched:
     """One file's comparison, with the accuracies that its manifest knows.
@@ -62,9 +68,9 @@ class Benched:
         title = f"{self.title}: {', '.join(runtimes)}, {threads}, {cpu}; measured"
         if first.not_valid:
             title += f"\nnot valid: {'; '.join(first.not_valid)}"
-        unpacked = [r.label for r in reports.values() if r.execution.get("unpacked_at_load")]
-        if unpacked:
-            title += f"\n{', '.join(unpacked)}: unpacked to int8 when it is loaded; load and memory include that"
+        for when, what in _UNPACKED.items():
+            if unpacked := [r.label for r in reports.values() if r.execution.get(when)]:
+                title += f"\n{', '.join(unpacked)}: {what}"
         return "\n\n".join(part for part in (title, table(rows, header), self.note) if part)
 
     def _row(self, r: BenchReport, reports: Mapping[str, BenchReport]) -> tuple[object, ...]:

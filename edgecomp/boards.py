@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgecomp.errors import UsageError
-from edgecomp.files import check_new_file, write_file
+from edgecomp.files import check_new_file, write_file, write_files
 from edgecomp.report import table
 from edgecomp.target import Target
 from edgecomp.targets import load, names
@@ -88,6 +88,30 @@ def write_runner(file: Path, *, force: bool) -> str:
     check_new_file(file, "--runner", force=force)
     write_file(file, runner_archive())
     return str(file)
+
+
+def write_native_runner(folder: Path, cpu: str, *, force: bool) -> str:
+    """Write the runner in C with the libraries that it needs into a folder, and say where.
+
+    Raises:
+        OSError: as the system reports it.
+        TargetError: there is none for this processor, or a compiler or a wheel is missing.
+        UsageError: a runner is there, and no `force`; or what is there is no folder.
+    """
+    from edgecomp.benchmarks.native_runner import NEWEST_LIBC, PROGRAM, RUNTIMES, libraries, native_runner
+
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--runner {folder}: is there and is no folder; with --cpu a folder is written")
+    if folder.is_dir():
+        check_new_file(folder / PROGRAM, "--runner", force=force)
+    files = {PROGRAM: native_runner(cpu), **libraries(cpu, NEWEST_LIBC, list(RUNTIMES))}
+    write_files(folder, files)
+    (folder / PROGRAM).chmod(0o755)
+    for path in folder.iterdir():
+        # A library of another version, from before.
+        if path.name not in files and path.name.startswith(tuple(each.begins for each in RUNTIMES.values())):
+            path.unlink()
+    return str(folder)
 
 
 def _facts(target: Target) -> dict[str, object]:

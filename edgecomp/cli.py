@@ -316,10 +316,17 @@ def _verify(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from edgecomp.benching import MIN_S, bench_artifact, bench_target
     from edgecomp.comparing import check_asked, check_not_slower, plot
-    from edgecomp.devices import Flags, bench_devices, bench_emulated_board, check_options, kind_of
+    from edgecomp.devices import (
+        Flags,
+        bench_devices,
+        bench_emulated_board,
+        bench_gathered,
+        check_options,
+        kind_of,
+    )
     from edgecomp.files import write_file
 
-    kind = kind_of(args.target)
+    kind = kind_of(args.target, args.gathered)
     how = {"runtime": args.runtime, "seed": args.seed, "stage": _stage}
     flags = Flags(profile=args.profile, cores=args.cores, repeat=args.repeat)
     check_options(kind, flags, threads=args.threads, min_s=args.min_secs, compiler=args.compiler)
@@ -339,6 +346,10 @@ def _bench(args: argparse.Namespace) -> int:
         return 0
     if kind == "emulated":
         found: Sequence[Any] = bench_emulated_board(args.artifacts, args.target[0], **how)
+    elif kind == "gathered":
+        if args.runtime is not None or args.threads != 1:
+            raise errors.UsageError("--runtime and --threads with --gathered: it was measured already")
+        found = [bench_gathered(args.artifacts, args.gathered, seed=args.seed)]
     else:
         how |= {"threads": args.threads, "min_s": MIN_S if args.min_secs is None else args.min_secs}
         there = kind == "ssh"
@@ -354,7 +365,7 @@ def _bench(args: argparse.Namespace) -> int:
         write_file(args.svg, plot(compared, [each.title for each in found]).encode())
     spoilt = [f"{each.title}: {why}" for each in found for why in each.comparison.reports[0].not_valid]
     # On this machine, used by others too, the table says it: ratios are of models in turns, which a drift hits alike.
-    if spoilt and kind == "ssh":
+    if spoilt and kind in ("ssh", "gathered"):
         return _complain(f"not valid: {'; '.join(spoilt)}", 6)
     if args.fail_if_slower is not None:
         check_not_slower(compared, before, args.fail_if_slower)
@@ -442,15 +453,26 @@ def _estimate(args: argparse.Namespace) -> int:
 
 
 def _targets(args: argparse.Namespace) -> int:
-    from edgecomp.boards import board_facts, board_table, boards_table, check_asked, install, write_runner
+    from edgecomp.boards import (
+        board_facts,
+        board_table,
+        boards_table,
+        check_asked,
+        install,
+        write_native_runner,
+        write_runner,
+    )
 
     check_asked(args.name, install=args.install, runner=args.runner, force=args.force, as_json=args.json)
     if args.install:
         print(install(args.name, stage=_stage))
         return 0
     if args.runner is not None:
-        print(write_runner(args.runner, force=args.force))
+        where, force = args.runner, args.force
+        print(write_runner(where, force=force) if not args.cpu else write_native_runner(where, args.cpu, force=force))
         return 0
+    if args.cpu is not None:
+        raise errors.UsageError("--cpu is for --runner")
     shown = boards_table() if args.name is None else board_table(args.name)
     print(json.dumps(board_facts(args.name), indent=1) if args.json else shown)
     return 0

@@ -47,16 +47,21 @@ class Flags:
         return words + ([f"--repeat={self.repeat}"] if self.repeat else [])
 
 
-def kind_of(targets: Sequence[str]) -> str:
-    """Tell what `--target` asks for: "host", "ssh", "emulated" or "core".
+def kind_of(targets: Sequence[str], gathered: Path | None = None) -> str:
+    """Tell what `--target` and `--gathered` ask for: "host", "ssh", "emulated", "core" or "gathered".
 
     Raises:
-        UsageError: several that are not all devices, or a name that is none, or of a board that is not here.
+        UsageError: several that are not all devices, or one beside what was gathered elsewhere; a name that is none, or
+            of a board that is not here.
     """
     from edgecomp.targets import SUFFIX, names, nearest
     from edgecomp.targets.cores import EMULATED
     from edgecomp.targets.ssh import SCHEME
 
+    if gathered is not None and targets:
+        raise UsageError(f"--gathered {gathered} and --target {targets[0]}: what is gathered was measured already")
+    if gathered is not None:
+        return "gathered"
     if not targets or list(targets) == ["host"]:
         return "host"
     if all(target.startswith(SCHEME) for target in targets):
@@ -84,6 +89,8 @@ def check_options(kind: str, flags: Flags, *, threads: int, min_s: float | None,
             raise UsageError(f"--threads {threads} with an emulated --target: one thread is emulated; leave it out")
         if min_s is not None:
             raise UsageError("--min-secs is of times that are measured; an emulator has none: leave it out")
+    if kind == "gathered" and min_s is not None:
+        raise UsageError("--min-secs with --gathered: it was measured already")
     if compiler is not None and kind != "core":
         raise UsageError(f"--compiler {compiler} is for a --target with a Cortex-M, e.g. cortex-m4; leave it out")
     if kind != "ssh" and flags != Flags():
@@ -256,6 +263,27 @@ def bench_devices(
             raise
 
 
+def bench_gathered(paths: Sequence[Path], gathered: Path, *, seed: int) -> Benched:
+    """Judge what the runner in C gathered when it was run by hand.
+
+    Args:
+        paths: the .onnx and .tflite files that it measured; ratios refer to the first. Of packed TFLite files what
+            `edgecomp unpack` makes of them was measured.
+        gathered: what it wrote.
+        seed: of the confidence intervals.
+
+    Raises:
+        BundleError: a file cannot be read, or what was gathered is of other files.
+    """
+    from edgecomp.benchmarks.gathered import comparison_of, sent_of
+    from edgecomp.folder import read_file
+
+    sent = [sent_of(str(path), read_file(path), path.name, path.suffix.removeprefix("."))[0] for path in paths]
+    text = read_file(gathered).decode("utf-8", "replace")
+    found = comparison_of(text, sent, baseline=sent[0].label, target="device", seed=seed, where=str(gathered))
+    return Benched(title=str(gathered), comparison=found, accuracy_percent={})
+
+
 class _Sessions:
     """Connections that are open, to be ended from another thread."""
 
@@ -288,6 +316,7 @@ def _on_device(
 ) -> Benched:
     from edgecomp.benchmarks.over_ssh import bench_over_ssh
 
+    said: list[str] = []
     comparison: Comparison = bench_over_ssh(
         subject.entries,
         address,
@@ -299,8 +328,8 @@ def _on_device(
         seed=seed,
         progress=advance,
         opened=sessions.add,
+        told=said.append,
     )
     title = f"{subject.title} on {address.host}" + (f", {address.board}" if address.known else "")
-    return Benched(
-        title=title, comparison=comparison, accuracy_percent=subject.accuracy_percent, note=subject.note
-    )
+    note = "\n".join(line for line in (*said, subject.note) if line)
+    return Benched(title=title, comparison=comparison, accuracy_percent=subject.accuracy_percent, note=note)

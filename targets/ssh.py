@@ -28,16 +28,45 @@ CONNECT_S = 15
 """Seconds for a connection; ssh itself gives up on one that has been silent for four times this."""
 FIRST_ANSWER_S = 60.0
 """Seconds until the device's python3 has said what it is."""
+NO_PROGRAM = 127
+"""What ssh ends with where the program that should begin a session is not there."""
 MOST_BYTES = 64 * 2**20
 """That a device may answer at once."""
 _LINE_BYTES = 64 * 1024
 _CHUNK = 1 << 16
 # Read the program's length, then the program, from standard input, and leave the rest of it to the program.
-_START = (
+PYTHON = (
     "python3 -c 'import os,sys;d=b\"\"\nwhile d[-1:]!=b\"\\n\":\n c=os.read(0,1)\n if not c: sys.exit(3)\n d+=c\n"
     "n=int(d);p=b\"\"\nwhile len(p)<n:\n c=os.read(0,n-len(p))\n if not c: sys.exit(3)\n p+=c\n"
     "exec(compile(p,\"session\",\"exec\"))'"
 )
+"""Begins a session with a program in Python."""
+# It makes the session's folder, says what the device is, reads a program's length and the program, which then goes on;
+# the folder is removed by whoever of the two ends the session. Nothing is used that POSIX does not know of.
+SHELL = r"""exec sh -c '
+umask 077
+d=${TMPDIR:-/tmp}/edgecomp-$$
+fail() {
+  printf "{\"error\": \"%s\", \"bytes\": 0}\n" "$(printf %s "$1" | tr "\012\042\134" " __" | tr -cd "[:print:]")"
+  exit 1
+}
+mkdir "$d" || fail "no folder can be made in ${TMPDIR:-/tmp}"
+trap "rm -rf \"$d\"" EXIT
+trap "exit 1" HUP INT TERM PIPE
+loaders=
+for f in /lib/ld-linux*.so.* /lib64/ld-linux*.so.*; do
+  if [ -e "$f" ]; then loaders="$loaders $f"; fi
+done
+printf "{\"machine\": \"%s\", \"loaders\": \"%s\", \"bytes\": 0}\n" "$(uname -m)" "$loaders"
+read -r n || exit 1
+said=$(dd bs=1 count="$n" of="$d/runner" 2>&1) || fail "$said"
+[ "$(wc -c < "$d/runner")" -eq "$n" ] || exit 1
+chmod 700 "$d/runner"
+said=$("$d/runner" --help 2>&1) || fail "it does not start: $said"
+trap - EXIT HUP INT TERM PIPE
+exec "$d/runner" --task=session --folder="$d"
+'"""
+"""Begins a session with a compiled program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,18 +115,30 @@ def parse_address(text: str) -> Address:
 
 
 class Session:
-    """A program on a device that answers one message after the other; see `benchmarks.session` for its side."""
+    """A program on a device that answers one message after the other.
 
-    def __init__(self, address: Address) -> None:
+    See `benchmarks.session` for the side of a program in Python, and edgecomp_session.c for that of one in C.
+
+    Attributes:
+        facts: what the program said of the device when it began.
+        code: of ssh, when the connection has ended by itself.
+    """
+
+    def __init__(self, address: Address, begin: str = PYTHON) -> None:
         """Begin to connect.
+
+        Args:
+            address: the device.
+            begin: what runs there first, PYTHON or SHELL.
 
         Raises:
             TargetError: ssh is missing.
         """
         if shutil.which("ssh") is None:
             raise TargetError("ssh not found; install OpenSSH's client: apt-get install openssh-client")
-        self._address, self._buffer = address, b""
+        self._address, self._begin, self._buffer = address, begin, b""
         self.facts: dict[str, Any] = {}
+        self.code: int | None = None
         options = {"BatchMode": "yes", "ConnectTimeout": CONNECT_S, "ServerAliveInterval": CONNECT_S}
         options["ServerAliveCountMax"] = 4
         words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
@@ -105,13 +146,22 @@ class Session:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         # A session of its own: Ctrl-C is for this process, which then ends the connection in its own way.
         self._process = subprocess.Popen(
-            ["ssh", "-T", *words, *port, "--", address.host, _START],
+            ["ssh", "-T", *words, *port, "--", address.host, begin],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             bufsize=0,
             start_new_session=True,
         )
+
+    def hear(self) -> dict[str, Any]:
+        """Wait for what the device says unasked.
+
+        Raises:
+            TargetError: the device cannot be reached or is not who it was, or it has no program to begin with.
+        """
+        said, _ = self._answer(FIRST_ANSWER_S)
+        return said
 
     def start(self, program: bytes) -> None:
         """Start the program, which begins by saying what the device is (`facts`).
@@ -120,7 +170,7 @@ class Session:
             TargetError: the device cannot be reached or is not who it was, or it has no python3.
         """
         self._send(b"%d\n" % len(program) + program, FIRST_ANSWER_S)
-        self.facts, _ = self._answer(FIRST_ANSWER_S)
+        self.facts = self.hear()
 
     def end(self) -> None:
         """End the connection at once, from any thread; whoever waits for an answer is told that it is gone."""
@@ -137,6 +187,20 @@ class Session:
         files = files or {}
         head = {**message, "files": [[name, len(data)] for name, data in files.items()], "limit_s": limit_s}
         self._send(json.dumps(head).encode() + b"\n" + b"".join(files.values()), limit_s)
+        return self._answer(limit_s + FIRST_ANSWER_S)
+
+    def order(
+        self, words: Sequence[object], files: Mapping[str, bytes], arguments: Sequence[str], *, limit_s: float
+    ) -> tuple[dict[str, Any], bytes]:
+        """Do the same to a program in C: lines of words, one for each file and argument.
+
+        Raises:
+            TargetError: as `ask`; or an argument has more than one line.
+        """
+        lines = [" ".join(map(str, words)), *(f"{len(data)} {name}" for name, data in files.items()), *arguments]
+        if any("\n" in line for line in lines):
+            raise TargetError(f"{self._address.host}: an argument of two lines cannot be sent: {lines!r:.200}")
+        self._send("".join(f"{line}\n" for line in lines).encode() + b"".join(files.values()), limit_s)
         return self._answer(limit_s + FIRST_ANSWER_S)
 
     def close(self) -> None:
@@ -207,7 +271,7 @@ class Session:
     def _gone(self) -> TargetError:
         """Say why the connection ended, from what ssh said."""
         try:
-            code = self._process.wait(timeout=10)
+            code = self.code = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             code = None
         self._stderr.seek(0)
@@ -216,8 +280,10 @@ class Session:
         for sign, meaning in _SIGNS:
             if re.search(sign, said):
                 return TargetError(f"{host}: {meaning.format(host=host)}")
-        if code == 127:
-            return TargetError(f"{host}: has no python3; there: apt-get install python3")
+        if code == NO_PROGRAM and self._begin == SHELL:
+            return TargetError(f"{host}: has not all programs of a POSIX system")
+        if code == NO_PROGRAM:
+            return TargetError(f"{host}: has no python3 (there: apt-get install python3)")
         lines = [line for line in said.splitlines() if line.strip()] or [f"ssh ended with {code}"]
         return TargetError(f"{host}: the connection ended: {lines[-1][:300]}")
 

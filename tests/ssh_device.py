@@ -22,6 +22,9 @@ from edgecomp.targets.emulated import install
 REQUIRED = "EDGECOMP_REQUIRE_DEVICES"
 """Where this is set, as in CI, what a test of devices needs must be there: it fails instead of being skipped."""
 
+POSIX = ("sh", "mkdir", "rm", "uname", "tr", "dd", "wc", "chmod")
+"""What the C runner needs of a device's programs."""
+
 # Run by sshd for every session; $SSH_ORIGINAL_COMMAND is what the client asked for.
 FORCED = """#!/bin/sh
 exec unshare --user --map-root-user --mount --propagation private sh {place}/enter.sh
@@ -88,6 +91,18 @@ class Device:
         (self.place / name).write_text(text)
         (self.place / name).chmod(0o755)
 
+    def only(self, *programs: str, more: str = "", machine: str | None = None) -> None:
+        """Leave no other programs in PATH than these; say what else is mounted, and what uname says."""
+        place = self.place / "programs"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        for name in programs:
+            (place / name).symlink_to(f"/usr/bin/{name}")
+        if machine is not None:
+            (place / "uname").unlink()
+            self.script("programs/uname", f"#!/usr/bin/sh\necho {machine}\n")
+        self.extra(f"mount --bind {place} $root/edgecomp; path=PATH=/edgecomp\n{more}")
+
     def extra(self, text: str) -> None:
         """Say what else is mounted or set when a session begins."""
         (self.place / "extra.sh").write_text(f"{text}\n")
@@ -143,7 +158,7 @@ class Device:
     def left_behind(self) -> list[str]:
         """Name what lies in the device's temporary folder and in its cache, but for finished environments."""
         cache = self.place / "home" / ".cache" / "edgecomp"
-        kept = [p.name for p in cache.glob("*") if not p.name.startswith("venv-") and p.name != "run.lock"]
+        kept = [p.name for p in cache.glob("*") if not p.name.startswith(("venv-", "native-")) and p.name != "run.lock"]
         return sorted([*(p.name for p in (self.place / "tmp").iterdir()), *kept])
 
 

@@ -51,7 +51,8 @@ LEVELS = (
      "benchmarks.tflm", "benchmarks.compiled_c", "benchmarks.cross_compile", "benchmarks.qemu_arm", "benchmarks.thumb",
      "benchmarks.firmware",
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
-     "benchmarks.archive", "benchmarks.device", "benchmarks.emulated", "benchmarks.session", "benchmarks.over_ssh",
+     "benchmarks.archive", "benchmarks.device", "benchmarks.emulated", "benchmarks.session", "benchmarks.native_runner",
+     "benchmarks.gathered", "benchmarks.over_ssh",
      "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml",
      "benchmarks.runner_cost", "benchmarks.netshapes", "benchmarks.classifiers", "benchmarks.published",
      "benchmarks.latency_fit"),
@@ -225,9 +226,9 @@ def test_only_the_command_line_prints() -> None:
 def test_no_behaviour_comes_from_the_environment() -> None:
     # The first hands it on to its child process, the second switches a tool's telemetry off, the third is told there
     # by torchrun which process it is.
-    # Two more hand it on to a compiler, with another place for its temporary files, and one to apt and tar; that one
+    # Three more hand it on to a compiler, with another place for its temporary files, and one to apt and tar; that one
     # also looks up where this user's caches lie.
-    compiling = ("benchmarks.compiled_c", "benchmarks.cross_compile", "targets.emulated")
+    compiling = ("benchmarks.compiled_c", "benchmarks.cross_compile", "benchmarks.native_runner", "targets.emulated")
     # On a device, its own.
     compiling += ("benchmarks.session",)
     allowed = ("benchmarks.memory", f"{PEER}nncf", "launched", *compiling, *SCRIPT)

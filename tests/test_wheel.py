@@ -92,7 +92,7 @@ def test_the_base_needs_numpy_only(wheel: zipfile.Path) -> None:
     head = email.message_from_string(metadata(wheel, "METADATA"))
     required = head.get_all("Requires-Dist") or []
     assert [r for r in required if "extra ==" not in r] == ["numpy>=1.26"]
-    extras = {"build", "bench", "micro", "firmware", "sbom", "compare", "dev"}
+    extras = {"build", "bench", "micro", "firmware", "boards", "sbom", "compare", "dev"}
     assert set(head.get_all("Provides-Extra") or []) == extras
     on_device = [r for r in required if re.search(r"extra == .bench.", r)]
     assert not any(r.startswith("torch") for r in on_device)

@@ -51,7 +51,7 @@ LEVELS = (
      "benchmarks.onnx_runtime", "benchmarks.litert", "benchmarks.runners", "benchmarks.memory", "benchmarks.bench",
      "benchmarks.archive", "benchmarks.device", "benchmarks.emulated", "benchmarks.session", "benchmarks.over_ssh",
      "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml",
-     "benchmarks.runner_cost", "benchmarks.netshapes", "benchmarks.classifiers", "benchmarks.published",
+     "benchmarks.runner_cost", "benchmarks.netshapes", "benchmarks.classifiers", "benchmarks.published", "benchmarks.latency_rows",
      "benchmarks.latency_fit"),
     ("check", "spending", "pruning", "recovering", "intake", "build", "verifying", "inspecting", "benching",
      "comparing", "devices", "boards", "gating", "estimating", "from_counts",

@@ -47,11 +47,11 @@ def _divisible(value: float) -> int:
 
 
 def mobilenet_v2(
-    alpha: float = 1.0, size: int = 224, classes: int = 1000, *, expand_first: bool = False, stem: int | None = None
+    alpha: float = 1.0, size: int = 224, classes: int = 1000, *, expand_first: bool = False, last: int | None = None
 ) -> Net:
-    """MobileNetV2 (arXiv:1801.04381); ncnn's expands the first block too, by 1."""
+    """MobileNetV2 (arXiv:1801.04381); ncnn's expands the first block too, by 1; `last` writes the last convolution."""
     net = Net(3, size)
-    net.conv(_divisible(32 * alpha) if stem is None else stem, 3, 2)
+    net.conv(_divisible(32 * alpha), 3, 2)
     for t, c, n, first in V2:
         for i in range(n):
             before, s = net.shape[0], first if i == 0 else 1
@@ -61,7 +61,7 @@ def mobilenet_v2(
             net.conv(_divisible(c * alpha))
             if s == 1 and net.shape[0] == before:
                 net.add()
-    net.conv(int(1280 * max(1.0, alpha)))
+    net.conv(int(1280 * max(1.0, alpha)) if last is None else last)
     net.gap()
     net.fc(classes)
     return net
@@ -81,6 +81,11 @@ V3_SMALL = (
     (5, 240, 40, True, True, 1), (5, 240, 40, True, True, 1), (5, 120, 48, True, True, 1), (5, 144, 48, True, True, 1),
     (5, 288, 96, True, True, 2), (5, 576, 96, True, True, 1), (5, 576, 96, True, True, 1),
 )  # fmt: skip
+
+
+def squeezed_by_four(channels: int) -> int:
+    """Give the squeezed channels of ncnn's and PaddleClas's MobileNetV3."""
+    return channels // 4
 
 
 def mobilenet_v3(
@@ -120,7 +125,7 @@ def mobilenet_v3(
 def alexnet() -> Net:
     """AlexNet as Caffe has it: two groups, 227x227."""
     net = Net(3, 227)
-    net.conv(96, 11, 4, valid=True)
+    net.conv(96, 11, 4, pad=0)
     net.other()
     net.pool(2, 3, valid=True)
     net.conv(256, 5, groups=2)
@@ -147,18 +152,27 @@ def vgg16() -> Net:
     return net
 
 
-def resnet18() -> Net:
-    """ResNet-18 (arXiv:1512.03385); ncnn's convolves on the way around the first block, too."""
+def resnet18(*, first: bool = True, preact: bool = False) -> Net:
+    """ResNet-18 (arXiv:1512.03385).
+
+    Args:
+        first: the way around the first block convolves, too, as ncnn's and TVM's.
+        preact: batch norms stand before convolutions (arXiv:1603.05027): each block's first cannot be folded.
+    """
     net = Net(3, 224)
     net.conv(64, 7, 2)
     net.pool(2, 3)
     for i, out in enumerate((64, 64, 128, 128, 256, 256, 512, 512)):
         found, s = net.shape, 2 if i in (2, 4, 6) else 1
+        if preact:
+            net.other()
         net.conv(out, 3, s)
         net.conv(out, 3)
-        if i % 2 == 0:
+        if s == 2 or (first and i == 0):
             net.conv(out, 1, s, at=found)
         net.add()
+    if preact:
+        net.other()
     net.gap()
     net.fc(1000)
     return net

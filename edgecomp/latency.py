@@ -191,21 +191,25 @@ class Runtime:
         like: the fitted runtime whose constants it takes; its own name where published figures were fitted.
         times: what its time is of that one's.
         because: where `times` comes from, for people.
+        same: whether its kernels are those of `like`, so that the range is, too.
     """
 
     like: str
     times: float = 1.0
     because: str = ""
+    same: bool = False
 
 
-_LITERT = Runtime(like="litert", because="the same kernels (XNNPACK)")
-_ASSUMED = Runtime(like="litert", because="no published figure of it was fitted")
+_XNNPACK = Runtime(like="litert", because="the same kernels (XNNPACK)", same=True)
 RUNTIMES: Mapping[str, Runtime] = {
     "litert": Runtime(like="litert"),
-    "tflite-runtime": _LITERT,
+    "tflite-runtime": _XNNPACK,
+    "executorch": _XNNPACK,
+    "onnxruntime": Runtime(like="onnxruntime"),
+    "onnxruntime-lean": Runtime(like="onnxruntime", because="the same kernels", same=True),
     "ncnn": Runtime(like="ncnn"),
-    "onnxruntime": _ASSUMED,
-    "onnxruntime-lean": _ASSUMED,
+    "paddle-lite": Runtime(like="paddle-lite"),
+    "tnn": Runtime(like="tnn"),
     "tflite-micro": Runtime(like="tflite-micro"),
     "x-cube-ai": Runtime(like="x-cube-ai"),
     "c": Runtime(
@@ -213,9 +217,16 @@ RUNTIMES: Mapping[str, Runtime] = {
         times=0.47,
         because="the geometric mean of its shares of instructions on three emulated networks",
     ),
+    "other": Runtime(like="a middling runtime", because="nothing is known of it"),
 }
-"""By the name that --runtime takes. litert is XNNPACK; tflite-micro has CMSIS-NN's kernels; c is edgecomp's own."""
+"""By the name that --runtime takes. litert is XNNPACK; tflite-micro has CMSIS-NN's kernels; c is edgecomp's own; other
+is one that is none of these, on any processor."""
 MICRO_RUNTIMES = ("tflite-micro", "x-cube-ai", "c")
+
+
+def fits(runtime: str, *, micro: bool) -> bool:
+    """Tell whether there is such a runtime for microcontrollers, or for the others."""
+    return runtime == "other" or (runtime in MICRO_RUNTIMES) == micro
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,8 +296,8 @@ def check_case(case: Case) -> None:
     """
     if case.runtime not in RUNTIMES:
         raise UsageError(f"runtime {case.runtime!r:.80} is not known to the estimator; expected {', '.join(RUNTIMES)}")
-    if case.processor.micro != (case.runtime in MICRO_RUNTIMES):
-        fitting = [name for name in RUNTIMES if case.processor.micro == (name in MICRO_RUNTIMES)]
+    if not fits(case.runtime, micro=case.processor.micro):
+        fitting = [name for name in RUNTIMES if fits(name, micro=case.processor.micro)]
         raise UsageError(f"{case.runtime} is not for a {case.processor.core}; expected {', '.join(fitting)}")
     if case.precision not in PRECISIONS:
         raise UsageError(f"precision {case.precision!r:.80}; expected {', '.join(PRECISIONS)}")
@@ -332,8 +343,9 @@ def _spread(case: Case, runtime: Runtime) -> tuple[float, float, tuple[str, ...]
     parts = [spreads[class_of(processor)]]
     basis = [f"range: nine of ten published rows of boards or networks not fitted, {class_of(processor)}"]
     if runtime.like != case.runtime:
-        basis.append(f"{case.runtime}: {runtime.times:g} x {runtime.like}, {runtime.because}")
-        if runtime is not _LITERT:
+        times = "as" if runtime.times == 1 else f"{runtime.times:g} x"
+        basis.append(f"{case.runtime}: {times} {runtime.like}, {runtime.because}")
+        if not runtime.same:
             parts.append(spreads["another runtime"])
     if f"{processor.core} {case.precision}" not in fitted()["seen"]:
         basis.append(f"no published row of a {processor.core} in {case.precision} was fitted; range widened")

@@ -358,7 +358,7 @@ def test_readme_tells_how_far_off_the_estimates_are(found: Found) -> None:
 
 @pytest.mark.shared
 def test_what_was_asked_of_the_estimates(found: Found) -> None:
-    """At most 20 % off in the median, and nine of ten in the range: in ../shared/latency, and in what was read since."""
+    """At most 20 % off in the median, nine of ten in the range: in ../shared/latency, and in what was read since."""
     elsewhere = np.array([row.elsewhere for row in found.fit.rows])
     for grouping in ("board", "network"):
         for chosen in (~elsewhere, elsewhere):

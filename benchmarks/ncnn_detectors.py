@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 
-from .classifiers import V1, V2
+from .classifiers import V1, v2_body
 from .imagenet_nets import FIRES_1_1, fires, shuffle_stages
 from .netshapes import Net, Shape
 
 
-def mobilenet_ssd() -> Net:
-    """MobileNetV1 with six heads, 300x300, 21 classes."""
+def mobilenet_ssd(alpha: float = 1.0, classes: int = 21) -> Net:
+    """MobileNetV1 with six heads, 300x300; TensorFlow's for COCO has 91 classes."""
     net = Net(3, 300)
     heads: list[Shape] = []
-    net.conv(32, 3, 2)
+    net.conv(int(32 * alpha), 3, 2)
     for i, (out, s) in enumerate(V1):
         net.dw(s=s)
-        net.conv(out)
+        net.conv(int(out * alpha))
         heads += [net.shape] if i in (10, 12) else []
     for inner, out in ((256, 512), (128, 256), (128, 256), (64, 128)):
-        net.conv(inner)
-        net.conv(out, 3, 2)
+        net.conv(int(inner * alpha))
+        net.conv(int(out * alpha), 3, 2)
         heads.append(net.shape)
     for i, shape in enumerate(heads):
         anchors = 3 if i == 0 else 6
-        for out in (4, 21):
+        for out in (4, classes):
             net.conv(anchors * out, at=shape)
     return net
 
@@ -73,18 +73,7 @@ def mobilenet_yolo() -> Net:
 def mobilenetv2_yolov3() -> Net:
     """MobileNetV2 with two separable heads, 352x352."""
     net = Net(3, 352)
-    net.conv(32, 3, 2)
-    middle: Shape = net.shape
-    for stage, (t, c, n, _) in enumerate(V2):
-        for i in range(n):
-            before, s = net.shape[0], (1, 2, 2, 2, 1, 2, 1)[stage] if i == 0 else 1
-            if t > 1:
-                net.conv(before * t)
-            middle = net.shape if (stage, i) == (5, 0) else middle
-            net.dw(s=s)
-            net.conv(c)
-            if s == 1 and before == c:
-                net.add()
+    middle = v2_body(net)
     net.conv(1280)
     net.dw()
     deep = net.conv(576)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from edgecomp.work import Work, conv_work, linear_work, other_work
+from edgecomp.work import Kind, Work, conv_work, linear_work, other_work
 
 Shape = tuple[int, int, int]
 
@@ -60,6 +60,16 @@ class Net:
     def add(self) -> None:
         """Add a sum of two of the same shape."""
         self.other(reads=2)
+
+    def product(self, shape: Shape, summands: int, inputs: int) -> None:
+        """Add a matrix product of two activations: a 1x1 convolution whose weight is no constant."""
+        self.shape, outputs = shape, math.prod(shape)
+        self.layers.append(
+            Work(
+                name=self._name("product"), kind=Kind.POINTWISE, macs=outputs * summands, weights=0, inputs=inputs,
+                outputs=outputs, summands=summands, out_channels=shape[0],
+            )
+        )  # fmt: skip
 
     def concat(self, channels: int) -> None:
         """Join with others to so many channels."""

@@ -27,6 +27,15 @@ from .classifiers import (
     squeezed_by_four,
     vgg16,
 )
+from .detectors import (
+    efficientdet,
+    ssd_mobilenet_v2,
+    ssdlite_mobilenet_v3,
+    tiny_yolo_v2,
+    yolo11,
+    yolov8,
+    yolox,
+)
 from .imagenet_nets import (
     FIRES_1_0,
     FIRES_1_1,
@@ -153,5 +162,26 @@ NETWORKS: Mapping[tuple[str, str], Callable[[], Net]] = {
     ("shufflenet_v2_x1_0", "224x224x3"): shufflenet_v2,
     ("shufflenet_v2_x1_5", "224x224x3"): lambda: shufflenet_v2((176, 352, 704)),
     ("shufflenet_v2_x2_0", "224x224x3"): lambda: shufflenet_v2((244, 488, 976), 2048),
+    ("SSD MobileNet v1 0.75 depth (COCO)", "300x300x3"): lambda: mobilenet_ssd(0.75, 91),
+    ("SSD MobileNet v2", "300x300x3"): ssd_mobilenet_v2,
+    ("SSD MobileNet v2 (COCO)", "300x300x3"): ssd_mobilenet_v2,
+    ("SSDLite MobileNet v2", "300x300x3"): lambda: ssd_mobilenet_v2(lite=True),
+    ("SSDLite MobileNet v3 large", "320x320x3"): ssdlite_mobilenet_v3,
+    ("SSDLite MobileNet v3 small", "320x320x3"): lambda: ssdlite_mobilenet_v3(small=True),
+    ("EfficientDet-lite0", "320x320x3"): lambda: efficientdet(320, 64, 3, 1.0, 1.0),
+    ("EfficientDet-lite1", "384x384x3"): lambda: efficientdet(384, 88, 4, 1.0, 1.1),
+    ("EfficientDet-lite2", "448x448x3"): lambda: efficientdet(448, 112, 5, 1.1, 1.2),
+    ("Tiny YOLO v2 (1 class)", "192x192x3"): lambda: tiny_yolo_v2(192),
+    ("Tiny YOLO v2 (1 class)", "224x224x3"): lambda: tiny_yolo_v2(224),
+    ("Tiny YOLO v2 (1 class)", "416x416x3"): lambda: tiny_yolo_v2(416),
+    ("YOLOX-Nano", "416x416x3"): lambda: yolox(416, 0.25, depthwise=True),
+    ("YOLOX-Tiny", "416x416x3"): lambda: yolox(416, 0.375),
+    ("YOLOX-S", "640x640x3"): lambda: yolox(640, 0.5),
+    ("YOLOv8n", "640x640x3"): lambda: yolov8(0.25),
+    ("YOLOv8s", "640x640x3"): lambda: yolov8(0.5),
+    ("YOLO11n", "640x640x3"): lambda: yolo11(0.25),
+    ("YOLO11s", "640x640x3"): lambda: yolo11(0.5),
+    ("YOLO11m", "640x640x3"): lambda: yolo11(1.0, widest=512, large=True),
+    ("YOLO11l", "640x640x3"): lambda: yolo11(1.0, n=2, widest=512, large=True),
 }
 """By the name and the input (height, width, channels) that the latency tables give."""

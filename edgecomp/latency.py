@@ -52,6 +52,8 @@ less than others of its kind. gain: the power of the board's own bandwidth, over
 _COPY, _FILL = 2.5e9, 5e9
 _WINOGRAD = frozenset({"ncnn"})
 """Runtimes that compute 3x3 convolutions by Winograd's algorithm; elsewhere they are as other dense ones."""
+_KIN: Mapping[str, str] = {"onnxruntime": "litert"}
+"""A runtime of few published figures differs from one with kernels of the same kind, not from any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +85,6 @@ def constants_of(case: Case) -> dict[str, tuple[str, ...]]:
         f"{family} group {group}",
         f"{family} core {processor.core}",
         f"{family} core {processor.core} {precision}",
-        f"runtime {runtime}",
-        f"runtime {runtime} {precision}",
     ]
     if processor.reorders:
         shared.append(f"{family} reorders")
@@ -93,17 +93,21 @@ def constants_of(case: Case) -> dict[str, tuple[str, ...]]:
     if processor.narrow:
         shared.append(f"{family} narrow")
     names: dict[str, tuple[str, ...]] = {}
+    runtimes = (runtime, _KIN[runtime]) if runtime in _KIN else (runtime,)
+    shared += [f"runtime {name}{of}" for name in runtimes for of in ("", f" {precision}")]
     for kind in KINDS:
         if kind is Kind.OTHER:
-            names["kind other"] = (f"{family} other", f"runtime {runtime} other", f"runtime {runtime}")
+            own = (f"runtime {name}{of}" for name in runtimes for of in (" other", ""))
+            names["kind other"] = (f"{family} other", *own)
             continue
         as_kind = Kind.DENSE if kind is Kind.DENSE3X3 and runtime not in _WINOGRAD else kind
-        names[f"kind {kind}"] = (f"{family} {precision} {as_kind}", f"runtime {runtime} {as_kind}", *shared)
+        own = (f"runtime {name} {as_kind}" for name in runtimes)
+        names[f"kind {kind}"] = (f"{family} {precision} {as_kind}", *own, *shared)
     names |= {quantity: (f"{family} {quantity}",) for quantity in _PHYSICS}
-    names["layer"] += (f"runtime {runtime} layer",)
+    names["layer"] += tuple(f"runtime {name} layer" for name in runtimes)
     # What a runtime writes beside the activations (im2col, packing) moves through the same memory.
     for quantity in ("copy", "fill"):
-        names[quantity] += (f"runtime {runtime} memory",)
+        names[quantity] += tuple(f"runtime {name} memory" for name in runtimes)
     names["whole"] = (f"board {processor.board}",)
     if runtime not in _WINOGRAD:
         names["winograd"] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .netshapes import Net
+from .netshapes import Net, Shape
 
 # ---- MobileNets ------------------------------------------------------------------------------------------------------
 
@@ -41,27 +41,35 @@ def fd_mobilenet(alpha: float, size: int, classes: int) -> Net:
 V2 = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
-def _divisible(value: float) -> int:
+def divisible(value: float) -> int:
+    """Round to a multiple of eight, not below nine tenths."""
     rounded = max(8, int(value + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * value else rounded
 
 
-def mobilenet_v2(
-    alpha: float = 1.0, size: int = 224, classes: int = 1000, *, expand_first: bool = False, stem: int | None = None
-) -> Net:
-    """MobileNetV2 (arXiv:1801.04381); ncnn's expands the first block too, by 1."""
-    net = Net(3, size)
-    net.conv(_divisible(32 * alpha) if stem is None else stem, 3, 2)
+def v2_body(net: Net, alpha: float = 1.0, *, expand_first: bool = False) -> Shape:
+    """Add MobileNetV2's blocks; give what the last that strides expands to."""
+    expanded = net.conv(divisible(32 * alpha), 3, 2)
     for t, c, n, first in V2:
         for i in range(n):
             before, s = net.shape[0], first if i == 0 else 1
             if t > 1 or expand_first:
                 net.conv(before * t)
+            expanded = net.shape if s == 2 else expanded
             net.dw(s=s)
-            net.conv(_divisible(c * alpha))
+            net.conv(divisible(c * alpha))
             if s == 1 and net.shape[0] == before:
                 net.add()
-    net.conv(int(1280 * max(1.0, alpha)))
+    return expanded
+
+
+def mobilenet_v2(
+    alpha: float = 1.0, size: int = 224, classes: int = 1000, *, expand_first: bool = False, last: int | None = None
+) -> Net:
+    """MobileNetV2 (arXiv:1801.04381); ncnn's expands the first block too, by 1; `last` writes the last convolution."""
+    net = Net(3, size)
+    v2_body(net, alpha, expand_first=expand_first)
+    net.conv(int(1280 * max(1.0, alpha)) if last is None else last)
     net.gap()
     net.fc(classes)
     return net
@@ -83,13 +91,20 @@ V3_SMALL = (
 )  # fmt: skip
 
 
-def mobilenet_v3(
-    blocks: Sequence[tuple[int, int, int, bool, bool, int]], last: int, hidden: int,
-    squeezed: Callable[[int], int] = lambda c: _divisible(c / 4),
-) -> Net:  # fmt: skip
-    """MobileNetV3 (arXiv:1905.02244)."""
-    net = Net(3, 224)
-    net.conv(16, 3, 2)
+def squeezed_by_four(channels: int) -> int:
+    """Give the squeezed channels of ncnn's and PaddleClas's MobileNetV3."""
+    return channels // 4
+
+
+def _squeezed(channels: int) -> int:
+    return divisible(channels / 4)
+
+
+def v3_body(
+    net: Net, blocks: Sequence[tuple[int, int, int, bool, bool, int]], squeezed: Callable[[int], int] = _squeezed
+) -> Shape:
+    """Add MobileNetV3's blocks; give what the last that strides expands to."""
+    kept = net.conv(16, 3, 2)
     net.other()
     for k, expanded, out, squeezes, swish, s in blocks:
         before = net.shape[0]
@@ -97,6 +112,7 @@ def mobilenet_v3(
             net.conv(expanded)
             if swish:
                 net.other()
+        kept = net.shape if s == 2 else kept
         net.dw(k, s)
         if squeezes:
             net.excite(squeezed(expanded))
@@ -105,6 +121,16 @@ def mobilenet_v3(
         net.conv(out)
         if s == 1 and out == before:
             net.add()
+    return kept
+
+
+def mobilenet_v3(
+    blocks: Sequence[tuple[int, int, int, bool, bool, int]], last: int, hidden: int,
+    squeezed: Callable[[int], int] = _squeezed,
+) -> Net:  # fmt: skip
+    """MobileNetV3 (arXiv:1905.02244)."""
+    net = Net(3, 224)
+    v3_body(net, blocks, squeezed)
     net.conv(last)
     net.other()
     net.gap()
@@ -120,7 +146,7 @@ def mobilenet_v3(
 def alexnet() -> Net:
     """AlexNet as Caffe has it: two groups, 227x227."""
     net = Net(3, 227)
-    net.conv(96, 11, 4, valid=True)
+    net.conv(96, 11, 4, pad=0)
     net.other()
     net.pool(2, 3, valid=True)
     net.conv(256, 5, groups=2)
@@ -147,18 +173,27 @@ def vgg16() -> Net:
     return net
 
 
-def resnet18() -> Net:
-    """ResNet-18 (arXiv:1512.03385); ncnn's convolves on the way around the first block, too."""
+def resnet18(*, first: bool = True, preact: bool = False) -> Net:
+    """ResNet-18 (arXiv:1512.03385).
+
+    Args:
+        first: the way around the first block convolves, too, as ncnn's and TVM's.
+        preact: batch norms stand before convolutions (arXiv:1603.05027): each block's first cannot be folded.
+    """
     net = Net(3, 224)
     net.conv(64, 7, 2)
     net.pool(2, 3)
     for i, out in enumerate((64, 64, 128, 128, 256, 256, 512, 512)):
         found, s = net.shape, 2 if i in (2, 4, 6) else 1
+        if preact:
+            net.other()
         net.conv(out, 3, s)
         net.conv(out, 3)
-        if i % 2 == 0:
+        if s == 2 or (first and i == 0):
             net.conv(out, 1, s, at=found)
         net.add()
+    if preact:
+        net.other()
     net.gap()
     net.fc(1000)
     return net

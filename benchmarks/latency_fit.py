@@ -1,166 +1,32 @@
 """Fit the latency estimator to published figures, and see how far off it is on boards and networks it has not seen.
 
 python -m edgecomp.benchmarks.latency_fit reads ../shared/latency (--data), prints the tables of README, and with
---write FILE stores the constants that edgecomp ships as latency.json. About a minute. Not here: the physics
-(`edgecomp.latency`), the networks (`published`).
+--write stores the constants that edgecomp ships as latency.json. Ten minutes. Not here: the physics
+(`edgecomp.latency`), the rows (`latency_rows`), the networks (`published`).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from edgecomp.errors import DataError, EdgecompError
+from edgecomp.errors import EdgecompError
 from edgecomp.files import write_file
 from edgecomp.graph import Array
-from edgecomp.latency import QUANTITIES, SCHEMA, Case, Layout, class_of, constants_of
-from edgecomp.processor import Processor, processor_of
+from edgecomp.latency import QUANTITIES, SCHEMA, Layout, class_of, constants_of
 from edgecomp.report import table
-from edgecomp.target import Target
-from edgecomp.targets import load, names
-from edgecomp.work import Kind, Work
+from edgecomp.targets import names
+from edgecomp.work import Kind
 
-from .published import NETWORKS
-
-FILES = ("xnnpack_readme.csv", "ncnn_benchmark.csv", "mlperf_tiny.csv", "stm32ai_modelzoo.csv")
-RUNTIME_OF: tuple[tuple[str, str], ...] = (
-    ("ncnn", "ncnn"),
-    ("XNNPACK", "litert"),
-    ("TensorFlow Lite (X-LINUX-AI", "litert"),
-    ("LEIP", "leip"),
-    ("X-CUBE-AI", "x-cube-ai"),
-    ("STM32Cube.AI", "x-cube-ai"),
-    ("tflite-micro", "tflite-micro"),
-    ("TensorFlow Lite for ", "tflite-micro"),
-)
-"""What a source's runtime is here, by how its name begins; all else is "other"."""
-_ERAS: Mapping[str, tuple[tuple[tuple[str, ...], str], ...]] = {
-    "ncnn": ((("git 2021", "git 2022"), "2023"),),
-    "x-cube-ai": (((" v7.", " v8."), "9"),),
-    "tflite-micro": (((" v2.3",), "2021"),),
-}
-"""What an older version's name holds, and before which version it was: its constants are told apart from today's."""
-_MB = 1_000_000
-# Copying and filling main memory, MB/s: ThomasKaiser/sbc-bench:Results.md, boards of the same chip, and for the RK3588
-# its author's review of the ROCK 5B. The last five are assumed, not read: what boards of that table with similar cores
-# and the kind of memory that these are sold with (LPDDR4, the last DDR3) show.
-_MEMORY: Mapping[str, tuple[int, int]] = {
-    "RK3399": (3_700, 8_400),
-    "RK3328": (1_340, 5_700),
-    "RK3228H": (1_340, 5_700),
-    "RK3566": (2_980, 7_650),
-    "RK3568": (2_980, 7_650),
-    "RK3588": (10_830, 29_220),
-    "H2+": (850, 3_450),
-    "Raspberry Pi 2B": (1_000, 1_180),
-    "Raspberry Pi Zero W": (415, 1_630),
-    "Arduino UNO Q": (1_600, 5_370),
-    "AX630C": (1_600, 5_370),
-    "RDK X3": (1_600, 5_370),
-    "AX620A": (1_500, 5_370),
-    "Orange Pi Zero 2": (1_070, 3_680),
-}
-_TARGETS: Mapping[str, str] = {
-    "Raspberry Pi Zero 2 W": "rpi-zero2w",
-    "Raspberry Pi 3B+": "rpi3b-plus",
-    "Raspberry Pi 4B": "rpi4",
-    "Raspberry Pi 5": "rpi5",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """A published latency.
-
-    Attributes:
-        device, model: as the source names them.
-        case: what the estimator is asked.
-        seconds: what was published.
-    """
-
-    device: str
-    model: str
-    case: Case
-    seconds: float
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """Read the published rows whose network is described in `published` and whose arithmetic is the processor's own.
-
-    Raises:
-        DataError: a file is missing.
-    """
-    work: dict[tuple[str, str], list[Work]] = {key: build().layers for key, build in NETWORKS.items()}
-    rows = []
-    for name in FILES:
-        path = folder / name
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; the fit needs the published latencies, give their folder as --data")
-        with path.open(encoding="utf-8", newline="") as file:
-            for r in csv.DictReader(file):
-                accelerated = r["cpu"].count(" + ") > 0
-                key = (r["model"], r["input"])
-                if key not in work or accelerated or "superseded" in r["note"] or "SUSPECT" in r["note"]:
-                    continue
-                runtime = _runtime(f"{r['runtime']} {r['runtime_version']}")
-                threads = int(r["threads"] or 1)
-                case = Case(
-                    work=work[key],
-                    processor=_processor(r, threads),
-                    runtime=runtime,
-                    precision=r["precision"],
-                    threads=threads,
-                )
-                rows.append(Row(device=r["device"], model=r["model"], case=case, seconds=float(r["latency_ms"]) / 1e3))
-    return rows
-
-
-def _runtime(text: str) -> str:
-    runtime = next((ours for theirs, ours in RUNTIME_OF if text.startswith(theirs)), "other")
-    for marks, era in _ERAS.get(runtime, ()):
-        if any(mark in text for mark in marks):
-            return f"{runtime} before {era}"
-    return runtime
-
-
-def _processor(r: Mapping[str, str], threads: int) -> Processor:
-    clock_hz, cpu, device = int(float(r["clock_mhz"]) * 1e6), r["cpu"], r["device"]
-    wide = r["os_bits"] != "32"
-    base = load(_TARGETS[device]) if device in _TARGETS and _TARGETS[device] in names() else None
-    memory = next((v for chip, v in _MEMORY.items() if chip in device), (None, None))
-    copy, fill = (None if v is None else v * _MB for v in memory)
-    isa: tuple[str, ...] = ("aarch64", "neon") if wide else ("armv7", "neon")
-    if cpu in ("Cortex-A55", "Cortex-A76"):
-        isa += ("fp16",)
-        # Figures of ncnn until 2022 show no dot product: int8 takes three times as long on the same chip as in 2023.
-        isa += () if r["runtime_version"].startswith(("git 2021", "git 2022")) else ("dotprod",)
-    if cpu.startswith("Cortex-M"):
-        isa = ("thumb", *(("helium",) if cpu in ("Cortex-M55", "Cortex-M85") else ()))
-    if base is not None:
-        copy, fill = base.memory_copy_bytes_per_s, base.memory_fill_bytes_per_s
-    return processor_of(
-        Target(
-            name=device if base is None else base.name,
-            description=device,
-            cpu=cpu,
-            clock_hz=clock_hz,
-            cores=max(threads, 1),
-            isa=isa,
-            l2_bytes=None if base is None else base.l2_bytes,
-            l3_bytes=None if base is None else base.l3_bytes,
-            memory_copy_bytes_per_s=copy,
-            memory_fill_bytes_per_s=fill,
-            runtimes=("c",),
-        )
-    )
-
+from .latency_rows import Row, read_rows
 
 # ---- the fit ---------------------------------------------------------------------------------------------------------
 
@@ -197,11 +63,11 @@ _PRIORS: Mapping[str, tuple[float, float]] = {
     "m weights": (1, 0.1),
     "m gain": (1, 0.1),
 }
-_SCATTER = 0.2
-"""What a row is off by, as a logarithm, beside what a fit can know: sets how much rows weigh against priors."""
 _ROBUST = 1.5
 _BOARDS = 0.3
 """What boards of one core differ by, as a logarithm."""
+PHONE = "a phone"
+"""What phones take more or less than boards: a constant of the fit, in no estimate."""
 
 
 def prior(name: str) -> tuple[float, float]:
@@ -215,7 +81,9 @@ def prior(name: str) -> tuple[float, float]:
     if first == "board":
         return 0.0, _BOARDS
     if " before " in rest:
-        return 0.0, 0.2
+        return 0.0, 0.4
+    if name == PHONE:
+        return 0.0, _BOARDS
     if first == "runtime":
         if rest.endswith(" memory"):
             return 0.0, 0.7
@@ -230,7 +98,10 @@ class Fit:
         self.rows = rows
         self.layout = Layout([row.case for row in rows])
         self.observed = np.log([row.seconds for row in rows])
+        self.scatter = np.array([row.scatter for row in rows])
         of_rows = [constants_of(row.case) for row in rows]
+        for row, used in zip(rows, of_rows, strict=True):
+            used["whole"] += (PHONE,) * row.phone
         self.names = tuple(sorted({name for row in of_rows for used in row.values() for name in used}))
         place = {name: i for i, name in enumerate(self.names)}
         self.design = np.zeros((len(rows), len(QUANTITIES), len(self.names)))
@@ -251,65 +122,74 @@ class Fit:
         found: Array = self.observed - self.log_seconds(constants)
         return found
 
-    def solve(self, chosen: Array | None = None, start: Array | None = None, steps: int = 40) -> Array:
+    def solve(
+        self,
+        chosen: Array | None = None,
+        start: Array | None = None,
+        steps: int = 40,
+        slopes: Array | None = None,
+    ) -> Array:
         """Fit by Gauss and Newton, damped, with a loss that outliers bend little: float64 (C,).
 
         Args:
-            chosen: bool (R,), the rows that count; all by default.
-            start: constants to begin with.
+            chosen: bool (R,), the rows that count; all by default. A constant that none of them has stays at its prior.
+            start: constants to begin with; their priors by default.
             steps: at most.
+            slopes: `slopes(start)`, where it is known.
         """
-        part = self if chosen is None else Fit([row for row, c in zip(self.rows, chosen, strict=True) if c])
-        places = [self.names.index(name) for name in part.names]
-        x = part.mean.copy() if start is None else start[places]
-        damping = 1e-2
-        residual = part.residuals(x) / _SCATTER
-        loss = part._loss(residual, x)
-        for _ in range(steps):
-            logs = part.design @ x
-            base = np.log(part.layout.seconds(logs))
-            jacobian = np.zeros((len(part.rows), len(part.names)))
-            for j in range(len(QUANTITIES)):
-                moved = logs.copy()
-                moved[:, j] += 1e-4
-                slope = (np.log(part.layout.seconds(moved)) - base) / 1e-4
-                jacobian -= slope[:, None] * part.design[:, j, :] / _SCATTER
-            weight = 1 / np.sqrt(1 + (residual / _ROBUST) ** 2)
-            normal = jacobian.T @ (jacobian * weight[:, None]) + np.diag(part.spread**-2)
-            gradient = jacobian.T @ (weight * residual) + (x - part.mean) / part.spread**2
+        counts = np.ones(len(self.rows)) if chosen is None else chosen.astype(np.float64)
+        x = self.mean.copy() if start is None else start
+        damping = 1e-2 if start is None else 0.0
+        residual = self.residuals(x) / self.scatter
+        loss = self._loss(residual, x, counts)
+        for step in range(steps):
+            jacobian = self.slopes(x) if step or slopes is None else slopes
+            weight = counts / np.sqrt(1 + (residual / _ROBUST) ** 2)
+            normal = jacobian.T @ (jacobian * weight[:, None]) + np.diag(self.spread**-2)
+            gradient = jacobian.T @ (weight * residual) + (x - self.mean) / self.spread**2
             better = False
             while damping < 1e6 and not better:
-                step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -gradient)
-                y = x + np.clip(step, -1, 1)
-                moved_residual = part.residuals(y) / _SCATTER
-                moved_loss = part._loss(moved_residual, y)
+                y = x + np.clip(np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -gradient), -1, 1)
+                moved_residual = self.residuals(y) / self.scatter
+                moved_loss = self._loss(moved_residual, y, counts)
                 better = moved_loss < loss
-                damping *= 1 if better else 4
+                damping = damping if better else max(4 * damping, 1e-3)
             if not better:
                 break
             small = loss - moved_loss < 1e-5 * loss
-            x, residual, loss, damping = y, moved_residual, moved_loss, max(damping / 3, 1e-6)
+            x, residual, loss, damping = y, moved_residual, moved_loss, damping / 3
             if small:
                 break
-        whole = self.mean.copy()
-        whole[places] = x
-        return whole
+        return x
 
-    def _loss(self, residual: Array, x: Array) -> float:
+    def slopes(self, constants: Array) -> Array:
+        """Tell how each residual, over its scatter, moves with each constant: float64 (R, C)."""
+        logs = self.design @ constants
+        base = np.log(self.layout.seconds(logs))
+        found = np.zeros((len(self.rows), len(self.names)))
+        for j in range(len(QUANTITIES)):
+            moved = logs.copy()
+            moved[:, j] += 1e-4
+            slope = (np.log(self.layout.seconds(moved)) - base) / 1e-4
+            found -= slope[:, None] * self.design[:, j, :] / self.scatter[:, None]
+        return found
+
+    def _loss(self, residual: Array, x: Array, counts: Array) -> float:
         bent = 2 * _ROBUST**2 * (np.sqrt(1 + (residual / _ROBUST) ** 2) - 1)
-        return float(np.sum(bent) + np.sum(((x - self.mean) / self.spread) ** 2))
+        return float(np.sum(counts * bent) + np.sum(((x - self.mean) / self.spread) ** 2))
 
-    def held_out(self, groups: Array, start: Array) -> Array:
+    def held_out(self, groups: Array, start: Array, only: Iterable[str] | None = None) -> Array:
         """Estimate every row by constants fitted without its group: residuals as of `residuals`, float64 (R,).
 
         Args:
             groups: str (R,).
             start: constants of the whole fit, to begin with.
+            only: groups to leave out, one after the other; all by default. Rows of others stay 0.
         """
-        found = np.zeros(len(self.rows))
-        for group in sorted(set(groups)):
+        found, slopes = np.zeros(len(self.rows)), self.slopes(start)
+        for group in sorted(set(groups)) if only is None else only:
             left_out = groups == group
-            found[left_out] = self.residuals(self.solve(~left_out, start, steps=8))[left_out]
+            found[left_out] = self.residuals(self.solve(~left_out, start, 8, slopes))[left_out]
         return found
 
 
@@ -372,17 +252,41 @@ class Found:
 
 
 _RANGED = ("board", "network")
+HELD_OUT = "latency_held_out.json"
+"""Beside this file: how far every row lay from a fit without its board, network, core, runtime."""
 
 
-def find(rows: Sequence[Row], groupings: Sequence[str] = tuple(GROUPINGS)) -> Found:
-    """Fit all rows, and each grouping's with one group left out."""
+def find(rows: Sequence[Row], residuals: Mapping[str, Array] | None = None) -> Found:
+    """Fit all rows, and each grouping's with one group left out.
+
+    Args:
+        rows: to fit.
+        residuals: those of an earlier run with the same rows; found anew by default, which takes minutes.
+    """
     fit = Fit(rows)
     constants = fit.solve()
-    residuals = {
-        name: fit.held_out(np.array([GROUPINGS[name](row) for row in rows]), constants) for name in groupings
-    }
+    if residuals is None:
+        groups = {name: np.array([group(row) for row in rows]) for name, group in GROUPINGS.items()}
+        residuals = {
+            name: fit.held_out(each, constants, tqdm(sorted(set(each)), desc=f"without each {name}"))
+            for name, each in groups.items()
+        }
     classes = np.array([class_of(row.case.processor) for row in rows])
     return Found(fit=fit, constants=constants, residuals=residuals, classes=classes)
+
+
+def held_out_json(found: Found) -> str:
+    """Give the residuals of what was left out, a line a grouping, so that tests need not find all of them again."""
+    lines = (
+        f' "{name}": [{", ".join(f"{v:.3f}" for v in found.residuals[name])}]' for name in sorted(found.residuals)
+    )
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def read_held_out() -> dict[str, Array]:
+    """Read what `held_out_json` wrote."""
+    text = resources.files(__package__).joinpath(HELD_OUT).read_text("utf-8")
+    return {name: np.array(values) for name, values in json.loads(text).items()}
 
 
 def spreads_of(residuals: Mapping[str, Array], classes: Array) -> dict[str, tuple[float, float]]:
@@ -416,11 +320,16 @@ def to_json(found: Found) -> str:
         "constants": {
             name: round(float(v), 3)
             for name, v in zip(found.fit.names, found.constants, strict=True)
-            if round(float(v), 3) and " before " not in name
+            if round(float(v), 3) and not _of_the_fit_alone(name)
         },
         "spreads": {name: [round(low, 3), round(high, 3)] for name, (low, high) in sorted(spreads.items())},
     }
     return json.dumps(value, indent=1) + "\n"
+
+
+def _of_the_fit_alone(name: str) -> bool:
+    first, _, rest = name.partition(" ")
+    return name == PHONE or " before " in name or (first == "board" and rest not in names())
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -432,7 +341,7 @@ def error_percent(residuals: Array) -> float:
 
 
 def tables(found: Found) -> str:
-    """Show how far off estimates are, in Markdown: in all and by runtime; then by what was left out.
+    """Show how far off estimates are, in Markdown: in all and by runtime; then by core and runtime that were left out.
 
     Behind each name stand the median of how far off it is, and in brackets the median of estimated over published.
     """
@@ -450,9 +359,12 @@ def tables(found: Found) -> str:
         return tuple(cells)
 
     every = np.ones(len(rows), dtype=bool)
+    elsewhere = np.array([row.elsewhere for row in rows])
     parts = [
         table(
             [
+                line("../shared/latency", ~elsewhere),
+                line("read elsewhere", elsewhere),
                 line("all", every),
                 *(line(name, found.classes == name) for name in sorted(set(found.classes))),
                 *(line(name, kinds == name) for name in sorted(set(kinds))),
@@ -460,31 +372,42 @@ def tables(found: Found) -> str:
             ("rows", "n", "board left out: off by", "in range", "network left out: off by", "in range"),
         )
     ]
-    for grouping, residuals in found.residuals.items():
-        groups = found.groups(grouping)
-        named = {group: row.model if grouping == "network" else group for group, row in zip(groups, rows, strict=True)}
-        each = (
-            f"{named[name]} {error_percent(residuals[groups == name]):.0f} % "
-            f"({math.exp(-float(np.median(residuals[groups == name]))):.2f})"
-            for name in sorted(set(groups))
-        )
-        parts.append(f"By {grouping} left out, {error_percent(residuals):.0f} % in all: {'; '.join(each)}.")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *(left_out(found, grouping) for grouping in ("core", "runtime"))])
+
+
+def left_out(found: Found, grouping: str) -> str:
+    """Tell by group how far off rows are that were estimated without it."""
+    residuals, groups, rows = found.residuals[grouping], found.groups(grouping), found.fit.rows
+    named = {group: row.model if grouping == "network" else group for group, row in zip(groups, rows, strict=True)}
+    each = (
+        f"{named[name]} {error_percent(residuals[groups == name]):.0f} % "
+        f"({math.exp(-float(np.median(residuals[groups == name]))):.2f})"
+        for name in sorted(set(groups))
+    )
+    return f"By {grouping} left out, {error_percent(residuals):.0f} % in all: {'; '.join(each)}."
+
+
+def _place(name: str, package: str) -> Path:
+    return Path(str(resources.files(package).joinpath(name)))
 
 
 def main() -> None:
     """Fit, print the tables, and write the constants where that is asked for."""
     parser = argparse.ArgumentParser(description="fit the latency estimator to published figures")
     parser.add_argument("--data", type=Path, default=Path("../shared/latency"), metavar="DIR")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="edgecomp/latency.json")
+    parser.add_argument("--write", action="store_true", help=f"store latency.json and {HELD_OUT}")
     args = parser.parse_args()
     try:
         found = find(read_rows(args.data))
     except EdgecompError as e:
         raise SystemExit(f"latency_fit: {e}") from e
-    print(tables(found))
-    if args.write is not None:
-        write_file(args.write, to_json(found).encode())
+    print(tables(found), *(left_out(found, grouping) for grouping in _RANGED), sep="\n\n")
+    if args.write:
+        # As they are read back, so that the ranges follow from what is stored.
+        residuals = json.loads(held_out_json(found))
+        found = replace(found, residuals={name: np.array(values) for name, values in residuals.items()})
+        write_file(_place(HELD_OUT, __package__), held_out_json(found).encode())
+        write_file(_place("latency.json", "edgecomp"), to_json(found).encode())
 
 
 if __name__ == "__main__":

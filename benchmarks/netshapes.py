@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from edgecomp.work import Work, conv_work, linear_work, other_work
+from edgecomp.work import Kind, Work, conv_work, linear_work, other_work
 
 Shape = tuple[int, int, int]
 
@@ -21,12 +21,16 @@ class Net:
 
     def conv(
         self, out: int, k: int | tuple[int, int] = 1, s: int = 1, *, groups: int = 1, at: Shape | None = None,
-        valid: bool = False,
+        pad: int | None = None,
     ) -> Shape:  # fmt: skip
-        """Add a convolution; of what stands `at`, or of what was written last. Padding keeps H and W over stride."""
+        """Add a convolution; of what stands `at`, or of what was written last.
+
+        Padding keeps H and W over stride, unless it is `pad` on every side.
+        """
         found = self.shape if at is None else at
         kernel = (k, k) if isinstance(k, int) else k
-        h, w = ((n - kk) // s + 1 if valid else -(-n // s) for n, kk in zip(found[1:], kernel, strict=True))
+        sizes = zip(found[1:], kernel, strict=True)
+        h, w = (-(-n // s) if pad is None else (n + 2 * pad - kk) // s + 1 for n, kk in sizes)
         self.shape = (out, h, w)
         self.layers.append(
             conv_work(
@@ -57,6 +61,16 @@ class Net:
         """Add a sum of two of the same shape."""
         self.other(reads=2)
 
+    def product(self, shape: Shape, summands: int, inputs: int) -> None:
+        """Add a matrix product of two activations: a 1x1 convolution whose weight is no constant."""
+        self.shape, outputs = shape, math.prod(shape)
+        self.layers.append(
+            Work(
+                name=self._name("product"), kind=Kind.POINTWISE, macs=outputs * summands, weights=0, inputs=inputs,
+                outputs=outputs, summands=summands, out_channels=shape[0],
+            )
+        )  # fmt: skip
+
     def concat(self, channels: int) -> None:
         """Join with others to so many channels."""
         shape = (channels, *self.shape[1:])
@@ -72,11 +86,13 @@ class Net:
         """Add global average pooling."""
         self.other((self.shape[0], 1, 1))
 
-    def excite(self, squeezed: int) -> None:
-        """Add squeeze and excitation."""
+    def excite(self, squeezed: int, *, swish: bool = False) -> None:
+        """Add squeeze and excitation; between its layers a ReLU, or an operator of its own."""
         shape = self.shape
         self.gap()
         self.fc(squeezed)
+        if swish:
+            self.other()
         self.fc(shape[0])
         self.other()
         self.shape = shape

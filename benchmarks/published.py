@@ -1,18 +1,16 @@
 """The networks whose latency others have published, as the work of their layers.
 
-Described by hand from the sources named below, so that the estimator can be fitted without any framework. Totals are
-compared with those of ../shared/latency/models/macs.csv in the tests. The ncnn networks follow the files of those names
-in Tencent/ncnn:benchmark, which differ in places from the papers'.
+Described by hand from the sources that their modules name, so that the estimator can be fitted without any framework.
+Totals are compared in the tests: with those of ../shared/latency/models/macs.csv, with torchvision's networks, and with
+what authors publish. The ncnn networks follow the files of those names in Tencent/ncnn:benchmark, which differ in
+places from the papers'. Where sources that share a name measured different networks, the name is ncnn's.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from .classifiers import (
-    V1,
-    V2,
     V3_LARGE,
     V3_NCNN,
     V3_SMALL,
@@ -26,255 +24,48 @@ from .classifiers import (
     mobilenet_v3,
     regnety_400m,
     resnet18,
+    squeezed_by_four,
     vgg16,
-)  # fmt: skip
-from .netshapes import Net, Shape
-
-# ---- detectors, as in Tencent/ncnn:benchmark/*.param -----------------------------------------------------------------
-
-
-def mobilenet_ssd() -> Net:
-    """MobileNetV1 with six heads, 300x300, 21 classes."""
-    net = Net(3, 300)
-    heads: list[Shape] = []
-    net.conv(32, 3, 2)
-    for i, (out, s) in enumerate(V1):
-        net.dw(s=s)
-        net.conv(out)
-        heads += [net.shape] if i in (10, 12) else []
-    for inner, out in ((256, 512), (128, 256), (128, 256), (64, 128)):
-        net.conv(inner)
-        net.conv(out, 3, 2)
-        heads.append(net.shape)
-    for i, shape in enumerate(heads):
-        anchors = 3 if i == 0 else 6
-        for out in (4, 21):
-            net.conv(anchors * out, at=shape)
-    return net
-
-
-def mobilenet_yolo() -> Net:
-    """MobileNetV1 with two separable heads, 416x416."""
-    net = Net(3, 416)
-    middle: Shape = net.shape
-    net.conv(32, 3, 2)
-    for i, (out, s) in enumerate(V1):
-        net.dw(s=s)
-        net.conv(out)
-        middle = net.shape if i == 10 else middle
-    net.dw()
-    deep = net.conv(1024)
-    # A transposed convolution of 4x4 and stride 2 is four of 2x2.
-    net.conv(512, 2, groups=512, at=(1024, *middle[1:]))
-    net.add()
-    net.dw()
-    net.conv(1024)
-    net.conv(125)
-    net.conv(125, at=deep)
-    return net
-
-
-def mobilenetv2_yolov3() -> Net:
-    """MobileNetV2 with two separable heads, 352x352."""
-    net = Net(3, 352)
-    net.conv(32, 3, 2)
-    middle: Shape = net.shape
-    for stage, (t, c, n, _) in enumerate(V2):
-        for i in range(n):
-            before, s = net.shape[0], (1, 2, 2, 2, 1, 2, 1)[stage] if i == 0 else 1
-            if t > 1:
-                net.conv(before * t)
-            middle = net.shape if (stage, i) == (5, 0) else middle
-            net.dw(s=s)
-            net.conv(c)
-            if s == 1 and before == c:
-                net.add()
-    net.conv(1280)
-    net.dw()
-    deep = net.conv(576)
-    net.dw(1)
-    net.other((576, *middle[1:]))
-    net.dw(at=middle)
-    net.conv(576)
-    net.add()
-    net.dw()
-    net.conv(576)
-    net.conv(75)
-    net.conv(75, at=deep)
-    return net
-
-
-def yolov4_tiny() -> Net:
-    """YOLOv4-tiny (arXiv:2011.08036), 416x416, 80 classes."""
-    net = Net(3, 416)
-    net.conv(32, 3, 2)
-    net.conv(64, 3, 2)
-    kept: Shape = net.shape
-    for width in (64, 128, 256):
-        whole = net.conv(width, 3)
-        net.shape = (width // 2, *whole[1:])
-        net.other(inputs=math.prod(net.shape))
-        net.conv(width // 2, 3)
-        net.conv(width // 2, 3)
-        net.concat(width)
-        kept = net.conv(width)
-        net.concat(2 * width)
-        net.pool()
-    net.conv(512, 3)
-    neck = net.conv(256)
-    net.conv(512, 3)
-    net.conv(255)
-    net.conv(128, at=neck)
-    net.other((128, 2 * neck[1], 2 * neck[2]))
-    net.concat(128 + kept[0])
-    net.conv(256, 3)
-    net.conv(255)
-    return net
-
-
-def blazeface() -> Net:
-    """BlazeFace's backbone (arXiv:1907.05047), 128x128."""
-    net = Net(3, 128)
-    net.conv(24, 5, 2)
-    outs = (24, 28, 32, 36, 42, 48, 56, 64, 72, 80, 88, 96, 96, 96, 96, 96)
-    for i, out in enumerate(outs):
-        s = 2 if i in (2, 5, 11) else 1
-        net.dw(s=s)
-        net.conv(out)
-        net.add()
-    return net
-
-
-def _shuffle_stages(net: Net, widths: Sequence[int], repeats: Sequence[int]) -> list[Shape]:
-    """Add the stages of ShuffleNetV2 (arXiv:1807.11164); give what each wrote."""
-    ends = []
-    for width, n in zip(widths, repeats, strict=True):
-        half, found = width // 2, net.shape
-        net.dw(s=2)
-        net.conv(half)
-        net.conv(half, at=found)
-        net.dw(s=2)
-        net.conv(half)
-        net.concat(width)
-        net.other()
-        for _ in range(n - 1):
-            net.shape = (half, *net.shape[1:])
-            net.other()
-            net.conv(half)
-            net.dw()
-            net.conv(half)
-            net.concat(width)
-            net.other()
-        ends.append(net.shape)
-    return ends
-
-
-def nanodet_m() -> Net:
-    """NanoDet-m, 320x320."""
-    net = Net(3, 320)
-    net.conv(24, 3, 2)
-    net.pool(2, 3)
-    levels = [net.conv(96, at=end) for end in _shuffle_stages(net, (116, 232, 464), (4, 8, 4))]
-    for to in (levels[1], levels[0], levels[1], levels[2]):
-        net.other(to)
-        net.add()
-    for level in levels:
-        net.shape = level
-        for _ in range(2):
-            net.dw()
-            net.conv(96)
-        net.conv(112)
-        net.other()
-    return net
-
-
-def yolo_fastest() -> Net:
-    """YOLO-Fastest 1.1, 320x320."""
-    net = Net(3, 320)
-    net.conv(8, 3, 2)
-    net.conv(8)
-    net.dw()
-    net.conv(4)
-    # Expanded and out of each block, its stride, and whether what it read is added.
-    blocks = (
-        (8, 4, 1, True), (24, 8, 2, False), *((32, 8, 1, True),) * 2, (32, 8, 2, False), *((48, 8, 1, True),) * 2,
-        (48, 16, 1, False), *((96, 16, 1, True),) * 4, (96, 24, 2, False), *((136, 24, 1, True),) * 4,
-    )  # fmt: skip
-    for expanded, out, s, adds in blocks:
-        net.conv(expanded)
-        net.dw(s=s)
-        net.conv(out)
-        if adds:
-            net.add()
-    fine = net.conv(136)
-    net.dw(s=2)
-    net.conv(48)
-    for _ in range(5):
-        net.conv(224)
-        net.dw()
-        net.conv(48)
-        net.add()
-    for _ in range(3):
-        net.other()
-    net.concat(192)
-    coarse = net.conv(96)
-    for shape in (coarse, (120, *fine[1:])):
-        net.shape = shape
-        if shape is not coarse:
-            net.other()
-        for _ in range(2):
-            net.dw(5)
-            net.conv(shape[0])
-        net.conv(255)
-    return net
-
-
-def yolo_fastestv2() -> Net:
-    """Yolo-FastestV2, 352x352."""
-    net = Net(3, 352)
-    net.conv(24, 3, 2)
-    net.pool(2, 3)
-    _, middle, last = _shuffle_stages(net, (48, 96, 192), (4, 8, 4))
-    for shape in (last, (288, *middle[1:])):
-        net.shape = shape
-        if shape is not last:
-            net.other()
-        found = net.conv(72)
-        for _ in range(2):
-            net.shape = found
-            for _ in range(2):
-                net.dw(5)
-                net.conv(72)
-        for out in (12, 3, 80):
-            net.conv(out, at=found)
-    net.other()
-    return net
-
-
-def fastest_det() -> Net:
-    """FastestDet, 352x352."""
-    net = Net(3, 352)
-    net.conv(24, 3, 2)
-    net.pool(2, 3)
-    _, middle, _ = _shuffle_stages(net, (48, 96, 192), (4, 8, 4))
-    net.shape = (336, *middle[1:])
-    net.other()
-    found = net.conv(96)
-    for _ in range(6):
-        net.dw(5)
-    net.conv(96, at=(288, *found[1:]))
-    net.add()
-    found = net.conv(96)
-    for out in (80, 4, 1):
-        net.dw(5, at=found)
-        net.conv(out)
-    net.other()
-    return net
-
-
-def _squeezed_by_four(channels: int) -> int:
-    return channels // 4
-
+)
+from .detectors import (
+    efficientdet,
+    ssd_mobilenet_v2,
+    ssdlite_mobilenet_v3,
+    tiny_yolo_v2,
+    yolo11,
+    yolov8,
+    yolox,
+)
+from .imagenet_nets import (
+    FIRES_1_0,
+    FIRES_1_1,
+    MNASNET,
+    PROXYLESS,
+    bottlenecks,
+    densenet121,
+    efficientnet_b0,
+    efficientnetv2_b0,
+    googlenet,
+    inception_v3,
+    searched,
+    shufflenet,
+    shufflenet_v2,
+    squeezenet,
+    torchvision_alexnet,
+)
+from .ncnn_detectors import (
+    blazeface,
+    fastest_det,
+    mobilenet_ssd,
+    mobilenet_yolo,
+    mobilenetv2_yolov3,
+    nanodet_m,
+    squeezenet_ssd,
+    yolo_fastest,
+    yolo_fastestv2,
+    yolov4_tiny,
+)
+from .netshapes import Net
 
 NETWORKS: Mapping[tuple[str, str], Callable[[], Net]] = {
     ("alexnet", "227x227x3"): alexnet,
@@ -282,7 +73,7 @@ NETWORKS: Mapping[tuple[str, str], Callable[[], Net]] = {
     ("mobilenet", "224x224x3"): mobilenet_v1,
     ("mobilenet_ssd", "300x300x3"): mobilenet_ssd,
     ("mobilenet_v2", "224x224x3"): lambda: mobilenet_v2(expand_first=True),
-    ("mobilenet_v3", "224x224x3"): lambda: mobilenet_v3(V3_NCNN, 960, 1280, _squeezed_by_four),
+    ("mobilenet_v3", "224x224x3"): lambda: mobilenet_v3(V3_NCNN, 960, 1280, squeezed_by_four),
     ("mobilenet_yolo", "416x416x3"): mobilenet_yolo,
     ("mobilenetv2_yolov3", "352x352x3"): mobilenetv2_yolov3,
     ("nanodet_m", "320x320x3"): nanodet_m,
@@ -320,5 +111,77 @@ NETWORKS: Mapping[tuple[str, str], Callable[[], Net]] = {
     ("MobileNetV2-1.4 (1000 classes)", "224x224x3"): lambda: mobilenet_v2(1.4),
     ("ResNet v1 8 (CIFAR-10)", "32x32x3"): lambda: cifar_resnet(1, 10),
     ("ResNet v1 32 (CIFAR-100)", "32x32x3"): lambda: cifar_resnet(5, 100),
+    # Other spellings, and widths and inputs that the folder's tables have not.
+    **dict.fromkeys(
+        (("MobileNet v1", "224x224x3"), ("MobileNet v1 1.0", "224x224x3"), ("MobileNetV1", "224x224x3"),
+         ("Mobilenet_1.0_224", "224x224x3")),
+        mobilenet_v1,
+    ),
+    **dict.fromkeys(
+        (("MobileNet v2", "224x224x3"), ("MobileNetV2", "224x224x3"), ("mobilenet-v2", "224x224x3")), mobilenet_v2
+    ),
+    ("MobileNet v1 1.0", "128x128x3"): lambda: mobilenet_v1(1.0, 128),
+    ("MobileNet v1 0.75", "224x224x3"): lambda: mobilenet_v1(0.75),
+    ("MobileNet v1 0.50", "224x224x3"): lambda: mobilenet_v1(0.5),
+    ("MobileNetV1-0.25 (2 classes)", "96x96x1"): lambda: mobilenet_v1(0.25, 96, 1, 2),
+    # MCUNet's narrows the last convolution, too.
+    ("mbv2-w0.35", "144x144x3"): lambda: mobilenet_v2(0.35, 144, last=448),
+    # PaddleClas gives the small one as many hidden units as the large one, and rounds what squeezes down.
+    ("MobileNetV3_large_x1_0", "224x224x3"): lambda: mobilenet_v3(V3_LARGE, 960, 1280, squeezed_by_four),
+    ("MobileNetV3_small_x1_0", "224x224x3"): lambda: mobilenet_v3(V3_SMALL, 576, 1280, squeezed_by_four),
+    ("squeezenet", "227x227x3"): lambda: squeezenet(size=227, pads_last=True),
+    ("squeezenet1_0", "224x224x3"): lambda: squeezenet(FIRES_1_0),
+    ("squeezenet-v1.0", "224x224x3"): lambda: squeezenet(FIRES_1_0, pads_first=True),
+    ("squeezenet-v1.1", "224x224x3"): lambda: squeezenet(FIRES_1_1, pads_first=True),
+    ("SqueezeNet v1.1 (5 classes)", "224x224x3"): lambda: squeezenet(classes=5),
+    ("SqueezeNet v1.1 (5 classes)", "128x128x3"): lambda: squeezenet(size=128, classes=5),
+    ("squeezenet_ssd", "300x300x3"): squeezenet_ssd,
+    ("alexnet", "224x224x3"): torchvision_alexnet,
+    ("vgg-16", "224x224x3"): vgg16,
+    ("googlenet", "224x224x3"): googlenet,
+    ("inception-v3", "299x299x3"): inception_v3,
+    ("Inception v3", "299x299x3"): inception_v3,
+    ("densenet-121", "224x224x3"): densenet121,
+    ("DenseNet 121", "224x224x3"): densenet121,
+    ("resnet-18", "224x224x3"): lambda: resnet18(preact=True),
+    ("resnet50", "224x224x3"): lambda: bottlenecks(early=True),
+    ("resnet-50", "224x224x3"): lambda: bottlenecks(early=True, preact=True),
+    ("ResNet50 v1", "224x224x3"): lambda: bottlenecks(early=True),
+    ("ResNet50 v2", "224x224x3"): lambda: bottlenecks(preact=True),
+    ("ResNet50", "224x224x3"): bottlenecks,
+    ("resnet101", "224x224x3"): lambda: bottlenecks((3, 4, 23, 3)),
+    ("wide_resnet50_2", "224x224x3"): lambda: bottlenecks(width=128),
+    ("mnasnet", "224x224x3"): lambda: searched(MNASNET, 16),
+    ("MnasNet", "224x224x3"): lambda: searched(MNASNET, 16),
+    ("proxylessnasnet", "224x224x3"): lambda: searched(PROXYLESS, 32),
+    ("efficientnet_b0", "224x224x3"): efficientnet_b0,
+    ("efficientnetv2_b0", "224x224x3"): efficientnetv2_b0,
+    ("shufflenet", "224x224x3"): shufflenet,
+    ("shufflenet_v2", "224x224x3"): shufflenet_v2,
+    ("shufflenet_v2_x0_5", "224x224x3"): lambda: shufflenet_v2((48, 96, 192)),
+    ("shufflenet_v2_x1_0", "224x224x3"): shufflenet_v2,
+    ("shufflenet_v2_x1_5", "224x224x3"): lambda: shufflenet_v2((176, 352, 704)),
+    ("shufflenet_v2_x2_0", "224x224x3"): lambda: shufflenet_v2((244, 488, 976), 2048),
+    ("SSD MobileNet v1 0.75 depth (COCO)", "300x300x3"): lambda: mobilenet_ssd(0.75, 91),
+    ("SSD MobileNet v2", "300x300x3"): ssd_mobilenet_v2,
+    ("SSD MobileNet v2 (COCO)", "300x300x3"): ssd_mobilenet_v2,
+    ("SSDLite MobileNet v2", "300x300x3"): lambda: ssd_mobilenet_v2(lite=True),
+    ("SSDLite MobileNet v3 large", "320x320x3"): ssdlite_mobilenet_v3,
+    ("SSDLite MobileNet v3 small", "320x320x3"): lambda: ssdlite_mobilenet_v3(small=True),
+    ("EfficientDet-lite0", "320x320x3"): lambda: efficientdet(320, 64, 3, 1.0, 1.0),
+    ("EfficientDet-lite1", "384x384x3"): lambda: efficientdet(384, 88, 4, 1.0, 1.1),
+    ("EfficientDet-lite2", "448x448x3"): lambda: efficientdet(448, 112, 5, 1.1, 1.2),
+    ("Tiny YOLO v2 (1 class)", "192x192x3"): lambda: tiny_yolo_v2(192),
+    ("Tiny YOLO v2 (1 class)", "224x224x3"): lambda: tiny_yolo_v2(224),
+    ("Tiny YOLO v2 (1 class)", "416x416x3"): lambda: tiny_yolo_v2(416),
+    ("YOLOX-Nano", "416x416x3"): lambda: yolox(416, 0.25, depthwise=True),
+    ("YOLOX-Tiny", "416x416x3"): lambda: yolox(416, 0.375),
+    ("YOLOX-S", "640x640x3"): lambda: yolox(640, 0.5),
+    ("YOLOv8n", "640x640x3"): lambda: yolov8(0.25),
+    ("YOLOv8s", "640x640x3"): lambda: yolov8(0.5),
+    ("YOLO11n", "640x640x3"): lambda: yolo11(0.25),
+    ("YOLO11s", "640x640x3"): lambda: yolo11(0.5),
+    ("YOLO11m", "640x640x3"): lambda: yolo11(1.0, widest=512, large=True),
+    ("YOLO11l", "640x640x3"): lambda: yolo11(1.0, n=2, widest=512, large=True),
 }
 """By the name and the input (height, width, channels) that the latency tables give."""

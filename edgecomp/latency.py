@@ -52,6 +52,8 @@ less than others of its kind. gain: the power of the board's own bandwidth, over
 _COPY, _FILL = 2.5e9, 5e9
 _WINOGRAD = frozenset({"ncnn"})
 """Runtimes that compute 3x3 convolutions by Winograd's algorithm; elsewhere they are as other dense ones."""
+_KIN: Mapping[str, str] = {"onnxruntime": "litert"}
+"""A runtime of few published figures differs from one with kernels of the same kind, not from any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +85,6 @@ def constants_of(case: Case) -> dict[str, tuple[str, ...]]:
         f"{family} group {group}",
         f"{family} core {processor.core}",
         f"{family} core {processor.core} {precision}",
-        f"runtime {runtime}",
-        f"runtime {runtime} {precision}",
     ]
     if processor.reorders:
         shared.append(f"{family} reorders")
@@ -93,17 +93,21 @@ def constants_of(case: Case) -> dict[str, tuple[str, ...]]:
     if processor.narrow:
         shared.append(f"{family} narrow")
     names: dict[str, tuple[str, ...]] = {}
+    runtimes = (runtime, _KIN[runtime]) if runtime in _KIN else (runtime,)
+    shared += [f"runtime {name}{of}" for name in runtimes for of in ("", f" {precision}")]
     for kind in KINDS:
         if kind is Kind.OTHER:
-            names["kind other"] = (f"{family} other", f"runtime {runtime} other", f"runtime {runtime}")
+            own = (f"runtime {name}{of}" for name in runtimes for of in (" other", ""))
+            names["kind other"] = (f"{family} other", *own)
             continue
         as_kind = Kind.DENSE if kind is Kind.DENSE3X3 and runtime not in _WINOGRAD else kind
-        names[f"kind {kind}"] = (f"{family} {precision} {as_kind}", f"runtime {runtime} {as_kind}", *shared)
+        own = (f"runtime {name} {as_kind}" for name in runtimes)
+        names[f"kind {kind}"] = (f"{family} {precision} {as_kind}", *own, *shared)
     names |= {quantity: (f"{family} {quantity}",) for quantity in _PHYSICS}
-    names["layer"] += (f"runtime {runtime} layer",)
+    names["layer"] += tuple(f"runtime {name} layer" for name in runtimes)
     # What a runtime writes beside the activations (im2col, packing) moves through the same memory.
     for quantity in ("copy", "fill"):
-        names[quantity] += (f"runtime {runtime} memory",)
+        names[quantity] += tuple(f"runtime {name} memory" for name in runtimes)
     names["whole"] = (f"board {processor.board}",)
     if runtime not in _WINOGRAD:
         names["winograd"] = ()
@@ -191,21 +195,25 @@ class Runtime:
         like: the fitted runtime whose constants it takes; its own name where published figures were fitted.
         times: what its time is of that one's.
         because: where `times` comes from, for people.
+        same: whether its kernels are those of `like`, so that the range is, too.
     """
 
     like: str
     times: float = 1.0
     because: str = ""
+    same: bool = False
 
 
-_LITERT = Runtime(like="litert", because="the same kernels (XNNPACK)")
-_ASSUMED = Runtime(like="litert", because="no published figure of it was fitted")
+_XNNPACK = Runtime(like="litert", because="the same kernels (XNNPACK)", same=True)
 RUNTIMES: Mapping[str, Runtime] = {
     "litert": Runtime(like="litert"),
-    "tflite-runtime": _LITERT,
+    "tflite-runtime": _XNNPACK,
+    "executorch": _XNNPACK,
+    "onnxruntime": Runtime(like="onnxruntime"),
+    "onnxruntime-lean": Runtime(like="onnxruntime", because="the same kernels", same=True),
     "ncnn": Runtime(like="ncnn"),
-    "onnxruntime": _ASSUMED,
-    "onnxruntime-lean": _ASSUMED,
+    "paddle-lite": Runtime(like="paddle-lite"),
+    "tnn": Runtime(like="tnn"),
     "tflite-micro": Runtime(like="tflite-micro"),
     "x-cube-ai": Runtime(like="x-cube-ai"),
     "c": Runtime(
@@ -213,9 +221,16 @@ RUNTIMES: Mapping[str, Runtime] = {
         times=0.47,
         because="the geometric mean of its shares of instructions on three emulated networks",
     ),
+    "other": Runtime(like="a middling runtime", because="nothing is known of it"),
 }
-"""By the name that --runtime takes. litert is XNNPACK; tflite-micro has CMSIS-NN's kernels; c is edgecomp's own."""
+"""By the name that --runtime takes. litert is XNNPACK; tflite-micro has CMSIS-NN's kernels; c is edgecomp's own; other
+is one that is none of these, on any processor."""
 MICRO_RUNTIMES = ("tflite-micro", "x-cube-ai", "c")
+
+
+def fits(runtime: str, *, micro: bool) -> bool:
+    """Tell whether there is such a runtime for microcontrollers, or for the others."""
+    return runtime == "other" or (runtime in MICRO_RUNTIMES) == micro
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,8 +300,8 @@ def check_case(case: Case) -> None:
     """
     if case.runtime not in RUNTIMES:
         raise UsageError(f"runtime {case.runtime!r:.80} is not known to the estimator; expected {', '.join(RUNTIMES)}")
-    if case.processor.micro != (case.runtime in MICRO_RUNTIMES):
-        fitting = [name for name in RUNTIMES if case.processor.micro == (name in MICRO_RUNTIMES)]
+    if not fits(case.runtime, micro=case.processor.micro):
+        fitting = [name for name in RUNTIMES if fits(name, micro=case.processor.micro)]
         raise UsageError(f"{case.runtime} is not for a {case.processor.core}; expected {', '.join(fitting)}")
     if case.precision not in PRECISIONS:
         raise UsageError(f"precision {case.precision!r:.80}; expected {', '.join(PRECISIONS)}")
@@ -332,8 +347,9 @@ def _spread(case: Case, runtime: Runtime) -> tuple[float, float, tuple[str, ...]
     parts = [spreads[class_of(processor)]]
     basis = [f"range: nine of ten published rows of boards or networks not fitted, {class_of(processor)}"]
     if runtime.like != case.runtime:
-        basis.append(f"{case.runtime}: {runtime.times:g} x {runtime.like}, {runtime.because}")
-        if runtime is not _LITERT:
+        times = "as" if runtime.times == 1 else f"{runtime.times:g} x"
+        basis.append(f"{case.runtime}: {times} {runtime.like}, {runtime.because}")
+        if not runtime.same:
             parts.append(spreads["another runtime"])
     if f"{processor.core} {case.precision}" not in fitted()["seen"]:
         basis.append(f"no published row of a {processor.core} in {case.precision} was fitted; range widened")

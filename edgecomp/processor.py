@@ -53,7 +53,7 @@ def _old(peak: float, copy: int, fill: int, *, reorders: bool = False) -> Core:
 
 
 def _wide(
-    peak: float, copy: int, fill: int, l2_kib: int, *, dotprod: bool = False, reorders: bool = True
+    peak: float, copy: int, fill: int, l2_kib: int, *, fp16: bool = False, dotprod: bool = False, reorders: bool = True
 ) -> Core:
     return Core(
         fp32_macs_per_cycle=peak,
@@ -61,7 +61,7 @@ def _wide(
         copy_bytes_per_s=copy * _MB,
         fill_bytes_per_s=fill * _MB,
         reorders=reorders,
-        fp16=dotprod,
+        fp16=fp16 or dotprod,
         dotprod=dotprod,
     )
 
@@ -92,7 +92,7 @@ CORES: Mapping[str, Core] = {
     "Cortex-A57": _wide(4, 3_700, 8_500, 2_048),
     "Cortex-A72": _wide(4, 3_000, 6_000, 1_024),
     "Cortex-A73": _wide(4, 4_200, 8_500, 1_024),
-    "Cortex-A75": _wide(8, 6_000, 12_000, 1_024, dotprod=True),
+    "Cortex-A75": _wide(8, 6_000, 12_000, 1_024, fp16=True),  # whose chips have no dot product (Snapdragon 845, 670)
     "Cortex-A76": _wide(8, 6_000, 12_000, 2_560, dotprod=True),
     "Cortex-A77": _wide(8, 8_000, 16_000, 2_560, dotprod=True),
     "Cortex-A78": _wide(8, 8_000, 20_000, 2_560, dotprod=True),

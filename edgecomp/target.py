@@ -66,8 +66,8 @@ ISA = (
 )  # fmt: skip
 """What `Target.isa` may name; Helium is Arm's name of MVE."""
 RUNTIMES = (
-    "onnxruntime", "onnxruntime-lean", "litert", "litert-reference", "tflite-runtime", "ncnn", "tflite-micro",
-    "x-cube-ai", "c", "reference",
+    "onnxruntime", "onnxruntime-lean", "litert", "litert-reference", "tflite-runtime", "executorch", "ncnn",
+    "paddle-lite", "tnn", "tflite-micro", "x-cube-ai", "c", "other", "reference",
 )  # fmt: skip
 """What `Target.runtimes` may name."""
 _TEXTS = ("name", "description", "cpu")

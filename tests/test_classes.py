@@ -7,13 +7,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from edgecomp import reference
 from edgecomp.benchmarks.classes import Point, int8_file, judge, main, mean_sizes
 from edgecomp.graph import Op
 from tests.graphs import Build, images
+from tests.onnx_run import onnx_run
 
 
 def points(*rows: tuple[int, float]) -> list[Point]:
@@ -40,8 +40,7 @@ def test_files_of_the_benchmark_are_the_network() -> None:
     x = b.clip("relu", b.conv("conv", "input", 4))
     graph = b.graph(b.linear("fc", b.node(Op.FLATTEN, "flatten", (x,), {}), 3))
     x = images(graph, 16)
-    session = onnxruntime.InferenceSession(int8_file(graph, [x]))
-    got = session.run(None, {session.get_inputs()[0].name: x})[0]
+    (got,) = onnx_run(int8_file(graph, [x]), {"input": x}).values()
     want = reference.run(graph, {"input": x})["fc"]
     assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
     weight = graph.tensors["conv.weight"].data

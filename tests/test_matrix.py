@@ -58,8 +58,20 @@ def test_the_summary_is_of_the_table(table: list[matrix.Row]) -> None:
 @NEEDS_MICRO
 @pytest.mark.parametrize("name", SMALL)
 def test_small_networks_give_what_the_table_says(name: str, table: list[matrix.Row]) -> None:
+    """But for two images: processors differ in the last bit of the float ranges that activations are coded by."""
     (said,) = (row for row in table if row["network"] == name)
-    assert matrix.row(name) == said
+    found = matrix.row(name)
+    assert found.keys() == said.keys()
+    for title in matrix.COLUMNS:
+        cells = [matrix.CELL.fullmatch(row[title]) for row in (found, said)]
+        if None in cells:
+            assert found[title] == said[title], title
+            continue
+        now, then = (cell.groupdict() for cell in cells if cell is not None)
+        assert now["near"].partition(" in ")[0] == then["near"].partition(" in ")[0], title
+        assert {k: now[k] for k in ("n", "labelled")} == {k: then[k] for k in ("n", "labelled")}, title
+        for count in ("same", "close"):
+            assert abs(int(now[count] or now["same"]) - int(then[count] or then["same"])) <= 2, title
 
 
 def test_what_random_weights_answer_tells_images_apart(case: matrix.Case) -> None:

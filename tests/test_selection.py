@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from edgecomp.errors import DataError, UsageError
 from edgecomp.graph import Graph, Op
 from edgecomp.selection import Selection, parse_classes, select_classes
 from tests.graphs import GRAPHS, Build, images
+from tests.onnx_run import onnx_run
 from tests.tiny import Place
 
 KNOWN = ("cat", "dog", "7", "a=b")
@@ -206,8 +206,7 @@ def test_the_sample_for_three_classes(sample: Path) -> None:
     p = manifest["preprocessing"]
     pixels = np.pad(test.images[chosen][..., 0], ((0, 0), (p["pad"],) * 2, (p["pad"],) * 2))[:, None] / 255
     x = ((pixels - p["mean"][0]) / p["std"][0]).astype(np.float32)
-    session = onnxruntime.InferenceSession(str(sample / "model.onnx"))
-    scores = session.run(None, {session.get_inputs()[0].name: x})[0]
+    (scores,) = onnx_run((sample / "model.onnx").read_bytes(), {"input": x}).values()
     assert scores.shape == (chosen.sum(), 3)
     right = 100 * float((np.array([7, 1, 8])[scores.argmax(axis=1)] == test.labels[chosen]).mean())
     entry = manifest["artifacts"][0]["accuracy"]

@@ -18,6 +18,7 @@ from edgecomp.benching import _note
 from edgecomp.cli import main
 from edgecomp.compress import compress
 from edgecomp.folder import open_folder
+from tests.onnx_run import onnx_run
 from tests.tiny import Place
 
 
@@ -62,8 +63,8 @@ def test_accuracy_in_the_manifest_is_that_of_the_file(place: Place) -> None:
     """Measured again here with onnxruntime alone, preprocessing written out by hand."""
     manifest = json.loads((place.folder / "out" / "manifest.json").read_text())
     data = np.load(place.folder / "data.npz")
-    session = onnxruntime.InferenceSession(str(place.folder / "out" / "model.onnx"))
-    scores = session.run(None, {session.get_inputs()[0].name: (data["x_test"][:, None] / 255).astype(np.float32)})[0]
+    x = (data["x_test"][:, None] / 255).astype(np.float32)
+    (scores,) = onnx_run((place.folder / "out" / "model.onnx").read_bytes(), {"input": x}).values()
     right = 100 * float((scores.argmax(axis=1) == data["y_test"]).mean())
     assert manifest["artifacts"][0]["accuracy"]["value"] == pytest.approx(right)
     assert right > 95

@@ -1,4 +1,4 @@
-"""What our own C takes, estimated from emulated instructions: rows that the latency estimator's runtime `c` is fitted to.
+"""What our own C takes, estimated from emulated instructions: what the estimator's runtime `c` is fitted to.
 
 python -m edgecomp.benchmarks.latency_counted --write stores latency_counted.csv, a row a layer: networks with random
 weights of 8 bits are compiled for a Cortex-M4 and a Cortex-M0+, run in the emulator, and what they executed is
@@ -71,7 +71,7 @@ def _connected(*widths: int) -> nn.Module:
 
 def _lenet() -> nn.Module:
     layers = [*_conv(1, 6, 5), nn.MaxPool2d(2), *_conv(6, 16, 5), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, *_connected(784, 120, 84, 10))
+    return nn.Sequential(*layers, _connected(784, 120, 84, 10))
 
 
 class _Fire(nn.Module):
@@ -133,8 +133,12 @@ def rows_of(name: str, core: str) -> Iterator[dict[str, object]]:
     board = load(BOARDS[core])
     assert board.clock_hz
     low, high = (1e3 * n / board.clock_hz / report.instructions for n in cycles_of(report.cpu, report.classes))
-    for work in work_of(graph):
-        n = report.steps.get(work.name, 0)
+    # A sum that a convolution adds as it writes is in the convolution's step, "conv + add".
+    steps = {step.partition(" + ")[0]: n for step, n in report.steps.items()}
+    layers = work_of(graph)
+    assert steps.keys() <= {work.name for work in layers}, "a step of the network in C is none of its layers"
+    for work in layers:
+        n = steps.get(work.name, 0)
         yield {
             "device": board.name,
             "cpu": report.cpu,
@@ -171,7 +175,7 @@ def main() -> None:
             except EdgecompError as e:
                 raise SystemExit(f"latency_counted: {name}: {e}") from e
             ms = sum(float(str(row["latency_ms"])) for row in layers)
-            print(f"{name}, {board}: {sum(int(str(row['instructions'])) for row in layers):,} instructions, {ms:.4g} ms")
+            print(f"{name} on {board}: estimated {ms:.4g} ms", flush=True)
             rows += layers
     if args.write:
         write_file(Path(str(resources.files(__package__).joinpath(COUNTED))), to_csv(rows).encode())

@@ -10,8 +10,8 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -93,6 +93,7 @@ class Row:
             was published.
         elsewhere: whether it is not of ../shared/latency.
         phone: whether it is a phone, whose memory and cooling differ from a board's.
+        part_of: all layers of the network, where `case` has those of one kind; else empty.
     """
 
     device: str
@@ -102,6 +103,7 @@ class Row:
     open: tuple[float, float] = (0.0, 0.0)
     elsewhere: bool = False
     phone: bool = False
+    part_of: Sequence[Work] = ()
 
     @property
     def counted(self) -> bool:
@@ -111,7 +113,7 @@ class Row:
     @property
     def scatter(self) -> float:
         """Give what it may be off by beside what a fit can know, as a logarithm: sets how much it weighs."""
-        return _UNSURE if self.elsewhere else _SURE
+        return _UNSURE if self.elsewhere or self.part_of else _SURE
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -138,21 +140,30 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def _counted_rows(text: str) -> Iterator[Row]:
-    """Give the networks of `latency_counted`, whose rows are layers."""
+    """Give the networks of `latency_counted`, whose rows are layers, and of each its layers of one kind."""
     layers = list(csv.DictReader(text.splitlines()))
     for board, model in dict.fromkeys((r["device"], r["model"]) for r in layers):
         found = [r for r in layers if (r["device"], r["model"]) == (board, model)]
-        low, ms, high = (sum(float(r[name]) for r in found) for name in ("low_ms", "latency_ms", "high_ms"))
-        work = [
-            Work(name=r["name"], kind=Kind(r["kind"]), **{count: int(r[count]) for count in _COUNTS}) for r in found
-        ]
-        yield Row(
-            device=f"{board}, emulated",
-            model=model,
-            case=Case(work=work, processor=processor_of(load(board)), runtime="c", precision="int8", threads=1),
-            seconds=ms / 1e3,
-            open=(math.log(ms / low), math.log(high / ms)),
-        )
+        whole, kinds = _counted_row(found), sorted({r["kind"] for r in found})
+        yield whole
+        for kind in kinds if len(kinds) > 1 else ():
+            part = [r for r in found if r["kind"] == kind]
+            # A sum that a convolution adds as it writes has no instructions of its own.
+            if any(float(r["latency_ms"]) for r in part):
+                yield replace(_counted_row(part), part_of=whole.case.work)
+
+
+def _counted_row(layers: Sequence[Mapping[str, str]]) -> Row:
+    board = load(layers[0]["device"])
+    low, ms, high = (sum(float(r[name]) for r in layers) for name in ("low_ms", "latency_ms", "high_ms"))
+    work = [Work(name=r["name"], kind=Kind(r["kind"]), **{name: int(r[name]) for name in _COUNTS}) for r in layers]
+    return Row(
+        device=f"{board.name}, emulated",
+        model=layers[0]["model"],
+        case=Case(work=work, processor=processor_of(board), runtime="c", precision="int8", threads=1),
+        seconds=ms / 1e3,
+        open=(math.log(ms / low), math.log(high / ms)),
+    )
 
 
 def _rows(text: str, work: Mapping[tuple[str, str], list[Work]], elsewhere: bool) -> Iterator[Row]:

@@ -56,6 +56,9 @@ _WINOGRAD = frozenset({"ncnn"})
 _KIN: Mapping[str, str] = {"onnxruntime": "litert"}
 """A runtime of few published figures differs from one with kernels of the same kind, not from any."""
 
+_ONE_AT_ONCE = 0.5
+"""Multiply-adds of int8 in a cycle, beyond which a microcontroller's core multiplies two pairs at once."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -98,11 +101,15 @@ def constants_of(case: Case) -> dict[str, tuple[str, ...]]:
     shared += [f"runtime {name}{of}" for name in runtimes for of in ("", f" {precision}")]
     for kind in KINDS:
         if kind is Kind.OTHER:
-            own = (f"runtime {name}{of}" for name in runtimes for of in (" other", ""))
+            own = tuple(f"runtime {name}{of}" for name in runtimes for of in (" other", ""))
             names["kind other"] = (f"{family} other", *own)
             continue
         as_kind = Kind.DENSE if kind is Kind.DENSE3X3 and runtime not in _WINOGRAD else kind
-        own = (f"runtime {name} {as_kind}" for name in runtimes)
+        own = tuple(f"runtime {name} {as_kind}" for name in runtimes)
+        if runtime == "c":
+            # Cores whose instructions multiply two pairs at once have other kernels than those without.
+            pairs = "pairs" if processor.macs_per_cycle["int8"] > _ONE_AT_ONCE else "single"
+            own += (f"runtime c {pairs} {as_kind}",)
         names[f"kind {kind}"] = (f"{family} {precision} {as_kind}", *own, *shared)
     names |= {quantity: (f"{family} {quantity}",) for quantity in _PHYSICS}
     names["layer"] += tuple(f"runtime {name} layer" for name in runtimes)

@@ -101,7 +101,8 @@ class Fit:
         self.scatter = np.array([row.scatter for row in rows])
         of_rows = [constants_of(row.case) for row in rows]
         for row, used in zip(rows, of_rows, strict=True):
-            used["whole"] += (PHONE,) * row.phone
+            # What was emulated is a core, not a board.
+            used["whole"] = () if row.counted else used["whole"] + (PHONE,) * row.phone
         self.names = tuple(sorted({name for row in of_rows for used in row.values() for name in used}))
         place = {name: i for i, name in enumerate(self.names)}
         self.design = np.zeros((len(rows), len(QUANTITIES), len(self.names)))
@@ -203,7 +204,7 @@ def board_of(row: Row) -> str:
 
 def body_of(row: Row) -> str:
     """Tell networks apart by all but their last layers: published ones go by several names."""
-    return str(sum(w.macs for w in row.case.work if w.kind is not Kind.LINEAR) or row.model)
+    return str(sum(w.macs for w in row.part_of or row.case.work if w.kind is not Kind.LINEAR) or row.model)
 
 
 GROUPINGS: Mapping[str, Callable[[Row], str]] = {
@@ -226,13 +227,18 @@ class Found:
         fit: the rows.
         constants: fitted on all of them, float64 (C,).
         residuals: by grouping, published over estimated without the row's group, logarithms, float64 (R,).
-        classes: of the rows' processors, str (R,).
+        classes: of the rows' processors, str (R,); what comes from counts is a class of its own.
     """
 
     fit: Fit
     constants: Array
     residuals: Mapping[str, Array]
     classes: Array
+
+    @property
+    def published(self) -> Array:
+        """Tell which rows were published: ranges and errors are theirs alone, bool (R,)."""
+        return np.array([not row.counted for row in self.fit.rows])
 
     def groups(self, grouping: str) -> Array:
         """Name each row's group: str (R,)."""
@@ -252,6 +258,8 @@ class Found:
 
 
 _RANGED = ("board", "network")
+COUNTED = "c, estimated from emulated instructions"
+_PART = f"{COUNTED}, layers of a kind"
 HELD_OUT = "latency_held_out.json"
 """Beside this file: how far every row lay from a fit without its board, network, core, runtime."""
 
@@ -271,8 +279,9 @@ def find(rows: Sequence[Row], residuals: Mapping[str, Array] | None = None) -> F
             name: fit.held_out(each, constants, tqdm(sorted(set(each)), desc=f"without each {name}"))
             for name, each in groups.items()
         }
-    classes = np.array([class_of(row.case.processor) for row in rows])
-    return Found(fit=fit, constants=constants, residuals=residuals, classes=classes)
+    counted = [_PART if row.part_of else COUNTED for row in rows]
+    classes = [c if row.counted else class_of(row.case.processor) for row, c in zip(rows, counted, strict=True)]
+    return Found(fit=fit, constants=constants, residuals=residuals, classes=np.array(classes))
 
 
 def held_out_json(found: Found) -> str:
@@ -306,17 +315,22 @@ def _ends(residuals: Array) -> tuple[float, float]:
 
 def to_json(found: Found) -> str:
     """Give what latency.json holds: rounded, sorted, the same for the same rows."""
-    spreads = spreads_of({name: found.residuals[name] for name in _RANGED}, found.classes)
-    usual = _ends(_MARGIN * np.concatenate([found.residuals[name] for name in _RANGED]))
+    published = found.published
+    residuals = {name: values[published] for name, values in found.residuals.items()}
+    spreads = spreads_of({name: residuals[name] for name in _RANGED}, found.classes[published])
+    usual = _ends(_MARGIN * np.concatenate([residuals[name] for name in _RANGED]))
     for grouping in ("core", "runtime"):
         # What a group that was never seen adds to what any row may be off by.
-        ends = _ends(_MARGIN * found.residuals[grouping])
+        ends = _ends(_MARGIN * residuals[grouping])
         low, high = (math.sqrt(max(0.0, end**2 - least**2)) for end, least in zip(ends, usual, strict=True))
         spreads[f"another {grouping}"] = (low, high)
+    spreads["counted"] = _counted_spread(found)
+    rows = found.fit.rows
     value = {
         "schema": SCHEMA,
-        "rows": len(found.fit.rows),
-        "seen": sorted({f"{row.case.processor.core} {row.case.precision}" for row in found.fit.rows}),
+        "rows": int(published.sum()),
+        "seen": _cores(row for row in rows if not row.counted),
+        "counted": _cores(row for row in rows if row.counted),
         "constants": {
             name: round(float(v), 3)
             for name, v in zip(found.fit.names, found.constants, strict=True)
@@ -325,6 +339,18 @@ def to_json(found: Found) -> str:
         "spreads": {name: [round(low, 3), round(high, 3)] for name, (low, high) in sorted(spreads.items())},
     }
     return json.dumps(value, indent=1) + "\n"
+
+
+def _counted_spread(found: Found) -> tuple[float, float]:
+    """Give how far counts lie from estimates that had not seen the network, with what Arm's cycles leave open."""
+    whole = found.classes == COUNTED
+    off = _MARGIN * found.residuals["network"][whole]
+    below, above = np.array([row.open for row, chosen in zip(found.fit.rows, whole, strict=True) if chosen]).T
+    return _ends(off - below)[0], _ends(off + above)[1]
+
+
+def _cores(rows: Iterable[Row]) -> list[str]:
+    return sorted({f"{row.case.processor.core} {row.case.precision}" for row in rows})
 
 
 def _of_the_fit_alone(name: str) -> bool:
@@ -358,16 +384,18 @@ def tables(found: Found) -> str:
             ]
         return tuple(cells)
 
-    every = np.ones(len(rows), dtype=bool)
+    published, counted = found.published, found.classes == COUNTED
+    off = error_percent(found.residuals["network"][counted])
     elsewhere = np.array([row.elsewhere for row in rows])
     parts = [
         table(
             [
-                line("../shared/latency", ~elsewhere),
+                line("../shared/latency", published & ~elsewhere),
                 line("read elsewhere", elsewhere),
-                line("all", every),
-                *(line(name, found.classes == name) for name in sorted(set(found.classes))),
-                *(line(name, kinds == name) for name in sorted(set(kinds))),
+                line("all", published),
+                *(line(name, found.classes == name) for name in sorted(set(found.classes[published]))),
+                *(line(name, kinds == name) for name in sorted(set(kinds[published]))),
+                (COUNTED, str(int(counted.sum())), "-", "-", f"{off:.0f} %", "-"),
             ],
             ("rows", "n", "board left out: off by", "in range", "network left out: off by", "in range"),
         )
@@ -377,7 +405,9 @@ def tables(found: Found) -> str:
 
 def left_out(found: Found, grouping: str) -> str:
     """Tell by group how far off rows are that were estimated without it."""
-    residuals, groups, rows = found.residuals[grouping], found.groups(grouping), found.fit.rows
+    published = found.published
+    residuals, groups = found.residuals[grouping][published], found.groups(grouping)[published]
+    rows = [row for row in found.fit.rows if not row.counted]
     named = {group: row.model if grouping == "network" else group for group, row in zip(groups, rows, strict=True)}
     each = (
         f"{named[name]} {error_percent(residuals[groups == name]):.0f} % "

@@ -1,15 +1,17 @@
 """Latencies that others have published, as what an estimate would be asked for.
 
 Those of ../shared/latency, and more, read in public sources since (`latency_elsewhere.csv`: the same columns, each row
-with its source; nothing in it was measured here). Not here: the fit (`latency_fit`), the networks (`published`).
+with its source; nothing in it was measured here). Beside them, and told apart, what our own C takes: estimated from
+emulated instructions (`latency_counted`). Not here: the fit (`latency_fit`), the networks (`published`).
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -18,12 +20,14 @@ from edgecomp.latency import Case
 from edgecomp.processor import CORES, Processor, processor_of
 from edgecomp.target import Target
 from edgecomp.targets import load, names
-from edgecomp.work import Work
+from edgecomp.work import Kind, Work
 
 from .published import NETWORKS
 
 FILES = ("xnnpack_readme.csv", "ncnn_benchmark.csv", "mlperf_tiny.csv", "stm32ai_modelzoo.csv")
 ELSEWHERE = "latency_elsewhere.csv"
+COUNTED = "latency_counted.csv"
+"""Neither published nor measured: what our own C takes, estimated from emulated instructions; see `latency_counted`."""
 RUNTIME_OF: tuple[tuple[str, str], ...] = (
     ("ncnn", "ncnn"),
     ("onnxruntime", "onnxruntime"),
@@ -48,6 +52,7 @@ _ERAS: Mapping[str, tuple[tuple[tuple[str, ...], str], ...]] = {
 """What an older version's name holds, and before which version it was: its constants are told apart from today's."""
 _PHONE = re.compile(r"phone|Pixel|Galaxy|Huawei|Oppo|Xiaomi")
 _SURE, _UNSURE = 0.2, 0.4  # In rows read elsewhere, the clock or the threads often are what is usual for the board.
+_COUNTS = ("macs", "weights", "inputs", "outputs", "summands", "out_channels")
 _MB = 1_000_000
 # Copying and filling main memory, MB/s: ThomasKaiser/sbc-bench:Results.md, boards of the same chip, and for the RK3588
 # its author's review of the ROCK 5B. The last five are assumed, not read: what boards of that table with similar cores
@@ -78,31 +83,43 @@ _TARGETS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A published latency.
+    """A published latency, or one of our own C that was estimated from emulated instructions.
 
     Attributes:
         device, model: as the source names them.
         case: what the estimator is asked.
         seconds: what was published.
+        open: how far below and above `seconds` it may be by the cycles that Arm publishes, logarithms; (0, 0) where it
+            was published.
         elsewhere: whether it is not of ../shared/latency.
         phone: whether it is a phone, whose memory and cooling differ from a board's.
+        part_of: all layers of the network, where `case` has those of one kind; else empty.
     """
 
     device: str
     model: str
     case: Case
     seconds: float
+    open: tuple[float, float] = (0.0, 0.0)
     elsewhere: bool = False
     phone: bool = False
+    part_of: Sequence[Work] = ()
+
+    @property
+    def counted(self) -> bool:
+        """Tell whether it comes from emulated instructions: such a row says nothing of how far off estimates are."""
+        return self.case.runtime == "c"
 
     @property
     def scatter(self) -> float:
         """Give what it may be off by beside what a fit can know, as a logarithm: sets how much it weighs."""
-        return _UNSURE if self.elsewhere else _SURE
+        return _UNSURE if self.elsewhere or self.part_of else _SURE
 
 
 def read_rows(folder: Path) -> list[Row]:
     """Read the published rows whose network is described in `published` and whose arithmetic is the processor's own.
+
+    Behind them come those of our own C.
 
     Args:
         folder: ../shared/latency.
@@ -118,7 +135,35 @@ def read_rows(folder: Path) -> list[Row]:
         texts.append((path.read_text("utf-8"), False))
     texts.append((resources.files(__package__).joinpath(ELSEWHERE).read_text("utf-8"), True))
     work: dict[tuple[str, str], list[Work]] = {key: build().layers for key, build in NETWORKS.items()}
-    return [row for text, elsewhere in texts for row in _rows(text, work, elsewhere)]
+    published = [row for text, elsewhere in texts for row in _rows(text, work, elsewhere)]
+    return [*published, *_counted_rows(resources.files(__package__).joinpath(COUNTED).read_text("utf-8"))]
+
+
+def _counted_rows(text: str) -> Iterator[Row]:
+    """Give the networks of `latency_counted`, whose rows are layers, and of each its layers of one kind."""
+    layers = list(csv.DictReader(text.splitlines()))
+    for board, model in dict.fromkeys((r["device"], r["model"]) for r in layers):
+        found = [r for r in layers if (r["device"], r["model"]) == (board, model)]
+        whole, kinds = _counted_row(found), sorted({r["kind"] for r in found})
+        yield whole
+        for kind in kinds if len(kinds) > 1 else ():
+            part = [r for r in found if r["kind"] == kind]
+            # A sum that a convolution adds as it writes has no instructions of its own.
+            if any(float(r["latency_ms"]) for r in part):
+                yield replace(_counted_row(part), part_of=whole.case.work)
+
+
+def _counted_row(layers: Sequence[Mapping[str, str]]) -> Row:
+    board = load(layers[0]["device"])
+    low, ms, high = (sum(float(r[name]) for r in layers) for name in ("low_ms", "latency_ms", "high_ms"))
+    work = [Work(name=r["name"], kind=Kind(r["kind"]), **{name: int(r[name]) for name in _COUNTS}) for r in layers]
+    return Row(
+        device=f"{board.name}, emulated",
+        model=layers[0]["model"],
+        case=Case(work=work, processor=processor_of(board), runtime="c", precision="int8", threads=1),
+        seconds=ms / 1e3,
+        open=(math.log(ms / low), math.log(high / ms)),
+    )
 
 
 def _rows(text: str, work: Mapping[tuple[str, str], list[Work]], elsewhere: bool) -> Iterator[Row]:

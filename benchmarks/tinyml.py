@@ -3,15 +3,15 @@
 python -m edgecomp.benchmarks.tinyml prints a table: three networks of MLPerf Tiny's shapes with random weights, every
 weight rounded to the nearest of 8 and of 4 bits. Instructions, flash and RAM depend on shapes and bits, not on what was
 learned. What TFLite Micro takes was measured once, with the same compiler, options and counter (arm-none-eabi-gcc 12.2,
--O2, hard float; instructions executed in Unicorn, of a Cortex-M4), and stands below as constants. A script: nobody
-imports it.
+-O2, hard float; instructions executed in Unicorn, of a Cortex-M4), and stands below as constants. A script;
+`latency_counted` takes its networks.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,11 +154,10 @@ NETWORKS: Mapping[str, Entry] = {
 """RAM of TFLite Micro: the arena, in which input and output lie; for ResNet-8 static memory and stack as well."""
 
 
-def quantized(name: str, bits: int) -> Graph:
-    """Build, capture and compress a network, for integer input and output."""
+def quantized(name: str, build: Callable[[], nn.Module], shape: tuple[int, int, int], bits: int) -> Graph:
+    """Build, capture and compress a network, for integer input (C, H, W) and output."""
     torch.manual_seed(0)
-    shape = NETWORKS[name].shape
-    graph = capture(NETWORKS[name].build().eval(), shape, name=name)
+    graph = capture(build().eval(), shape, name=name)
     images = np.random.default_rng(0).standard_normal((_N_IMAGES, *shape)).astype(np.float32)
     plan = CompressionPlan(
         graph_digest=graph.digest(),
@@ -170,14 +169,14 @@ def quantized(name: str, bits: int) -> Graph:
     return compress(graph, plan)
 
 
-def measured(name: str, bits: int, target: str, n_images: int, compiler: str | None) -> FirmwareReport:
-    """Run a network on a core, on random codes.
+def measured(graph: Graph, target: str, n_images: int, compiler: str | None) -> FirmwareReport:
+    """Run a compressed network on a core, on random codes.
 
     Raises:
         TargetError: a tool is missing, or an output is not the reference's.
     """
-    graph = quantized(name, bits)
-    codes = np.random.default_rng(1).integers(-128, 128, size=(n_images, *NETWORKS[name].shape), dtype=np.int8)
+    shape = graph.tensors[graph.inputs[0]].shape[1:]
+    codes = np.random.default_rng(1).integers(-128, 128, size=(n_images, *shape), dtype=np.int8)
     wanted = reference.run(graph, {graph.inputs[0]: codes})[graph.outputs[0]]
     with tempfile.TemporaryDirectory() as folder:
         files = files_of(export(graph, "c"))
@@ -217,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name in NETWORKS:
             for bits in BITS:
-                report = measured(name, bits, args.target, max(1, args.images), args.compiler)
+                graph = quantized(name, NETWORKS[name].build, NETWORKS[name].shape, bits)
+                report = measured(graph, args.target, max(1, args.images), args.compiler)
                 rows.append(row(name, bits, report))
                 print(" | ".join(rows[-1]), flush=True)
     except EdgecompError as e:

@@ -6,9 +6,10 @@ compute  multiply-adds times cycles each, relative to the core's peak, by kind o
          cache; both shared among threads but for a serial share.
 memory   weights, and activations beyond the cache, over what so many threads can move.
 
-The constants were fitted to published latencies (`benchmarks.latency_fit`) and stand in latency.json, with how far
-published rows lay from an estimate that had not seen their board or their network. Not here: where work and processor
-come from (`work`, `processor`).
+The constants were fitted to published latencies (`benchmarks.latency_fit`), those of our own C to estimates from
+emulated instructions (`benchmarks.latency_counted`). They stand in latency.json, with how far published rows lay from
+an estimate that had not seen their board or their network. Not here: where work and processor come from (`work`,
+`processor`).
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ _WINOGRAD = frozenset({"ncnn"})
 _KIN: Mapping[str, str] = {"onnxruntime": "litert"}
 """A runtime of few published figures differs from one with kernels of the same kind, not from any."""
 
+_ONE_AT_ONCE = 0.5
+"""Multiply-adds of int8 in a cycle, beyond which a microcontroller's core multiplies two pairs at once."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -97,11 +101,15 @@ def constants_of(case: Case) -> dict[str, tuple[str, ...]]:
     shared += [f"runtime {name}{of}" for name in runtimes for of in ("", f" {precision}")]
     for kind in KINDS:
         if kind is Kind.OTHER:
-            own = (f"runtime {name}{of}" for name in runtimes for of in (" other", ""))
+            own = tuple(f"runtime {name}{of}" for name in runtimes for of in (" other", ""))
             names["kind other"] = (f"{family} other", *own)
             continue
         as_kind = Kind.DENSE if kind is Kind.DENSE3X3 and runtime not in _WINOGRAD else kind
-        own = (f"runtime {name} {as_kind}" for name in runtimes)
+        own = tuple(f"runtime {name} {as_kind}" for name in runtimes)
+        if runtime == "c":
+            # Cores whose instructions multiply two pairs at once have other kernels than those without.
+            pairs = "pairs" if processor.macs_per_cycle["int8"] > _ONE_AT_ONCE else "single"
+            own += (f"runtime c {pairs} {as_kind}",)
         names[f"kind {kind}"] = (f"{family} {precision} {as_kind}", *own, *shared)
     names |= {quantity: (f"{family} {quantity}",) for quantity in _PHYSICS}
     names["layer"] += tuple(f"runtime {name} layer" for name in runtimes)
@@ -192,16 +200,16 @@ class Runtime:
     """A runtime that estimates are made for.
 
     Attributes:
-        like: the fitted runtime whose constants it takes; its own name where published figures were fitted.
-        times: what its time is of that one's.
-        because: where `times` comes from, for people.
+        like: the fitted runtime whose constants it takes; its own name where it was fitted.
+        because: why, for people.
         same: whether its kernels are those of `like`, so that the range is, too.
+        counted: whether it was not fitted to published figures, but to emulated instructions times Arm's cycles.
     """
 
     like: str
-    times: float = 1.0
     because: str = ""
     same: bool = False
+    counted: bool = False
 
 
 _XNNPACK = Runtime(like="litert", because="the same kernels (XNNPACK)", same=True)
@@ -216,11 +224,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "tnn": Runtime(like="tnn"),
     "tflite-micro": Runtime(like="tflite-micro"),
     "x-cube-ai": Runtime(like="x-cube-ai"),
-    "c": Runtime(
-        like="tflite-micro",
-        times=0.47,
-        because="the geometric mean of its shares of instructions on three emulated networks",
-    ),
+    "c": Runtime(like="c", counted=True),
     "other": Runtime(like="a middling runtime", because="nothing is known of it"),
 }
 """By the name that --runtime takes. litert is XNNPACK; tflite-micro has CMSIS-NN's kernels; c is edgecomp's own; other
@@ -328,7 +332,7 @@ def estimate(case: Case) -> Estimate:
     taken = replace(case, runtime=runtime.like)
     layout = Layout([taken])
     logs = log_quantities(constants_of(taken), fitted()["constants"])[None, :]
-    ms = layout.layer_seconds(logs) * (1e3 * runtime.times)
+    ms = layout.layer_seconds(logs) * 1e3
     low, high, basis = _spread(case, runtime)
 
     def ranged(p50: float) -> Range:
@@ -347,11 +351,19 @@ def _spread(case: Case, runtime: Runtime) -> tuple[float, float, tuple[str, ...]
     parts = [spreads[class_of(processor)]]
     basis = [f"range: nine of ten published rows of boards or networks not fitted, {class_of(processor)}"]
     if runtime.like != case.runtime:
-        times = "as" if runtime.times == 1 else f"{runtime.times:g} x"
-        basis.append(f"{case.runtime}: {times} {runtime.like}, {runtime.because}")
+        basis.append(f"{case.runtime}: as {runtime.like}, {runtime.because}")
         if not runtime.same:
             parts.append(spreads["another runtime"])
-    if f"{processor.core} {case.precision}" not in fitted()["seen"]:
+    cores = fitted()["seen"]
+    if runtime.counted:
+        counted = fitted()["counted"]
+        cores = [*cores, *counted]
+        basis.append(
+            f"{case.runtime}: no published row; fitted to instructions of emulated networks times the cycles that Arm "
+            f"publishes ({', '.join(counted)}), estimates themselves; range widened by what they leave open"
+        )
+        parts.append(spreads["counted"])
+    if f"{processor.core} {case.precision}" not in cores:
         basis.append(f"no published row of a {processor.core} in {case.precision} was fitted; range widened")
         parts.append(spreads["another core"])
     if processor.assumed:

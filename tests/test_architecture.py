@@ -56,7 +56,8 @@ LEVELS = (
      "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats", "benchmarks.tinyml",
      "benchmarks.runner_cost", "benchmarks.netshapes", "benchmarks.classifiers", "benchmarks.imagenet_nets",
      "benchmarks.ncnn_detectors", "benchmarks.detectors", "benchmarks.published",
-     "benchmarks.latency_rows", "benchmarks.latency_fit"),
+     "benchmarks.latency_rows", "benchmarks.latency_fit",
+     "benchmarks.latency_counted"),
     ("check", "spending", "pruning", "recovering", "intake", "build", "verifying", "inspecting", "benching",
      "comparing", "devices", "boards", "gating", "estimating", "from_counts",
      "pipelines", "arguments", "options", "cli", "__main__"),
@@ -72,13 +73,15 @@ RANK = {name: (level, place) for level, row in enumerate(LEVELS) for place, name
 # Run by hand; nobody imports them.
 SCRIPT = (
     "benchmarks.latency_fit", "samples.train", "benchmarks.relevance_cost", "benchmarks.classes", "benchmarks.formats",
-    "benchmarks.tinyml", "benchmarks.runner_cost",
+    "benchmarks.tinyml", "benchmarks.runner_cost", "benchmarks.latency_counted",
 )  # fmt: skip
 PEER = "benchmarks.compression.peer_"  # scripts that run in environments of other tools; nobody imports them
 COMPARING = ("benchmarks.compression.context", "benchmarks.compression.ours")
 THIRD_PARTY = {
     "torch": (("pytorch.", PEER, *SCRIPT), True),
-    "torchvision": (("pytorch.load", "pytorch.torchvision_ops", "benchmarks.formats", PEER), False),
+    "torchvision": (
+        ("pytorch.load", "pytorch.torchvision_ops", "benchmarks.formats", "benchmarks.latency_counted", PEER), False,
+    ),
     "safetensors": (("pytorch.load", *SCRIPT), False),
     "PIL": (("preprocessing", "imagefolder"), False),
     "onnx": (("exporters.", "benchmarks."), False),

@@ -36,9 +36,9 @@ class Work:
 
     Attributes:
         name: of the layer.
-        kind: FIRST reads an image of at most 4 channels; DENSE3X3 are 3x3 convolutions of stride 1 with 16 channels or
-            more, which runtimes may compute by Winograd's algorithm; DENSE are all others that are larger than 1x1,
-            those in few groups too; OTHER has no weights.
+        kind: FIRST reads an image of at most 4 channels, larger than 1x1; DENSE3X3 are 3x3 convolutions of stride 1 with
+            16 channels or more, which runtimes may compute by Winograd's algorithm; DENSE are all others that are larger
+            than 1x1, those in few groups too; OTHER has no weights.
         macs: multiply-adds.
         weights: elements of the weight.
         inputs: elements of all activations that are read.
@@ -71,7 +71,7 @@ def conv_work(
     taps = math.prod(kernel)
     if groups == in_shape[0] and groups > 1:
         kind = Kind.DEPTHWISE
-    elif groups == 1 and in_shape[0] <= _IMAGE_CHANNELS:
+    elif groups == 1 and in_shape[0] <= _IMAGE_CHANNELS and in_shape[1:] != (1, 1):
         kind = Kind.FIRST
     elif taps == 1:
         kind = Kind.LINEAR if out_shape[1:] == (1, 1) else Kind.POINTWISE

@@ -36,9 +36,9 @@ class Work:
 
     Attributes:
         name: of the layer.
-        kind: FIRST reads an image of at most 4 channels, larger than 1x1; DENSE3X3 are 3x3 convolutions of stride 1 with
-            16 channels or more, which runtimes may compute by Winograd's algorithm; DENSE are all others that are larger
-            than 1x1, those in few groups too; OTHER has no weights.
+        kind: FIRST reads an image of at most 4 channels, larger than 1x1; DENSE3X3 are 3x3 convolutions of stride 1
+            with 16 channels or more, which runtimes may compute by Winograd's algorithm; DENSE are all others that are
+            larger than 1x1, those in few groups too; OTHER has no weights.
         macs: multiply-adds.
         weights: elements of the weight.
         inputs: elements of all activations that are read.

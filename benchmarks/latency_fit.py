@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -215,6 +216,8 @@ GROUPINGS: Mapping[str, Callable[[Row], str]] = {
 }
 _SHARE = 0.9
 """Of the rows that are to lie in the printed range."""
+_ENOUGH = 4
+"""Rows of a core without which its range is that of a core that was not fitted."""
 _MARGIN = 1.25
 """How much wider the range is than the rows it is taken from ask for: rows are many, but boards are few."""
 
@@ -276,7 +279,8 @@ def find(rows: Sequence[Row], residuals: Mapping[str, Array] | None = None) -> F
     if residuals is None:
         groups = {name: np.array([group(row) for row in rows]) for name, group in GROUPINGS.items()}
         residuals = {
-            name: fit.held_out(each, constants, tqdm(sorted(set(each)), desc=f"without each {name}"))
+            # Rounded as they are stored, so that everything follows from what is.
+            name: fit.held_out(each, constants, tqdm(sorted(set(each)), desc=f"without each {name}")).round(3)
             for name, each in groups.items()
         }
     counted = [_PART if row.part_of else COUNTED for row in rows]
@@ -350,7 +354,9 @@ def _counted_spread(found: Found) -> tuple[float, float]:
 
 
 def _cores(rows: Iterable[Row]) -> list[str]:
-    return sorted({f"{row.case.processor.core} {row.case.precision}" for row in rows})
+    """Name the cores, and what they computed in, that enough rows are of to say that they were fitted."""
+    found = Counter(f"{row.case.processor.core} {row.case.precision}" for row in rows)
+    return sorted(name for name, n in found.items() if n >= _ENOUGH)
 
 
 def _of_the_fit_alone(name: str) -> bool:
@@ -433,9 +439,6 @@ def main() -> None:
         raise SystemExit(f"latency_fit: {e}") from e
     print(tables(found), *(left_out(found, grouping) for grouping in _RANGED), sep="\n\n")
     if args.write:
-        # As they are read back, so that the ranges follow from what is stored.
-        residuals = json.loads(held_out_json(found))
-        found = replace(found, residuals={name: np.array(values) for name, values in residuals.items()})
         write_file(_place(HELD_OUT, __package__), held_out_json(found).encode())
         write_file(_place("latency.json", "edgecomp"), to_json(found).encode())
 

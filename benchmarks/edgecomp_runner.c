@@ -9,6 +9,7 @@
 #include <malloc.h>
 #include <math.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,7 +22,7 @@
 
 #include "edgecomp_shared.h"
 
-enum { MOST_MODELS = 100, MOST_TEXT = 1 << 16 };
+enum { MOST_MODELS = 100, MOST_TEXT = 1 << 16, MOST_THREADS = 1024 };
 
 static FILE *messages; /* where standard error was */
 static int native = -1; /* what the runtimes write there, in memory */
@@ -241,7 +242,7 @@ static double seconds(const char *flag, const char *text) {
   char *end;
   double value = strtod(text, &end);
   if (end == text || *end || text[0] == ' ' || !(value >= 0 && value < 1e9))
-    fail(WRONG_USE, "%s: '%.80s': expected seconds, 0 or more", flag, text);
+    fail(WRONG_USE, "%s: '%.80s': expected seconds, 0 or more and below 1e9", flag, text);
   return value;
 }
 
@@ -317,6 +318,8 @@ static void read_words(char **words) {
     for (j = 0; !known && j < sizeof times / sizeof *times; j++)
       if ((known = is_flag(word, times[j].flag) || !strcmp(word, times[j].brief)))
         *times[j].value = seconds(times[j].flag, value_of(words, &i, times[j].flag));
+    if (asked.n_threads > MOST_THREADS)
+      fail(WRONG_USE, "--num_threads: '%ld': expected a whole number from 1 to %d", asked.n_threads, MOST_THREADS);
     if (known) continue;
     if (is_flag(word, "--graph")) {
       add_model(value_of(words, &i, "--graph"));
@@ -423,10 +426,26 @@ static void start(const Runtime *runtime) {
   free(place);
 }
 
+static const char *loading;
+
+/* LiteRT trusts a file's offsets: one that is cut off makes it read where nothing is. */
+static void crashed(int number) {
+  static const char what[] = ": the runtime crashed loading it; is the file damaged or cut off?\n";
+  if (write(fileno(messages), loading, strlen(loading)) < 0 || write(fileno(messages), what, sizeof what - 1) < 0)
+    _exit(128 + number);
+  _exit(WRONG_USE);
+}
+
 /* Load a model and give it an image of noise, as zeros could take shortcuts: even noise, over all codes, or real numbers
  * of mean 0 and variance 1. */
 static Model *loaded(const Runtime *runtime, const char *path, const char *profile) {
-  Model *model = runtime->load(path, (int)asked.n_threads, profile);
+  Model *model;
+  loading = path;
+  signal(SIGSEGV, crashed);
+  signal(SIGBUS, crashed);
+  model = runtime->load(path, (int)asked.n_threads, profile);
+  signal(SIGSEGV, SIG_DFL);
+  signal(SIGBUS, SIG_DFL);
   size_t i, n = model->input_bytes / (model->input_kind == REAL ? sizeof(float) : 1);
   char *image = allocate(model->input_bytes);
   uint64_t state = 0x9e3779b97f4a7c15u;

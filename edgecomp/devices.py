@@ -273,11 +273,14 @@ def bench_gathered(paths: Sequence[Path], gathered: Path, *, seed: int) -> Bench
         seed: of the confidence intervals.
 
     Raises:
+        UsageError: one of the paths is a folder.
         BundleError: a file cannot be read, or what was gathered is of other files.
     """
     from edgecomp.benchmarks.gathered import comparison_of, sent_of
     from edgecomp.folder import read_file
 
+    if folder := next((path for path in paths if path.is_dir()), None):
+        raise UsageError(f"{folder}: is a folder; expected the files that were measured, e.g. {folder / 'model.onnx'}")
     sent = [sent_of(str(path), read_file(path), path.name, path.suffix.removeprefix("."))[0] for path in paths]
     text = read_file(gathered).decode("utf-8", "replace")
     found = comparison_of(text, sent, baseline=sent[0].label, target="device", seed=seed, where=str(gathered))

@@ -201,6 +201,8 @@ def _json(data: bytes, where: str) -> dict[str, object]:
         raise BundleError(str(e)) from e
     except MEANT_BY_DAMAGED as e:
         raise BundleError(f"{where}: is damaged: {' '.join(str(e).split())[:200] or type(e).__name__}") from e
+    if schema == "edgecomp-gathered/1":
+        raise BundleError(f"{where}: was gathered by the C runner; edgecomp bench MODEL --gathered {where} shows it")
     raise BundleError(
         f"{where}: schema is {schema!r:.60}; expected one of {', '.join(_JSON)}, or what a verb prints with "
         "--json"

@@ -181,6 +181,7 @@ def test_flags_of_onnxruntime_perf_test(folder, models, tmp_path):
         (["edgecomp-runner"], 6, "edgecomp-runner: no runtime reads this format"),
         (["--graph=model.onnx", "--nonsense=1"], 2, "--nonsense=1: no such flag; see -h"),
         (["--graph=model.onnx", "--num_threads=0"], 2, "--num_threads: '0': expected a whole number, 1 or more"),
+        (["--graph=model.onnx", "--num_threads=1025"], 2, "'1025': expected a whole number from 1 to 1024"),
         (["--graph=model.onnx", "--num_runs=-5"], 2, "--num_runs: '-5': expected a whole number, 1 or more"),
         (["--graph=model.onnx", "--min_secs", "nan"], 2, "--min_secs: 'nan': expected seconds, 0 or more"),
         (["--graph=model.onnx", "--max_secs", "inf"], 2, "--max_secs: 'inf': expected seconds"),
@@ -408,6 +409,14 @@ def test_a_runner_to_use_by_hand(folder, models, tmp_path, monkeypatch, capsys):
     assert main(["targets", "--cpu", "aarch64"]) == 2
 
 
+def test_a_tflite_file_that_is_cut_off_is_said_in_a_line(folder, models):
+    data = models["model.tflite"]
+    for sixteenth in range(1, 16):
+        (folder / "cut.tflite").write_bytes(data[: len(data) * sixteenth // 16])
+        done = run(folder, "cut.tflite")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
 def test_what_was_gathered_by_hand_is_judged_here(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     done = run(folder, "--graph=a=model.onnx", "--graph=b=model.tflite", *QUICK)
@@ -422,10 +431,13 @@ def test_what_was_gathered_by_hand_is_judged_here(folder, capsys, monkeypatch):
     (folder / "gathered.json").write_text(json.dumps(text))
     assert main(["bench", "model.onnx", "model.tflite", "--gathered", "gathered.json"]) == 6
     assert "throttled: the board's firmware reports throttled" in capsys.readouterr().err
+    assert main(["inspect", "gathered.json"]) == 2
+    assert "edgecomp bench MODEL --gathered gathered.json shows it" in capsys.readouterr().err
     for words, code, what in (
         (["model.onnx"], 2, "'b' was measured too; expected the same models"),
         (["model.onnx", "codes.onnx"], 2, "codes.onnx was not measured, or has changed since"),
         (["none.onnx"], 2, "none.onnx: cannot be read"),
+        (["."], 2, ".: is a folder; expected the files that were measured, e.g. model.onnx"),
         (["model.onnx", "--target", "ssh://a"], 2, "what is gathered was measured already"),
         (["model.onnx", "--threads", "2"], 2, "it was measured already"),
         (["model.onnx", "--repeat", "2"], 2, "--profile, --cores and --repeat are for --target ssh"),

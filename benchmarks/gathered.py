@@ -134,7 +134,10 @@ def _comparison(
     for each, model in models:
         timing = timings[each.label]
         p50, p90, p99, smallest = summarise(timing.samples_us)
-        weighed = median_footprint([_memory(run) for run in _list(model["memory"], "memory")])
+        runs = [_memory(run) for run in _list(model["memory"], "memory")]
+        if not runs:
+            raise UsageError("memory: no process")
+        weighed = median_footprint(runs)
         unpacked = {"unpacked_at_load": False, "unpacked_beforehand": each.unpacked} if each.format == "tflite" else {}
         reports.append(
             BenchReport(

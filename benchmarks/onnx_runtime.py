@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from _thread import allocate_lock
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 INPUT_SCALE, INPUT_ZERO_POINT = "edgecomp.input_scale", "edgecomp.input_zero_point"
 OUTPUT_SCALE, OUTPUT_ZERO_POINT = "edgecomp.output_scale", "edgecomp.output_zero_point"
 """Keys under which an ONNX file with integer input and output keeps what its integers mean; values as decimal text."""
+
+
+_LOADING = allocate_lock()
+"""Images are classified by several runners at once, and `quiet` holds back what the whole process writes to stderr."""
 
 
 def saturates(cpuinfo: str, machine: str) -> bool:
@@ -142,13 +147,15 @@ class OnnxRuntime:
         return dict(zip(self._names, whole, strict=True))
 
     def _outputs(self, x: Array) -> list[Array]:
-        if self._exact is None:
-            self._exact = self._session
-            if _saturates_here():
-                options = _session_options(self._threads)
-                options.add_session_config_entry("session.disable_quant_qdq", "1")
-                self._exact = self._load(self._file, options, self._place)
+        with _LOADING:
+            if self._exact is None:
+                self._exact = self._exact_session() if _saturates_here() else self._session
         return self._results(self._exact, x)
+
+    def _exact_session(self) -> Any:
+        options = _session_options(self._threads)
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return self._load(self._file, options, self._place)
 
     def _results(self, session: Any, x: Array) -> list[Array]:
         try:

@@ -206,7 +206,7 @@ def test_a_half_made_file_system_is_none(root, tmp_path, monkeypatch):
     def stage(name, total):
         yield seen.append
 
-    def fail(work: Path) -> None:
+    def fail(work: Path, *_: object) -> None:
         assert (work / "usr/bin/python3").exists()
         raise KeyboardInterrupt
 
@@ -238,7 +238,7 @@ def test_what_cannot_be_emulated(tmp_path, monkeypatch, capsys):
         bench_emulated(entries, "rpi4-emulated", cache=tmp_path)
     with pytest.raises(UsageError, match="0 images"):
         bench_emulated(entries, "rpi4-emulated", n_images=0)
-    monkeypatch.setattr(bench_module, "is_installed", lambda cache: True)
+    monkeypatch.setattr(bench_module, "is_installed", lambda *_: True)
     with pytest.raises(TargetError, match="runtime tflite-micro is not there on rpi4-emulated"):
         bench_emulated(entries, "rpi4-emulated", runtime="tflite-micro")
     assert main(["targets", "--install"]) == 2

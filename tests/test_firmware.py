@@ -311,7 +311,7 @@ def test_bench_on_a_core(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["bench", "out", "--target", "cortex-m5"], 2, "did you mean cortex-m"),
         (["bench", "out", "--target", "rpi4"], 2, "--target rpi4-emulated emulates it, --target ssh://HOST?board=rpi4"),
-        (["bench", "out", "--target", "armv7"], 6, "is not emulated; those that are"),
+        (["bench", "out", "--target", "rpi3b-plus"], 6, "is not emulated; those that are"),
         (["bench", "nowhere", "--target", "cortex-m4"], 2, "is no folder"),
         (["bench", "out/network.c"], 2, "add --target NAME"),
         (["bench", "out", "--target", "cortex-m4", "--runtime", "litert"], 2, "leave one out"),

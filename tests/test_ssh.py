@@ -323,5 +323,5 @@ def test_what_the_command_line_refuses(model, capsys):
         ["--cores", "1"],
     ):
         assert main(["bench", str(model), *more]) == 2, more
-    assert main(["bench", str(model), "--target", "ssh://a?board=rpi9"]) == 6
+    assert main(["bench", str(model), "--target", "ssh://a?board=rpi9"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 7

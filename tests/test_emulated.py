@@ -224,7 +224,7 @@ def test_a_half_made_file_system_is_none(root, tmp_path, monkeypatch):
     (made / "usr/bin/python3").unlink()  # whoever asks again is not kept waiting
     assert emulated.install(stage, tmp_path) == made
     assert not (made / "usr/bin/python3").exists()
-    monkeypatch.setattr(emulated, "wanted_wheels", lambda: ("numpy==0",))
+    monkeypatch.setattr(emulated, "wanted_wheels", lambda *_: ("numpy==0",))
     assert not emulated.is_installed(tmp_path)
 
 

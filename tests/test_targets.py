@@ -169,11 +169,11 @@ def test_names_of_no_board(capsys):
 
 
 def test_a_full_cache_says_what_stays(tmp_path, capsys, monkeypatch):
-    def full(folder, advance):
+    def full(folder, *_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "x.deb"))
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(emulated, "_check_tools", lambda: None)
+    monkeypatch.setattr(emulated, "_check_tools", lambda *_: None)
     monkeypatch.setattr(emulated, "_debian_packages", full)
     assert main(["targets", "--install", "rpi4-emulated"]) == 2
     said, downloads = capsys.readouterr().err, tmp_path / "edgecomp" / "downloads"
@@ -183,7 +183,7 @@ def test_a_full_cache_says_what_stays(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "edgecomp" / "aarch64-root").exists()
     said_by_apt = "Debian packages for arm64: ended with 100: E: Unable to locate package python3"
 
-    def misled(folder, advance):
+    def misled(folder, *_):
         raise TargetError(said_by_apt)
 
     monkeypatch.setattr(emulated, "_debian_packages", misled)

@@ -4,7 +4,7 @@ python -m edgecomp.benchmarks.latency_counted --write stores latency_counted.csv
 weights of 8 bits are compiled for a Cortex-M4 and a Cortex-M0+, run in the emulator, and what they executed is
 multiplied by the cycles that Arm publishes, fewest and most; latency_ms is the middle. Nothing in it is measured or
 published. A layer has its share of the network's instructions and is taken to be the same mix, as in `from_counts`.
-Twenty minutes. Not here: the fit (`latency_fit`).
+Tens of minutes. Not here: the fit (`latency_fit`).
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ demo: $(READY)  ## compress the bundled network and measure it: about a minute
 	$(BIN)/edgecomp build --force -o demo
 	$(BIN)/edgecomp bench demo
 
-test: lint types  ## everything CI runs
-	$(BIN)/python -m pytest
+WORKERS ?= auto
+# A file's tests share what they build, so each file goes to one worker; its libraries take one thread, as workers fill the cores.
+test: lint types  ## everything CI runs, on up to four cores: WORKERS=0 for one process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=4 --dist=loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -199,9 +199,9 @@ def test_augmentation_only_shifts_and_mirrors():
         None,
         b"not gzip",
         b"\x1f\x8b\x08",
-        gzip.compress(b"\0\0\x08\x01\0\0\0\x04abcd")[:10] + b"\xff" * 20,
-        gzip.compress(b"\0\0\x08\x03\0\0"),
-        gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcd"),
+        gzip.compress(b"\0\0\x08\x01\0\0\0\x04abcd", mtime=0)[:10] + b"\xff" * 20,
+        gzip.compress(b"\0\0\x08\x03\0\0", mtime=0),
+        gzip.compress(b"\0\0\x08\x01\0\0\0\x05abcd", mtime=0),
     ],
     ids=["missing", "not gzip", "cut", "damaged", "images", "too short"],
 )

@@ -293,12 +293,12 @@ def _unpack(args: argparse.Namespace) -> int:
     from edgecomp.report import table
     from edgecomp.runtime import CPP_HEADER, unpack_file
 
-    if args.cpp_header and args.file is args.output is None and not args.force:
+    if args.cpp_header and args.file is args.output is None and not args.force and not args.unsigned:
         print(CPP_HEADER)
         return 0
     if args.cpp_header or args.file is None or args.output is None:
         raise UsageError("expected IN and -o OUT, or --cpp-header alone; see edgecomp unpack --help")
-    sizes = unpack_file(args.file, args.output, force=args.force)
+    sizes = unpack_file(args.file, args.output, force=args.force, unsigned=args.unsigned)
     print(table(list(sizes.items()), ("file", "bytes")))
     return 0
 

@@ -145,6 +145,9 @@ def _add_unpack(verbs: Any) -> None:
     p.add_argument("file", type=Path, nargs="?", metavar="IN")
     p.add_argument("-o", "--output", type=Path, metavar="OUT")
     p.add_argument("--force", action="store_true", help="replace OUT")
+    p.add_argument(
+        "--unsigned", action="store_true", help="ONNX: uint8 around 128, for x86 without VNNI, where sums saturate"
+    )
     p.add_argument("--cpp-header", action="store_true", help="print where the C++ reader of packed TFLite files lies")
 
 

@@ -12,6 +12,10 @@ ONNX runs anywhere as it is; this way onnxruntime needs less memory while it loa
     from edgecomp.runtime import onnx_session
 
     session = onnx_session("model.onnx")
+
+and this way its sums do not saturate on x86 without VNNI, where 8-bit weights otherwise give other codes::
+
+    session = onnxruntime.InferenceSession(load("model.onnx", unsigned=True))
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import mmap
 import stat
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,43 +41,48 @@ CPP_HEADER = Path(exporters.__file__).with_name("edgecomp_unpack.hpp")
 """The C++ reader of packed TFLite files: one header, no dependency."""
 
 
-def load(path: Path | str, *, most_bytes: int = MOST_BYTES) -> bytes:
+def load(path: Path | str, *, most_bytes: int = MOST_BYTES, unsigned: bool = False) -> bytes:
     """Read a TFLite or ONNX file and widen its packed and int4 weights to int8, for any runtime.
 
     Args:
         path: a file, packed or not.
         most_bytes: that the unpacked file may have.
+        unsigned: store the weights of layers as uint8 around 128: the same numbers, for onnxruntime on x86 without
+            VNNI, where it adds two products of uint8 and int8 in 16 bits. A file of another tool stays as it is.
 
     Raises:
         BundleError: it cannot be read, is of another kind, damaged, or larger than allowed when unpacked.
+        UsageError: unsigned weights are asked for in a TFLite file.
     """
     path = Path(path)
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as e:
         raise _unreadable(path, e) from e
-    return _unpacked(data, str(path), most_bytes)
+    return _unpacked(data, str(path), most_bytes, unsigned)
 
 
-def unpack(data: bytes, *, most_bytes: int = MOST_BYTES) -> bytes:
+def unpack(data: bytes, *, most_bytes: int = MOST_BYTES, unsigned: bool = False) -> bytes:
     """Do the same to a file that is in memory already.
 
     Raises:
         BundleError: as `load`.
-        UsageError: `data` is not bytes.
+        UsageError: `data` is not bytes, or as `load`.
     """
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise UsageError(f"unpack takes the bytes of a file, not {type(data).__name__}; load(path) reads one")
-    return _unpacked(bytes(data), "model", most_bytes)
+    return _unpacked(bytes(data), "model", most_bytes, unsigned)
 
 
-def _unpacked(data: bytes, where: str, most_bytes: int) -> bytes:
+def _unpacked(data: bytes, where: str, most_bytes: int, unsigned: bool) -> bytes:
     if data[4:8] != b"TFL3" and not _is_onnx(data[:1]):
         raise BundleError(
             f"{where}: is no TFLite file: bytes 4 to 8 are not TFL3; and no ONNX file: the first is not 8; expected "
             "what build or export wrote"
         )
-    unpacker = plain_onnx if data[4:8] != b"TFL3" else unpack_tflite
+    if unsigned and data[4:8] == b"TFL3":
+        raise UsageError(f"{where}: is TFLite, whose weights are int8 everywhere; unsigned weights are of ONNX files")
+    unpacker = partial(plain_onnx, unsigned=unsigned) if data[4:8] != b"TFL3" else unpack_tflite
     unpacked: bytes = unpacker(data, where, most_bytes=most_bytes)
     return unpacked
 
@@ -86,27 +96,28 @@ def _unreadable(path: Path, error: Exception) -> BundleError:
     return BundleError(f"{str(path)!r:.200}: cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
-def unpack_file(source: Path, target: Path, *, force: bool = False) -> dict[str, int]:
+def unpack_file(source: Path, target: Path, *, force: bool = False, unsigned: bool = False) -> dict[str, int]:
     """Write what `load` gives to a file, whole or not at all.
 
     Args:
         source: a TFLite or ONNX file.
         target: where to write.
         force: replace what is there.
+        unsigned: as `load`.
 
     Returns:
         the bytes of both, by name.
 
     Raises:
         BundleError: as `load`.
-        UsageError: the target is there already, or is the source.
+        UsageError: the target is there already, or is the source; or as `load`.
         OSError: it cannot be written.
     """
     if source.exists() and target.exists() and target.samefile(source):
         raise UsageError(f"{target}: is the file to unpack, and what comes out of it does not replace it; name another")
     if target.exists() and not force:
         raise UsageError(f"{target}: is there already; give --force to replace it, or another -o")
-    n_before, data = source.stat().st_size if source.is_file() else 0, load(source)
+    n_before, data = source.stat().st_size if source.is_file() else 0, load(source, unsigned=unsigned)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_file(target, data)
     return {str(source): n_before, str(target): len(data)}

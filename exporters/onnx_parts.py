@@ -66,12 +66,14 @@ class Constant:
         kind: number of its element type, one of DTYPES.
         data: little-endian, C order; or what gives it.
         turned: the elements are those of a matrix with rows and columns exchanged.
+        raised: the elements are int8, to be stored as uint8 with 128 added.
     """
 
     shape: tuple[int, ...]
     kind: int
     data: bytes | memoryview | Coded
     turned: bool = False
+    raised: bool = False
 
     @property
     def n_bytes(self) -> int:

@@ -27,7 +27,7 @@ from edgecomp.graph import Array
 from .modelfacts import MEANT_BY_DAMAGED
 from .onnx_decoders import Decoders
 from .onnx_model import DOMAIN
-from .onnx_parts import GRAPH_NAME, INPUT, OUTPUT, Constant, Node, Parts, parts_of, shown
+from .onnx_parts import GRAPH_NAME, INPUT, INT8, OUTPUT, UINT8, Constant, Node, Parts, parts_of, shown
 from .protobuf import bytes_field, bytes_head, number_field
 
 MOST_BYTES = (1 << 31) - 1
@@ -37,13 +37,14 @@ _PAGE = 4096
 _CHUNK = 1 << 20
 
 
-def plain_onnx(data: bytes, where: str, *, most_bytes: int = MOST_BYTES) -> bytes:
+def plain_onnx(data: bytes, where: str, *, most_bytes: int = MOST_BYTES, unsigned: bool = False) -> bytes:
     """Widen every packed weight of an ONNX file to int8.
 
     Args:
         data: an ONNX file, packed or not; one that edgecomp did not write is given back as it is.
         where: names it in errors.
         most_bytes: that the plain file may have.
+        unsigned: store the weights of layers as uint8 with a zero point of 128: the same numbers.
 
     Returns:
         a file with the same inputs, outputs and results, in which nothing is left to compute beforehand.
@@ -54,8 +55,10 @@ def plain_onnx(data: bytes, where: str, *, most_bytes: int = MOST_BYTES) -> byte
     with _damage_named(where):
         parts = parts_of(memoryview(data))
         plain = _plain(parts, where, most_bytes) if parts.ours else None
-        if plain is None or not plain.folded:
+        if plain is None or not (plain.folded or unsigned):
             return data
+        if unsigned:
+            plain = _unsigned(plain)
         tensors = []
         for name, constant in plain.constants:
             tensors.append((_head(name, constant) + bytes_head(9, constant.n_bytes), constant))
@@ -257,6 +260,39 @@ def _transposed(plain: _Plain) -> _Plain:
     return replace(plain, nodes=nodes, constants=list(constants.items()))
 
 
+_LAYERS = ("Conv", "Gemm", "MatMul")
+
+
+def _unsigned(plain: _Plain) -> _Plain:
+    """Store the weights of layers as uint8.
+
+    On x86 without VNNI onnxruntime adds two products of uint8 and int8 in 16 bits, which saturate; those of uint8 and
+    uint8 it adds in 32 (MLAS, 1.32.0).
+    """
+    readers: dict[bytes, list[Node]] = {}
+    for node in plain.nodes:
+        for name in node.inputs:
+            readers.setdefault(name, []).append(node)
+    constants = dict(plain.constants)
+    raised: dict[bytes, Constant] = {}
+    changed: dict[int, Node] = {}
+    for node in plain.nodes:
+        if node.op != "DequantizeLinear" or len(node.inputs) != 3 or node.outputs[0] in plain.parts.results:
+            continue
+        weight, scale, zero_point = node.inputs
+        users = readers.get(node.outputs[0], [])
+        of_layers = all(user.op in _LAYERS and user.inputs[1:2] == node.outputs for user in users)
+        ours = all(constants.get(name, _NONE).kind == INT8 for name in (weight, zero_point))
+        if not (users and of_layers and ours and len(readers[weight]) == 1):
+            continue
+        constants[weight] = replace(constants[weight], kind=UINT8, raised=True)
+        name = zero_point + b".unsigned"
+        raised[name] = replace(constants[zero_point], kind=UINT8, raised=True)
+        changed[id(node)] = replace(node, inputs=(weight, scale, name))
+    nodes = [changed.get(id(node), node) for node in plain.nodes]
+    return replace(plain, nodes=nodes, constants=[*raised.items(), *constants.items()])
+
+
 _NONE = Constant(shape=(), kind=0, data=b"")
 
 
@@ -316,6 +352,10 @@ def _aside(offset: int, n_bytes: int) -> bytes:
 
 def _content(constant: Constant) -> Iterator[bytes | memoryview]:
     """Give the elements of a constant, decoded."""
+    if constant.raised:
+        for piece in _content(replace(constant, raised=False)):
+            yield (np.frombuffer(piece, dtype=np.uint8) ^ 0x80).data
+        return
     data = constant.data
     if isinstance(data, (bytes, memoryview)):
         codes: Array = constant.values()

@@ -423,7 +423,9 @@ def test_idx_that_is_wrong(tmp_path: Path, packed: bool, content: bytes, message
     refuse(idx(tmp_path, packed=packed, train_labels_idx1_ubyte=content), message)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x1f\x8b", b"no gzip", gzip.compress(IDX["t10k-labels-idx1-ubyte"], mtime=0)[:-9]])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x1f\x8b", b"no gzip", gzip.compress(IDX["t10k-labels-idx1-ubyte"], mtime=0)[:-9]]
+)
 def test_gzip_that_is_wrong(tmp_path: Path, content: bytes) -> None:
     spec = idx(tmp_path, packed=True)
     (tmp_path / "FashionMNIST/raw/t10k-labels-idx1-ubyte.gz").write_bytes(content)

@@ -23,7 +23,7 @@ from edgecomp.graph import Array
 from edgecomp.report import table
 
 from .cross_compile import FLASH, RAM, Core, Firmware, core_of, link, open_elf
-from .qemu_arm import QemuRun, can_run, qemu_name, run_in_qemu
+from .qemu_arm import QemuRun, can_run, lacks, qemu_name, run_in_qemu
 from .thumb import count_classes
 
 _END = 0x3000_0000
@@ -68,8 +68,10 @@ class FirmwareReport:
         code_bytes, weight_bytes, constant_bytes: flash.
         arena_bytes, static_bytes, stack_bytes, border_bytes: RAM.
         border_name: what the last is: the output, and the input where that cannot lie in the arena.
-        qemu: the second emulator with its version, whose output is the same; None where it is not installed.
-        qemu_instructions: as it counts, by blocks of code: those skipped within an IT block too.
+        qemu: the second emulator with its version, whose output is the same; None where it is not installed, or where
+            its board has too little memory.
+        qemu_instructions: as it counts, by blocks of code: those skipped within an IT block too; None for more than it
+            can count.
     """
 
     target: str
@@ -112,7 +114,9 @@ class FirmwareReport:
             f"image{'s' * (self.n_images != 1)}",
         )
         if self.qemu is not None:
-            parts += (f"in {self.qemu}: {self.qemu_instructions:,}, by blocks; the same output",)
+            n = self.qemu_instructions
+            count = "more than it counts" if n is None else f"{n:,}, by blocks"
+            parts += (f"in {self.qemu}: {count}; the same output",)
         rows = [
             (name, f"{n:,}", f"{100 * n / max(1, self.instructions):.1f} %")
             for name, n in sorted(self.steps.items(), key=lambda step: -step[1])
@@ -289,6 +293,13 @@ def measure_firmware(
     emulator = qemu_name(cpu) if core.unicorn is None else emulator_name()
     firmware = link(files, core, folder, compiler)
     facts = firmware.facts
+    no_room = None
+    if can_run(cpu):
+        flash_bytes = firmware.code_bytes + firmware.weight_bytes + firmware.constant_bytes + images[0].nbytes
+        ram_bytes = facts.arena_bytes + firmware.static_bytes + images[0].nbytes + expected[0].nbytes
+        no_room = lacks(cpu, flash_bytes=flash_bytes, ram_bytes=ram_bytes)
+        if no_room and core.unicorn is None:
+            raise TargetError(f"target {target}: the network takes {no_room}; expected one that fits")
 
     def in_qemu(i: int) -> QemuRun:
         place = folder / f"qemu{i}"
@@ -309,6 +320,8 @@ def measure_firmware(
         if core.unicorn is None:
             alone = in_qemu(i)
             check(i, alone.output, emulator)
+            if alone.instructions is None:
+                raise TargetError(f"target {target}: {emulator} cannot count as many instructions as the network takes")
             instructions, stack = alone.instructions, max(stack, alone.stack_bytes)
         else:
             run = emulate(firmware, core, images[i : i + 1], counting=i == len(images) - 1)
@@ -320,7 +333,7 @@ def measure_firmware(
         counts = dict.fromkeys(facts.steps, 0)
         for name, n in zip(facts.steps, run.step_instructions, strict=True):
             counts[name] += n
-        if can_run(cpu):
+        if can_run(cpu) and no_room is None:
             second = in_qemu(len(images) - 1)
             check(len(images) - 1, second.output, second.emulator)
     return FirmwareReport(

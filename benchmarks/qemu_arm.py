@@ -26,7 +26,11 @@ from .cross_compile import Core, cross_compiler, linked
 
 _PROGRAM = "qemu-system-arm"
 _TIMEOUT_S = 300
+_RAM_BYTES = 2 << 20
+_OWN_BYTES = 64 << 10
+"""What the program around a network takes at most of either memory, its stack among it."""
 _RESULT = "result.bin"
+_UNCOUNTED = 0xFFFF_FFFF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,21 +40,23 @@ class _Board:
     Attributes:
         machine: its name there.
         flash: where the core looks for its first words.
+        flash_bytes: that lie there.
         ram: where 2 MB of memory lie.
         tick_ns: of its SysTick.
     """
 
     machine: str
     flash: int
+    flash_bytes: int
     ram: int
     tick_ns: float
 
 
 _BOARDS: Mapping[str, _Board] = {
-    "Cortex-M4": _Board(machine="mps2-an386", flash=0, ram=0x2000_0000, tick_ns=40),
-    "Cortex-M7": _Board(machine="mps2-an500", flash=0, ram=0x2000_0000, tick_ns=40),
-    "Cortex-M33": _Board(machine="mps2-an505", flash=0x1000_0000, ram=0x3800_0000, tick_ns=50),
-    "Cortex-M55": _Board(machine="mps3-an547", flash=0, ram=0x3100_0000, tick_ns=31.25),
+    "Cortex-M4": _Board(machine="mps2-an386", flash=0, flash_bytes=4 << 20, ram=0x2000_0000, tick_ns=40),
+    "Cortex-M7": _Board(machine="mps2-an500", flash=0, flash_bytes=4 << 20, ram=0x2000_0000, tick_ns=40),
+    "Cortex-M33": _Board(machine="mps2-an505", flash=0x1000_0000, flash_bytes=4 << 20, ram=0x3800_0000, tick_ns=50),
+    "Cortex-M55": _Board(machine="mps3-an547", flash=0, flash_bytes=512 << 10, ram=0x3100_0000, tick_ns=31.25),
 }
 """By the name that a target's file gives its cpu; of the Cortex-M0 QEMU has none with memory enough."""
 
@@ -62,19 +68,29 @@ class QemuRun:
     Attributes:
         emulator: with its version.
         output: int8, as the network lays it out.
-        instructions: of `NAME_run`, to within one tick of the board's SysTick.
+        instructions: of `NAME_run`, to within one tick of the board's SysTick; None for more than it can count, 2^24
+            ticks.
         stack_bytes: that it takes: what a painted memory has lost its paint of.
     """
 
     emulator: str
     output: Array
-    instructions: int
+    instructions: int | None
     stack_bytes: int
 
 
 def can_run(cpu: str | None) -> bool:
     """Tell whether qemu-system-arm is installed and has a board with that core."""
     return cpu in _BOARDS and shutil.which(_PROGRAM) is not None
+
+
+def lacks(cpu: str | None, *, flash_bytes: int, ram_bytes: int) -> str | None:
+    """Say which memory of the board a network, its input and output among it, does not fit into; None if it fits."""
+    board = _BOARDS[str(cpu)]
+    for kind, needed, there in (("flash", flash_bytes, board.flash_bytes), ("RAM", ram_bytes, _RAM_BYTES)):
+        if needed + _OWN_BYTES > there:
+            return f"{needed} bytes of {kind}; {board.machine}, the board of {_PROGRAM}, has {there}"
+    return None
 
 
 def run_in_qemu(
@@ -125,7 +141,8 @@ def run_in_qemu(
     data = result.read_bytes()
     ticks, stack = struct.unpack("<2I", data[:8])
     output = np.frombuffer(data[8:], dtype=np.int8).reshape(facts.output.shape)
-    return QemuRun(emulator=emulator, output=output, instructions=round(ticks * board.tick_ns), stack_bytes=stack)
+    instructions = None if ticks == _UNCOUNTED else round(ticks * board.tick_ns)
+    return QemuRun(emulator=emulator, output=output, instructions=instructions, stack_bytes=stack)
 
 
 def qemu_name(cpu: str | None) -> str:
@@ -145,8 +162,8 @@ def qemu_name(cpu: str | None) -> str:
 def _script(board: _Board) -> str:
     return f"""\
 MEMORY {{
-  FLASH (rx): ORIGIN = {board.flash:#x}, LENGTH = 512K
-  RAM (rwx): ORIGIN = {board.ram:#x}, LENGTH = 2M
+  FLASH (rx): ORIGIN = {board.flash:#x}, LENGTH = {board.flash_bytes}
+  RAM (rwx): ORIGIN = {board.ram:#x}, LENGTH = {_RAM_BYTES}
 }}
 SECTIONS {{
   .vectors : {{ KEEP(*(.vectors)) }} > FLASH
@@ -218,9 +235,11 @@ void reset(void) {{
   }}
   __asm volatile("mov %0, sp" : "=r"(top));
   for (paint = top - PAINTED; paint < top; paint++) *paint = PAINT;
+  (void)SYSTICK[0]; /* reading it forgets that it has passed 0 */
   start = SYSTICK[2];
   if ({name}_run(place, result.out, arena) == 0) {{
     result.ticks = (start - SYSTICK[2]) & 0xFFFFFFu;
+    if (SYSTICK[0] & 0x10000u) result.ticks = {_UNCOUNTED:#x}u;
     for (paint = top - PAINTED; paint < top && *paint == PAINT; paint++) {{
     }}
     result.stack = (uint32_t)((const volatile char *)top - (const volatile char *)paint);

@@ -16,7 +16,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from edgecomp import options, reference
-from edgecomp.benchmarks import cross_compile
+from edgecomp.benchmarks import cross_compile, qemu_arm
 from edgecomp.benchmarks.cross_compile import COMPILERS, CORES, core_of, link
 from edgecomp.benchmarks.firmware import emulate, emulator_name, measure_firmware
 from edgecomp.benchmarks.qemu_arm import run_in_qemu
@@ -125,6 +125,44 @@ def test_a_second_emulator_gives_the_same(cpu: str, tmp_path: Path) -> None:
         again.mkdir()
         facts = read_facts(files("gated")["network.c"], "network.c")
         assert run_in_qemu(files("gated"), facts, CORES[cpu], cpu, x[0], again).output.tobytes() == y.tobytes()
+
+
+@pytest.mark.skipif(shutil.which("qemu-system-arm") is None, reason="qemu-system-arm is not installed")
+@pytest.mark.parametrize("memory", ["flash", "RAM"])
+def test_a_board_too_small_for_the_network_is_not_asked(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second emulator is left out; where there is no other the reason is told."""
+    small = {cpu: replace(board, flash_bytes=70_000) for cpu, board in qemu_arm._BOARDS.items()}
+    if memory == "flash":
+        monkeypatch.setattr(qemu_arm, "_BOARDS", small)
+    else:
+        monkeypatch.setattr(qemu_arm, "_RAM_BYTES", 66_000)
+    x, y = codes("residual", 1)
+    (tmp_path / "first").mkdir()
+    assert measure_firmware(files("residual"), "a", "Cortex-M4", x, y, tmp_path / "first").qemu is None
+    (tmp_path / "alone").mkdir()
+    with pytest.raises(TargetError, match=rf"target a: the network takes \d+ bytes of {memory}; mps3-an547"):
+        measure_firmware(files("residual"), "a", QEMU_ALONE, x, y, tmp_path / "alone")
+
+
+@pytest.mark.skipif(shutil.which("qemu-system-arm") is None, reason="qemu-system-arm is not installed")
+def test_more_ticks_than_the_boards_timer_has_are_no_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = codes("residual", 1)
+    source = files("residual")["network.c"]
+    slow = b"""(const int8_t *in, int8_t *out, void *arena) {
+  for (volatile uint32_t i = 0; i < 100000000u; i++) {
+  }
+  return residual_once(in, out, arena);
+}
+"""
+    once = source.replace(b"int residual_run(", b"static int residual_once(")
+    assert once != source
+    given = {**files("residual"), "network.c": once + b"int residual_run" + slow}
+    facts = read_facts(source, "network.c")
+    found = run_in_qemu(given, facts, CORES[QEMU_ALONE], QEMU_ALONE, x[0], tmp_path)
+    assert found.instructions is None
+    np.testing.assert_array_equal(found.output, y[0])
 
 
 @pytest.mark.parametrize("name", ["separable", "gated"])

@@ -201,7 +201,7 @@ def _footprint(network: _Network, case: Case, target: Target) -> Footprint:
         ram_bytes=target.ram_bytes,
     )
     # A microcontroller reads the file where it is stored; elsewhere weights are widened in RAM, however packed.
-    stored = network.stored.get(case.runtime) if case.precision == "int8" and micro else None
+    stored = network.stored.get(case.runtime) if case.precision == "int8" else None
     if stored is None:
         return counted
     arena_bytes = at_once if stored.arena_bytes is None else stored.arena_bytes

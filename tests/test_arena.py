@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgecomp.arena import ALIGNMENT, Arena, Buffer, arrange, drawn, widest_gap
-from edgecomp.benchmarks.tflm import TfliteMicro
-from edgecomp.compress import compress
-from edgecomp.exporters import export
-from edgecomp.exporters.to_c import program_of
-from edgecomp.footprint import activation_bytes, layer_activation_bytes
-from edgecomp.plan import Io
-from edgecomp.work import work_of
-from tests.graphs import GRAPHS, gated, plan_for, residual
-from tests.micro import NEEDS_MICRO
 
 
 def buffers(most: int) -> st.SearchStrategy[list[Buffer]]:
@@ -139,29 +129,3 @@ def test_the_smallest_buffer_is_seen_and_letters_begin_again() -> None:
     assert lines[50].endswith("  z 4")
     assert lines[51].endswith(f"  {small} 4"), f"{large} still lives"
     assert lines[52].endswith("  C 4")
-
-
-# ---- what a network needs at once ------------------------------------------------------------------------------------
-
-
-def test_activations_counted_by_hand() -> None:
-    """The shortcut reads the stem's 8x8x8 and writes 4x4x12 while the block's 4x4x12 wait to be added to."""
-    assert activation_bytes(residual(), 1) == 512 + 192 + 192
-    assert activation_bytes(residual(), 4) == 4 * activation_bytes(residual(), 1)
-    assert layer_activation_bytes(work_of(residual()), 2) == 2 * (192 + 512)  # the stem: from 8x8x3
-    # The expanded 8x8x12 become others twice, and what is to be added, 8x8x8, stays.
-    assert activation_bytes(gated(), 1) == 2 * 768 + 512
-
-
-@NEEDS_MICRO
-@pytest.mark.parametrize("name", GRAPHS)
-def test_interpreters_need_what_is_counted_and_little_more(name: str) -> None:
-    """TFLite Micro's own count, with its kernels' scratch; of our C the arena, which a sum does not enlarge."""
-    quantized = compress(GRAPHS[name](), plan_for(GRAPHS[name](), io=Io.INT8))
-    counted = activation_bytes(quantized, 1)
-    taken = TfliteMicro(export(quantized, "tflm-int8").data).describe()["arena_head_bytes"]
-    assert 0.6 * taken < counted <= taken
-    if name in ("plain", "separable"):  # where operators have no scratch
-        assert counted == taken
-    if name != "separable":  # whose softmax is not C's
-        assert layer_activation_bytes(work_of(quantized), 1) <= program_of(quantized).arena.n_bytes

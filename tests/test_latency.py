@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgecomp import bundle
+from edgecomp import bundle, options
 from edgecomp.artifact import FILES
 from edgecomp.benchmarks.netshapes import Net
 from edgecomp.benchmarks.published import NETWORKS
@@ -314,6 +314,27 @@ def test_what_cannot_be_estimated_is_refused() -> None:
         estimate(replace(case("nucleo-l4r5zi", net()), runtime="litert"))
 
 
+@pytest.mark.parametrize(
+    ("runtime", "precision", "said"),
+    [
+        ("c", "fp32", "only in int8; in fp32 on a Cortex-M4: tflite-micro, x-cube-ai, other"),
+        ("c", "fp16", "only in int8; in fp16 on a Cortex-M4: other"),
+        ("tflite-micro", "fp16", "only in fp32 and int8; in fp16 on a Cortex-M4: other"),
+        ("x-cube-ai", "fp16", "only in fp32 and int8; in fp16 on a Cortex-M4: other"),
+    ],
+)
+def test_a_runtime_is_not_asked_for_what_it_does_not_compute_in(runtime: str, precision: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        estimate(case("nucleo-l4r5zi", net(), runtime=runtime, precision=precision))
+    assert str(caught.value) == f"{runtime} does not compute in {precision}, {said}"
+
+
+def test_the_command_line_names_what_the_estimator_knows() -> None:
+    for micro, named in ((False, options.RUNTIMES), (True, options.MICRO_RUNTIMES)):
+        assert set(named) == {name for name in RUNTIMES if fits(name, micro=micro)}
+    assert set(options.PRECISIONS) == PRECISIONS.keys()
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 MINE = """
@@ -393,8 +414,11 @@ def test_a_folder_is_estimated_for_the_runtime_of_its_formats(
     record["artifacts"] = [{**artifact, "format": name, "path": FILES[name][0]} for name in formats]
     record["files"] |= {FILES[name][0]: "0" * 64 for name in formats}
     path.write_text(json.dumps(record))
-    assert main(["estimate", str(tmp_path / "out"), "--target", board, "--json"]) == 0
+    argv = ["estimate", str(tmp_path / "out"), "--target", board, "--json"]
+    assert main(argv) == 0
     assert json.loads(capsys.readouterr().out)["runtime"] == runtime
+    assert main([*argv, "--precision", "fp32"]) == 0  # in which C is not to be had
+    assert json.loads(capsys.readouterr().out)["runtime"] == ("tflite-micro" if runtime == "c" else runtime)
 
 
 @pytest.mark.parametrize(

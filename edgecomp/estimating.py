@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _RUNTIME_OF = {"onnx": "onnxruntime", "tflite": "litert", "tflm": "tflite-micro", "c": "c"}
 _IN_PLACE = {"tflite": "tflite-micro", "tflm": "tflite-micro", "c": "c"}
 """What on a microcontroller reads a file of a format where it is stored; of two, the later is made for it."""
+_SOURCES = (".c", ".cc", ".h")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,8 +293,8 @@ class _Network:
 
 def _read(model: str, weights: Path | None, input_shape: tuple[int, int, int] | None, stage: Stage) -> _Network:
     path = Path(model)
-    known = {name: _RUNTIME_OF[form] for form, files in FILES.items() for name in files if form in _RUNTIME_OF}
-    is_file = path.suffix in (".onnx", ".tflite", ".edgecomp", ".c", ".h")
+    known = {name: _RUNTIME_OF[form] for form, files in FILES.items() for name in files}
+    is_file = path.suffix in (".onnx", ".tflite", ".edgecomp", *_SOURCES)
     if not (is_file or path.is_dir()):
         from edgecomp.intake import graph_of
 
@@ -308,7 +309,7 @@ def _read(model: str, weights: Path | None, input_shape: tuple[int, int, int] | 
         return _of_graph(bundle.load(path))
     if (path.parent / MANIFEST).is_file() and path.name in known:
         return replace(_of_folder(path.parent), runtimes=(known[path.name],))
-    if path.suffix in (".c", ".h"):
+    if path.suffix in _SOURCES:
         raise UsageError(
             f"{path}: does not lie in the folder that edgecomp built it into, where its layers are read; "
             "name that folder, a graph.edgecomp, or the model"

@@ -429,6 +429,7 @@ def test_a_folder_is_estimated_for_the_runtime_of_its_formats(
         (["net.edgecomp", "--target", "none.toml"], 2, "none.toml: no such file"),
         (["net.edgecomp", "--target", "rpi4"], 2, "net.edgecomp: no such file"),
         (["lone.c", "--target", "rpi4"], 2, "does not lie in the folder that edgecomp built it into"),
+        (["lone.cc", "--target", "rpi4"], 2, "does not lie in the folder that edgecomp built it into"),
         (["lone.onnx", "--target", "rpi4"], 2, "lone.onnx: is damaged or no ONNX file: it holds no network"),
         (["lone.tflite", "--target", "rpi4"], 2, "lone.tflite: is no TFLite file"),
         ([".", "--target", "rpi4"], 2, "manifest.json"),
@@ -440,6 +441,11 @@ def test_a_folder_is_estimated_for_the_runtime_of_its_formats(
         (["lone.onnx", "--target", "rpi4", "--input-shape", "1,8,8"], 2, "leave them out"),
         (["torchvision:alexnet", "--target", "rpi4", "--threads", "0"], 2, "threads 0: expected 1 to 1024"),
         (["torchvision:alexnet", "--target", "rpi4", "--runtime", "c"], 2, "c is not for a Cortex-A72"),
+        (
+            ["torchvision:alexnet", "--target", "disco-f746ng", "--runtime", "c", "--precision", "fp32"],
+            2,
+            "c does not compute in fp32, only in int8; in fp32 on a Cortex-M7: tflite-micro, x-cube-ai, other",
+        ),
     ],
 )
 def test_wrong_use_is_one_line(
@@ -447,7 +453,7 @@ def test_wrong_use_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    for name in ("lone.onnx", "lone.tflite", "lone.c"):
+    for name in ("lone.onnx", "lone.tflite", "lone.c", "lone.cc"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "here.py").write_text("import torch\n\n\ndef net():\n    return torch.nn.Flatten()\n")
     assert main(["estimate", *argv]) == code

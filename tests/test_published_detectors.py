@@ -88,7 +88,7 @@ EFFICIENTDETS = [
 
 @pytest.mark.parametrize(("sizes", "macs", "millions"), EFFICIENTDETS)
 def test_efficientdets_are_the_papers(sizes: tuple[int, int, int, float, float], macs: float, millions: float) -> None:
-    """google/automl:efficientdet/README.md@06888d12, D0 to D2: BiFPN and heads of the lite ones, shared by all levels."""
+    """google/automl:efficientdet/README.md@06888d12, D0 to D2: BiFPN and heads of the lite ones, shared by levels."""
     layers = efficientdet(*sizes, lite=False).layers
     assert total_macs(layers) / 1e9 == pytest.approx(macs, rel=0.025)
     assert (parameters(layers) - 4 * _head(sizes[1])) / 1e6 == pytest.approx(millions, rel=0.015)

@@ -11,9 +11,9 @@ from .netshapes import Net, Shape
 V1 = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
 
 
-def v1_body(net: Net, alpha: float = 1.0, blocks: Sequence[tuple[int, int]] = V1, first_stride: int = 2) -> None:
+def v1_body(net: Net, alpha: float = 1.0, blocks: Sequence[tuple[int, int]] = V1) -> None:
     """Add MobileNetV1's blocks: out and stride of each."""
-    net.conv(int(32 * alpha), 3, first_stride)
+    net.conv(int(32 * alpha), 3, 2)
     for out, s in blocks:
         net.dw(s=s)
         net.conv(int(out * alpha))
@@ -199,11 +199,11 @@ def resnet18(*, first: bool = True, preact: bool = False) -> Net:
     return net
 
 
-def cifar_resnet(blocks: int, classes: int, widths: Sequence[int] = (16, 32, 64)) -> Net:
+def cifar_resnet(blocks: int, classes: int) -> Net:
     """ResNet for 32x32 (arXiv:1512.03385, 4.2) with convolutions on the way around; with one block, MLPerf Tiny's."""
     net = Net(3, 32)
-    net.conv(widths[0], 3)
-    for stage, out in enumerate(widths):
+    net.conv(16, 3)
+    for stage, out in enumerate((16, 32, 64)):
         for i in range(blocks):
             found, s = net.shape, 2 if stage and not i else 1
             net.conv(out, 3, s)

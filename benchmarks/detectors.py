@@ -1,4 +1,4 @@
-"""Detectors whose latency others have published, as their papers and their authors' files have them; 80 or 90 classes.
+"""Detectors whose latency others have published, as their papers and their authors' files have them.
 
 Not here: the boxes that are decoded from what the heads write, and which of them are kept.
 """
@@ -98,7 +98,7 @@ def _fused(net: Net, to: Shape, inputs: Sequence[Shape], *, lite: bool) -> Shape
 
 
 def efficientdet(size: int, channels: int, cells: int, wide: float, deep: float, *, lite: bool = True) -> Net:
-    """EfficientDet (arXiv:1911.09070); the lite ones have ReLU6 and plain sums, and do not excite.
+    """EfficientDet (arXiv:1911.09070), 90 classes; the lite ones have ReLU6 and plain sums, and do not excite.
 
     Args:
         size: of the input.
@@ -139,8 +139,8 @@ def efficientdet(size: int, channels: int, cells: int, wide: float, deep: float,
 # ---- YOLO ------------------------------------------------------------------------------------------------------------
 
 
-def tiny_yolo_v2(size: int, classes: int = 1) -> Net:
-    """Tiny YOLO v2 with five anchors, as STMicroelectronics/stm32ai-modelzoo has it."""
+def tiny_yolo_v2(size: int) -> Net:
+    """Tiny YOLO v2 with five anchors and one class, as STMicroelectronics/stm32ai-modelzoo has it."""
     net = Net(3, size)
     for out in (16, 32, 64, 128, 256):
         net.conv(out, 3)
@@ -149,7 +149,7 @@ def tiny_yolo_v2(size: int, classes: int = 1) -> Net:
     net.pool(1, 2)
     net.conv(1024, 3)
     net.conv(512, 3)
-    net.conv(5 * (5 + classes))
+    net.conv(5 * (5 + 1))
     return net
 
 
@@ -192,7 +192,7 @@ def _csp(net: Net, out: int, n: int = 1, *, depthwise: bool = False, adds: bool 
 
 
 def yolox(size: int, width: float, *, depthwise: bool = False) -> Net:
-    """YOLOX of a third of the depth (arXiv:2107.08430)."""
+    """YOLOX of a third of the depth (arXiv:2107.08430), 80 classes."""
     net = Net(3, size)
     c = int(64 * width)
     net.other((12, size // 2, size // 2))
@@ -289,7 +289,7 @@ def _distances(net: Net, levels: Sequence[Shape]) -> None:
 
 
 def yolov8(width: float) -> Net:
-    """YOLOv8 n and s (Ultralytics), a third of the depth; 640x640."""
+    """YOLOv8 n and s (Ultralytics), a third of the depth; 640x640, 80 classes."""
     net = Net(3, 640)
 
     def split(out: int, n: int = 1, *, adds: bool = False) -> Shape:
@@ -319,7 +319,7 @@ def yolov8(width: float) -> Net:
 
 
 def yolo11(width: float, *, n: int = 1, widest: int = 1024, large: bool = False) -> Net:
-    """YOLO11 (Ultralytics), 640x640; `n` blocks each, and `large` ones with cross-stage blocks everywhere."""
+    """YOLO11 (Ultralytics), 640x640, 80 classes; `n` blocks each, `large` ones with cross-stage blocks everywhere."""
     net = Net(3, 640)
     c = int(64 * width)
 

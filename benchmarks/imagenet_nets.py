@@ -239,10 +239,10 @@ def shufflenet() -> Net:
     return net
 
 
-def shuffle_stages(net: Net, widths: Sequence[int], repeats: Sequence[int] = (4, 8, 4)) -> list[Shape]:
+def shuffle_stages(net: Net, widths: Sequence[int]) -> list[Shape]:
     """Add the stages of ShuffleNetV2 (arXiv:1807.11164); give what each wrote."""
     ends = []
-    for width, n in zip(widths, repeats, strict=True):
+    for width, n in zip(widths, (4, 8, 4), strict=True):
         half, found = width // 2, net.shape
         net.dw(s=2)
         net.conv(half)

@@ -19,7 +19,7 @@ from edgecomp.errors import DataError
 from edgecomp.latency import Case
 from edgecomp.processor import CORES, Processor, processor_of
 from edgecomp.target import Target
-from edgecomp.targets import load, names
+from edgecomp.targets import load
 from edgecomp.work import Kind, Work
 
 from .published import NETWORKS
@@ -168,7 +168,7 @@ def _counted_row(layers: Sequence[Mapping[str, str]]) -> Row:
 
 def _rows(text: str, work: Mapping[tuple[str, str], list[Work]], elsewhere: bool) -> Iterator[Row]:
     for r in csv.DictReader(text.splitlines()):
-        accelerated = r["cpu"].count(" + ") > 0
+        accelerated = " + " in r["cpu"]
         key = (r["model"], r["input"])
         if key not in work or accelerated or "superseded" in r["note"] or "SUSPECT" in r["note"]:
             continue
@@ -202,7 +202,7 @@ def _runtime(text: str) -> str:
 def _processor(r: Mapping[str, str], threads: int) -> Processor:
     clock_hz, cpu, device = int(float(r["clock_mhz"]) * 1e6), r["cpu"], r["device"]
     wide = r["os_bits"] != "32"
-    base = load(_TARGETS[device]) if device in _TARGETS and _TARGETS[device] in names() else None
+    base = load(_TARGETS[device]) if device in _TARGETS else None
     memory = next((v for chip, v in _MEMORY.items() if chip in device), (None, None))
     copy, fill = (None if v is None else v * _MB for v in memory)
     isa: tuple[str, ...] = ("aarch64", "neon") if wide else ("armv7", "neon")
@@ -228,6 +228,6 @@ def _processor(r: Mapping[str, str], threads: int) -> Processor:
             l3_bytes=None if base is None else base.l3_bytes,
             memory_copy_bytes_per_s=copy,
             memory_fill_bytes_per_s=fill,
-            runtimes=("c",),
+            runtimes=(),
         )
     )

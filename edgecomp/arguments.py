@@ -25,6 +25,11 @@ def read_percent(text: str) -> float:
     return value
 
 
+def read_points(text: str) -> float:
+    """Read percentage points: 0.5 and 0.5% are both half a point."""
+    return read_number(text.removesuffix("%"))
+
+
 def read_numbers(text: str) -> tuple[float, ...]:
     """Read numbers with commas between them."""
     return tuple(read_number(part) for part in text.split(","))

@@ -16,7 +16,7 @@ from edgecomp.artifact import AtRest, Exported, form_of
 from edgecomp.channels import IRRELEVANT, CutPolicy, Pruning
 from edgecomp.check import Stage, chance_warning, measure, measure_accuracy
 from edgecomp.compress import compress, narrowest_bits, on_grids
-from edgecomp.data import LabelledImages, draw
+from edgecomp.data import TEST_SHARE, LabelledImages, draw
 from edgecomp.errors import DataError, UsageError
 from edgecomp.files import MANIFEST, MANIFEST_SCHEMA, OVERVIEW, PLAN_FILE, check_output_folder, new_folder, write_file
 from edgecomp.graph import Array, Graph
@@ -67,7 +67,7 @@ def build(
     model: str | None,
     weights: Path | None,
     data: str | None,
-    test_share: float,
+    test_share: float | None,
     preprocessing: Preprocessing | None,
     input_shape: tuple[int, int, int] | None,
     n_calibration: int,
@@ -96,7 +96,7 @@ def build(
         model: see `pytorch.load.load_module`; None for the bundled sample.
         weights: a file of weights for the model.
         data: see `data.load`; None for the bundled sample's.
-        test_share: how much of data without a test part is measured on; the rest calibrates.
+        test_share: how much of data without a test part is measured on, the rest calibrates; None for `TEST_SHARE`.
         preprocessing: what turns pixels into input; None for the sample's own, or pixels / 255 unchanged.
         input_shape: (C, H, W); None for what the preprocessed images have.
         n_calibration: images of the training split to calibrate and score with.
@@ -327,7 +327,7 @@ def build(
                 "training images": images.train.digest(),
                 "test images": images.test.digest(),
             },
-            "test_share": float(test_share),
+            "test_share": TEST_SHARE if test_share is None else float(test_share),
             "preprocessing": preprocessing.to_json(),
             "classes": list(images.classes),
             "io": io.value,

@@ -21,7 +21,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,7 @@ class DataSet:
         test: what accuracy is measured on.
         classes: the name of each label.
         spec: where it came from, as the user wrote it.
+        held_out: whether the source had no test part, so that one was held out of it.
 
     Raises:
         DataError: a label has no class, or the splits differ in shape or type.
@@ -128,6 +129,7 @@ class DataSet:
     test: LabelledImages
     classes: tuple[str, ...]
     spec: str
+    held_out: bool = False
 
     def __post_init__(self) -> None:
         for name, split in (("train", self.train), ("test", self.test)):
@@ -147,7 +149,7 @@ class DataSet:
             train, test = self.train.of_classes(indices), self.test.of_classes(indices)
         except DataError as error:
             raise DataError(f"{self.spec}: {error}") from error
-        return DataSet(train=train, test=test, classes=tuple(self.classes[i] for i in indices), spec=self.spec)
+        return replace(self, train=train, test=test, classes=tuple(self.classes[i] for i in indices))
 
 
 def _checked_images(images: Array) -> Array:
@@ -276,7 +278,7 @@ def load(
         train, test = splits if len(splits) == 2 else _held_out(splits[0], test_share, rng)
         if classes is None:
             classes = tuple(str(i) for i in range(1 + max(int(s.labels.max()) for s in splits)))
-        return DataSet(train=train, test=test, classes=classes, spec=spec)
+        return DataSet(train=train, test=test, classes=classes, spec=spec, held_out=len(splits) == 1)
     except DataError as error:
         raise DataError(" ".join(f"{spec}: {error}".splitlines())) from error  # file names may hold line ends
     except OSError as error:

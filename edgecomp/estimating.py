@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgecomp import bundle
-from edgecomp.artifact import FILES
+from edgecomp.artifact import FILES, AtRest
 from edgecomp.comparing import read_baseline
 from edgecomp.compress import compress
 from edgecomp.errors import BundleError, UsageError
 from edgecomp.files import MANIFEST
 from edgecomp.folder import open_folder, read_file
-from edgecomp.latency import MICRO_RUNTIMES, Case, Estimate, LatencyLimit, LayerSource, Range, estimate
+from edgecomp.footprint import Footprint, activation_bytes, layer_activation_bytes
+from edgecomp.latency import (
+    MICRO_RUNTIMES,
+    PRECISIONS,
+    RUNTIMES,
+    Case,
+    Estimate,
+    LatencyLimit,
+    LayerSource,
+    Range,
+    estimate,
+)
 from edgecomp.processor import processor_of
 from edgecomp.profiled import Profile, profile_of
 from edgecomp.report import ESTIMATE_SCHEMA, Source, table
@@ -23,9 +34,13 @@ from edgecomp.work import Work, total_macs, work_of
 
 if TYPE_CHECKING:
     from edgecomp.check import Stage
+    from edgecomp.graph import Graph
     from edgecomp.target import Target
 
 _RUNTIME_OF = {"onnx": "onnxruntime", "tflite": "litert", "tflm": "tflite-micro", "c": "c"}
+_IN_PLACE = {"tflite": "tflite-micro", "tflm": "tflite-micro", "c": "c"}
+"""What on a microcontroller reads a file of a format where it is stored; of two, the later is made for it."""
+_SOURCES = (".c", ".cc", ".h")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +52,7 @@ class Estimated:
         runtime, precision, threads: that were asked for, or chosen.
         macs: of the network.
         estimate: the latency, and by layer.
+        memory: what the network needs of the board's.
     """
 
     model: str
@@ -46,6 +62,7 @@ class Estimated:
     threads: int
     macs: int
     estimate: Estimate
+    memory: Footprint
 
     def to_json(self) -> dict[str, object]:
         """Give it for machines; `source` says that nothing was measured."""
@@ -71,6 +88,7 @@ class Estimated:
                 for x in self.estimate.layers
             ],
             "basis": list(self.estimate.basis),
+            "memory": self.memory.to_json(),
         }
 
     def table(self) -> str:
@@ -96,7 +114,8 @@ class Estimated:
         ]
         time = "ms" if profiled else "estimated ms"
         header = ("layer", "kind", "multiply-adds", time, "range ms", "share", *(["source"] if profiled else []))
-        return "\n".join((title, *(f"- {line}" for line in self.estimate.basis), "", table(rows, header)))
+        lines = [line for line in (self.memory.text(), *self.estimate.basis) if line]
+        return "\n".join((title, *(f"- {line}" for line in lines), "", table(rows, header)))
 
 
 def _ms(value: float) -> str:
@@ -126,7 +145,8 @@ def estimate_model(
             as `intake.graph_of` takes it.
         target: the board.
         runtime: one of `latency.RUNTIMES`; None for the profile's or the file's own, of a folder litert or the first
-            format's own that the target has, else litert or, on a microcontroller, tflite-micro.
+            format's own that the target has and that computes in this precision, else litert or, on a microcontroller,
+            tflite-micro.
         precision: one of `latency.PRECISIONS`.
         threads: of the runtime.
         profile: see `read_profile`.
@@ -138,18 +158,16 @@ def estimate_model(
         EdgecompError: the model or file cannot be read, or no estimate can be made for the target.
     """
     processor = processor_of(target)
-    work, own = _read(model, weights, input_shape, stage)
-    usual = "tflite-micro" if processor.micro else "litert"
-    if Path(model).is_dir():
-        own = _of_formats(Path(model), micro=processor.micro)
-    if own is not None and (own in MICRO_RUNTIMES) == processor.micro:
-        usual = own
+    network = _read(model, weights, input_shape, stage)
+    own = [name for name in network.runtimes if precision in RUNTIMES[name].precisions]
+    fitting = [name for name in own if (name in MICRO_RUNTIMES) == processor.micro]
+    usual = fitting[0] if fitting else "tflite-micro" if processor.micro else "litert"
     measured = None if profile is None else read_profile(*profile)
     if measured is not None:
         usual = measured.report.runtime
         measured.check(target=target.name, runtime=runtime or usual, precision=precision, threads=threads)
     case = Case(
-        work=work,
+        work=network.work,
         processor=processor,
         runtime=runtime or usual,
         precision=precision,
@@ -163,7 +181,32 @@ def estimate_model(
         threads=threads,
         macs=total_macs(case.work),
         estimate=estimate(case) if measured is None else measured.estimate(case),
+        memory=_footprint(network, case, target),
     )
+
+
+def _footprint(network: _Network, case: Case, target: Target) -> Footprint:
+    micro, element_bytes = case.processor.micro, PRECISIONS[case.precision]
+    at_once = None
+    # X-CUBE-AI's plans take less than layer by layer: 220.6 KiB where Tiny YOLO v2 writes 576 (published by ST).
+    if not micro or case.runtime in _IN_PLACE.values():
+        # Our C adds a sum as the convolution before it writes, into what it adds.
+        graph = None if case.runtime == "c" else network.graph
+        by_layer = layer_activation_bytes(case.work, element_bytes)
+        at_once = by_layer if graph is None else activation_bytes(graph, element_bytes)
+    counted = Footprint(
+        weight_bytes=element_bytes * sum(w.weights for w in case.work),
+        activation_bytes=at_once,
+        in_flash=micro,
+        flash_bytes=target.flash_bytes,
+        ram_bytes=target.ram_bytes,
+    )
+    # A microcontroller reads the file where it is stored; elsewhere weights are widened in RAM, however packed.
+    stored = network.stored.get(case.runtime) if case.precision == "int8" else None
+    if stored is None:
+        return counted
+    arena_bytes = at_once if stored.arena_bytes is None else stored.arena_bytes
+    return replace(counted, weight_bytes=stored.n_bytes, activation_bytes=arena_bytes, file=stored.name)
 
 
 def read_profile(report: Path, file: Path) -> Profile:
@@ -216,41 +259,73 @@ def latency_limit(
     return LatencyLimit(most_ms=most_ms, processor=processor, runtime=runtime or usual, threads=threads, by=by)
 
 
-def _read(
-    model: str, weights: Path | None, input_shape: tuple[int, int, int] | None, stage: Stage
-) -> tuple[Sequence[Work], str | None]:
-    """Give the work of the layers, and the runtime of the file that was named, if that decides it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """What of a file lies in a microcontroller's flash.
+
+    Attributes:
+        name: of the file.
+        n_bytes: in flash.
+        arena_bytes: RAM that its manifest says it takes; None where nothing says.
+    """
+
+    name: str
+    n_bytes: int
+    arena_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Network:
+    """What the user named.
+
+    Attributes:
+        work: of its layers.
+        runtimes: that its files are for, the first choice first; none of a model.
+        graph: its operators; None of a file that lies alone.
+        stored: what is known of its files, by the runtime that reads them in place.
+    """
+
+    work: Sequence[Work]
+    runtimes: tuple[str, ...] = ()
+    graph: Graph | None = None
+    stored: Mapping[str, _Stored] = field(default_factory=dict)
+
+
+def _read(model: str, weights: Path | None, input_shape: tuple[int, int, int] | None, stage: Stage) -> _Network:
     path = Path(model)
-    known = {name: _RUNTIME_OF[form] for form, files in FILES.items() for name in files if form in _RUNTIME_OF}
-    is_file = path.suffix in (".onnx", ".tflite", ".edgecomp", ".c", ".h")
+    known = {name: _RUNTIME_OF[form] for form, files in FILES.items() for name in files}
+    is_file = path.suffix in (".onnx", ".tflite", ".edgecomp", *_SOURCES)
     if not (is_file or path.is_dir()):
         from edgecomp.intake import graph_of
 
-        return work_of(graph_of(model, weights, input_shape, stage)), None
+        return _of_graph(graph_of(model, weights, input_shape, stage))
     if weights is not None or input_shape is not None:
         raise UsageError(f"{path}: is built; --weights and --input-shape are of a model, leave them out")
     if path.is_dir():
-        return _of_folder(path), None
+        return _of_folder(path)
     if not path.is_file():
         raise BundleError(f"{path}: no such file; expected a file or folder that edgecomp wrote, or a model")
     if path.suffix == ".edgecomp":
-        return work_of(bundle.load(path)), None
+        return _of_graph(bundle.load(path))
     if (path.parent / MANIFEST).is_file() and path.name in known:
-        return _of_folder(path.parent), known[path.name]
-    if path.suffix in (".c", ".h"):
+        return replace(_of_folder(path.parent), runtimes=(known[path.name],))
+    if path.suffix in _SOURCES:
         raise UsageError(
             f"{path}: does not lie in the folder that edgecomp built it into, where its layers are read; "
             "name that folder, a graph.edgecomp, or the model"
         )
-    return _of_file(path)
+    from edgecomp.exporters.unpack_tflite import is_packed
+
+    work, runtime = _of_file(path)
+    data = read_file(path)
+    # A float file is not what a microcontroller stores in int8.
+    in_place = path.suffix == ".tflite" and not is_packed(data) and len(data) < 4 * sum(w.weights for w in work)
+    stored = {"tflite-micro": _Stored(name=path.name, n_bytes=len(data))} if in_place else {}
+    return _Network(work=work, runtimes=(runtime,), stored=stored)
 
 
-def _of_formats(path: Path, *, micro: bool) -> str | None:
-    """Choose the runtime of a built folder as `latency_limit` does; LiteRT, as fast as ONNX Runtime there, first."""
-    record = open_folder(path).record
-    own = [_RUNTIME_OF[artifact["format"]] for artifact in record["artifacts"]]
-    fitting = [name for name in own if (name in MICRO_RUNTIMES) == micro]
-    return "litert" if "litert" in fitting else fitting[0] if fitting else None
+def _of_graph(graph: Graph) -> _Network:
+    return _Network(work=work_of(graph), graph=graph)
 
 
 def _of_file(path: Path) -> tuple[Sequence[Work], str]:
@@ -267,6 +342,18 @@ def _of_file(path: Path) -> tuple[Sequence[Work], str]:
     return tflite_work(data, str(path)), _RUNTIME_OF["tflm" if micro else "tflite"]
 
 
-def _of_folder(path: Path) -> Sequence[Work]:
+def _of_folder(path: Path) -> _Network:
     folder = open_folder(path)
-    return work_of(compress(folder.graph, folder.plan))
+    artifacts = {artifact["format"]: artifact for artifact in folder.record["artifacts"]}
+    stored = {}
+    for form, runtime in _IN_PLACE.items():
+        artifact = artifacts.get(form, {})
+        n_bytes = artifact.get("flash_bytes" if form == "c" else "bytes")
+        arena_bytes = artifact.get("arena_bytes" if form == "c" else "arena_head_bytes")
+        packed = form == "tflite" and artifact.get("weights_at_rest") == AtRest.PACKED
+        if isinstance(n_bytes, int) and isinstance(arena_bytes, int | None) and not packed:
+            stored[runtime] = _Stored(name=artifact["path"], n_bytes=n_bytes, arena_bytes=arena_bytes)
+    # LiteRT, as fast as ONNX Runtime there, first.
+    runtimes = sorted((_RUNTIME_OF[form] for form in artifacts), key=lambda name: name != "litert")
+    graph = compress(folder.graph, folder.plan)
+    return _Network(work=work_of(graph), runtimes=tuple(runtimes), graph=graph, stored=stored)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgecomp.data import LabelledImages, load
+from edgecomp.data import TEST_SHARE, LabelledImages, load
 from edgecomp.errors import DataError, UsageError
 from edgecomp.graph import Array, Graph
 from edgecomp.preprocessing import Preprocessing
@@ -28,8 +28,15 @@ def sample(preprocessing: Preprocessing | None) -> tuple[str, Path, Preprocessin
     return files.record["model"], files.weights, preprocessing or own
 
 
-def load_images(data: str, test_share: float, seed: int, preprocessing: Preprocessing, stage: Stage) -> DataSet:
-    """Read images as `data.load` does, and show how far it is."""
+def load_images(
+    data: str, test_share: float | None, seed: int, preprocessing: Preprocessing, stage: Stage
+) -> DataSet:
+    """Read images as `data.load` does, and show how far it is.
+
+    Raises:
+        DataError: as `data.load`.
+        UsageError: as there, or a share was asked for of data that have a test part.
+    """
 
     def progress(items: Sequence[object], total: int, what: str) -> Iterator[object]:
         with stage(what, total) as advance:
@@ -37,13 +44,16 @@ def load_images(data: str, test_share: float, seed: int, preprocessing: Preproce
                 yield item
                 advance(1)
 
-    return load(
+    images = load(
         data,
         seed=seed,
         resize=preprocessing.resize,
-        test_share=test_share,
+        test_share=TEST_SHARE if test_share is None else test_share,
         progress=progress,  # type: ignore[arg-type]
     )
+    if test_share is not None and not images.held_out:
+        raise UsageError(f"--test-share is of data without a test part, and {data} has one; leave it out")
+    return images
 
 
 def input_shape(

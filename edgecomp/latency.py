@@ -204,14 +204,19 @@ class Runtime:
         because: why, for people.
         same: whether its kernels are those of `like`, so that the range is, too.
         counted: whether it was not fitted to published figures, but to emulated instructions times Arm's cycles.
+        precisions: that it computes in.
     """
 
     like: str
     because: str = ""
     same: bool = False
     counted: bool = False
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
 
 
+# No operator of TFLite Micro takes half precision (tensorflow/tflite-micro issue 2587); ST names float32 and 8 bits
+# (STEdgeAI-Core's data brief).
+_NO_HALVES = tuple(name for name in PRECISIONS if name != "fp16")
 _XNNPACK = Runtime(like="litert", because="the same kernels (XNNPACK)", same=True)
 RUNTIMES: Mapping[str, Runtime] = {
     "litert": Runtime(like="litert"),
@@ -222,9 +227,9 @@ RUNTIMES: Mapping[str, Runtime] = {
     "ncnn": Runtime(like="ncnn"),
     "paddle-lite": Runtime(like="paddle-lite"),
     "tnn": Runtime(like="tnn"),
-    "tflite-micro": Runtime(like="tflite-micro"),
-    "x-cube-ai": Runtime(like="x-cube-ai"),
-    "c": Runtime(like="c", counted=True),
+    "tflite-micro": Runtime(like="tflite-micro", precisions=_NO_HALVES),
+    "x-cube-ai": Runtime(like="x-cube-ai", precisions=_NO_HALVES),
+    "c": Runtime(like="c", counted=True, precisions=("int8",)),
     "other": Runtime(like="a middling runtime", because="nothing is known of it"),
 }
 """By the name that --runtime takes. litert is XNNPACK; tflite-micro has CMSIS-NN's kernels; c is edgecomp's own; other
@@ -300,7 +305,8 @@ def check_case(case: Case) -> None:
     """Refuse what no estimate can be made for.
 
     Raises:
-        UsageError: runtime, precision or threads are unknown or out of range, or do not fit the processor.
+        UsageError: runtime, precision or threads are unknown or out of range, or do not fit the processor, or the
+            runtime does not compute in that precision.
     """
     if case.runtime not in RUNTIMES:
         raise UsageError(f"runtime {case.runtime!r:.80} is not known to the estimator; expected {', '.join(RUNTIMES)}")
@@ -309,6 +315,13 @@ def check_case(case: Case) -> None:
         raise UsageError(f"{case.runtime} is not for a {case.processor.core}; expected {', '.join(fitting)}")
     if case.precision not in PRECISIONS:
         raise UsageError(f"precision {case.precision!r:.80}; expected {', '.join(PRECISIONS)}")
+    if case.precision not in (possible := RUNTIMES[case.runtime].precisions):
+        others = [name for name, other in RUNTIMES.items() if case.precision in other.precisions]
+        there = ", ".join(name for name in others if fits(name, micro=case.processor.micro))
+        raise UsageError(
+            f"{case.runtime} does not compute in {case.precision}, only in {' and '.join(possible)}; "
+            f"in {case.precision} on a {case.processor.core}: {there}"
+        )
     if not 1 <= case.threads <= 1024:
         raise UsageError(f"threads {case.threads}: expected 1 to 1024")
     if case.threads > (cores := case.processor.cores):

@@ -16,6 +16,7 @@ from edgecomp.arguments import (
     read_number,
     read_numbers,
     read_percent,
+    read_points,
     read_shape,
 )
 from edgecomp.errors import UsageError
@@ -34,6 +35,13 @@ METHODS = ("edgecomp", "soroush2024", "ghavami2025")
 """What --method takes: `methods.METHODS`, likewise."""
 COMPILERS = ("gcc", "zig", "clang")
 """What --compiler takes: `benchmarks.cross_compile.COMPILERS`, likewise."""
+RUNTIMES = (
+    "litert", "tflite-runtime", "executorch", "onnxruntime", "onnxruntime-lean", "ncnn", "paddle-lite", "tnn", "other"
+)  # fmt: skip
+MICRO_RUNTIMES = ("tflite-micro", "x-cube-ai", "c", "other")
+"""What --runtime of estimate takes, elsewhere and on Cortex-M: `latency.RUNTIMES`, likewise."""
+PRECISIONS = ("int8", "fp32", "fp16")
+"""What --precision takes: `latency.PRECISIONS`, likewise."""
 
 
 def add_verbs(verbs: Any) -> None:
@@ -68,9 +76,7 @@ def _add_build(verbs: Any) -> None:
         metavar="D",
         help="sample, fashion-mnist:ROOT, cifar10:ROOT, folder:PATH (directory or .zip), npz:PATH, module:function",
     )
-    p.add_argument(
-        "--test-share", type=read_number, default=0.2, metavar="P", help="of data without a test part (default 0.2)"
-    )
+    p.add_argument("--test-share", type=read_number, metavar="P", help="of data without a test part (default 0.2)")
     p.add_argument("--mean", type=read_numbers, metavar="M", help="per channel, of pixels / 255; default 0")
     p.add_argument("--std", type=read_numbers, metavar="S", help="per channel, of pixels / 255; default 1")
     p.add_argument("--resize", type=int, metavar="N", help="shorter side to N, then the centre N x N")
@@ -99,7 +105,7 @@ def _add_build(verbs: Any) -> None:
     limits = p.add_mutually_exclusive_group()
     limits.add_argument("--avg-bits", type=read_number, metavar="X", help="mean bits a weight on disk (default 4)")
     limits.add_argument("--max-size", type=read_bytes, metavar="BYTES", help="of every file; K = 1024, kB = 1000, so M")
-    limits.add_argument("--max-drop", type=read_number, metavar="P", help="points, on held-out training images")
+    limits.add_argument("--max-drop", type=read_points, metavar="P", help="points, on held-out training images")
     about = "onnx, tflite, tflm (TFLite Micro), c (firmware), with commas between; default onnx,tflite"
     p.add_argument("--format", type=read_formats, default=("onnx", "tflite"), metavar="F", help=about)
     _add_at_rest(p, ("native", "packed"))
@@ -192,7 +198,8 @@ def _add_gate(verbs: Any) -> None:
     p.add_argument("folder", type=Path, metavar="DIR", help="that build wrote, or export --format c")
     p.add_argument("--max-flash", type=read_bytes, metavar="BYTES", help="of weights, scales; with --target code too")
     p.add_argument("--max-ram", type=read_bytes, metavar="BYTES", help="of the arena; with --target of the stack too")
-    p.add_argument("--max-drop", type=read_number, metavar="P", help="points of accuracy below the float network's")
+    about = "points of accuracy below the float network's; 0.5%% is half a point, too"
+    p.add_argument("--max-drop", type=read_points, metavar="P", help=about)
     p.add_argument("--target", metavar="NAME", help="the core to build and run it for: cortex-m4, ...")
     p.add_argument(
         "--baseline", type=Path, metavar="FILE", help="an earlier manifest.json or network.c: what has grown since?"
@@ -225,8 +232,9 @@ def _add_estimate(verbs: Any) -> None:
     )
     p.add_argument("model", metavar="MODEL", help=about)
     p.add_argument("--target", required=True, metavar="NAME", help="of edgecomp targets, or your FILE.toml")
-    p.add_argument("--runtime", metavar="R", help="litert, onnxruntime, ncnn; tflite-micro, x-cube-ai, c on Cortex-M")
-    p.add_argument("--precision", choices=("int8", "fp32", "fp16"), help="default int8")
+    about = f"{', '.join(RUNTIMES)}; on Cortex-M {', '.join(MICRO_RUNTIMES)}; default: the file's, else the first"
+    p.add_argument("--runtime", metavar="R", help=about)
+    p.add_argument("--precision", choices=PRECISIONS, help="default int8, in which alone c computes")
     p.add_argument("--threads", type=int, metavar="N", help="default 1")
     _add_profile(p)
     p.add_argument("--weights", type=Path, metavar="FILE", help="of a model; not needed where untrained will do")

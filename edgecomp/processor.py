@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgecomp.errors import TargetError, UsageError
-from edgecomp.target import Target
+from edgecomp.target import ISA, Target
 
 _MB = 1_000_000
 _KIB = 1024
@@ -123,6 +123,11 @@ _LIKE: Sequence[tuple[str, frozenset[str]]] = (
 )
 """What an unknown microcontroller computes like: the first core of whose instruction sets it has one. The DSP
 extension, which multiplies two numbers at once, is an option from ARMv8-M on, and in the baseline is not to be had."""
+_MICRO = frozenset(name for name in ISA if name.endswith(("-m", "-m.base", "-m.main"))) | _HELIUM
+_OTHERS = frozenset({"aarch64", "armv6", "armv7", "neon", "dotprod", "i8mm"})
+"""What only microcontrollers have, and what none of them has."""
+_SLOWEST_HZ, _SLOWEST_MICRO_HZ = 10_000_000, 32_768
+"""Less than any core of the A class runs at, and a watch crystal's, the slowest clock of a microcontroller."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +173,49 @@ def core_name(cpu: str) -> str:
     return next((name for name in CORES if name.lower() == cpu.strip().lower()), cpu)
 
 
+def is_micro(cpu: str) -> bool:
+    """Tell whether a core is a microcontroller's."""
+    return cpu.lower().startswith("cortex-m")
+
+
+def check_core(target: Target, where: str) -> None:
+    """Refuse facts that a core cannot have; of one that is neither known nor a Cortex, all but a clock are believed.
+
+    Args:
+        target: with its core spelled as `core_name` does.
+        where: names it in errors.
+
+    Raises:
+        UsageError: isa names instructions that the core is without, or clock_hz is not in Hz.
+    """
+    cpu = target.cpu
+    if cpu is None:
+        return
+    of_a_class = not is_micro(cpu) and (cpu in CORES or cpu.lower().startswith("cortex-a"))
+    least_hz = _SLOWEST_HZ if of_a_class else _SLOWEST_MICRO_HZ
+    if target.clock_hz is not None and target.clock_hz < least_hz:
+        unit, factor = ("MHz", 10**6) if target.clock_hz < 10_000 else ("kHz", 10**3)
+        raise UsageError(
+            f"{where}: clock_hz is {target.clock_hz}, and no {cpu:.80} is slower than {least_hz:_}; it is in Hz: "
+            f"{target.clock_hz} {unit} are {target.clock_hz * factor:_}"
+        )
+    lacking = _lacking(cpu) if is_micro(cpu) or of_a_class else frozenset()
+    for name in target.isa:
+        if name in lacking:
+            possible = ", ".join(each for each in ISA if each not in lacking)
+            raise UsageError(f"{where}: isa has {name!r}, which a {cpu:.80} is without; expected of {possible}")
+
+
+def _lacking(cpu: str) -> frozenset[str]:
+    """Name the instruction sets that a core is surely without; of one that is not in CORES, those of the other kind."""
+    core = CORES.get(cpu)
+    if is_micro(cpu):
+        return _OTHERS if core is None or core.dotprod else _OTHERS | _HELIUM | {"armv8.1-m.main", "fp16"}
+    if core is not None and core.bits == 32:
+        return _MICRO | {"aarch64", "fp16", "dotprod", "i8mm"}
+    return _MICRO if core is None or core.fp16 else _MICRO | {"fp16", "dotprod", "i8mm"}
+
+
 def processor_of(target: Target) -> Processor:
     """Give what an estimate needs of a target.
 
@@ -182,7 +230,7 @@ def processor_of(target: Target) -> Processor:
             f"target {target.name!r:.80}: {missing} is not known, which an estimate needs; "
             "take a board, or copy the target's file, add it, and give --target FILE.toml"
         )
-    micro = target.cpu.lower().startswith("cortex-m")
+    micro = is_micro(target.cpu)
     core, like = CORES.get(target.cpu), _like(target.isa) if micro else None
     if core is None:
         needed = ("isa",) if micro else ("isa", "fp32_macs_per_cycle")

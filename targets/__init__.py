@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from edgecomp.errors import TargetError, UsageError
-from edgecomp.processor import core_name
+from edgecomp.processor import check_core, core_name
 from edgecomp.target import Target, parse
 
 SUFFIX = "-emulated"
@@ -27,7 +27,7 @@ def load(name: str) -> Target:
 
     Raises:
         TargetError: a file of ours is damaged.
-        UsageError: no board has that name, there is no such file, or as `target.parse`.
+        UsageError: no board has that name, there is no such file, or as `target.parse` and `processor.check_core`.
     """
     if name.endswith(".toml"):
         return _read(Path(name))
@@ -56,4 +56,6 @@ def _read(path: Path) -> Target:
         what = "no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({reason})"
         raise UsageError(f"{path}: {what}; expected the facts of a board, as edgecomp targets shows them") from e
     target = parse(text, str(path), stem=path.stem)
-    return replace(target, cpu=None if target.cpu is None else core_name(target.cpu))
+    target = replace(target, cpu=None if target.cpu is None else core_name(target.cpu))
+    check_core(target, str(path))
+    return target

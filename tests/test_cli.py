@@ -71,6 +71,7 @@ BAD = {
     "unknown rule": (["--rule", "lrp"], 2, "epsilon-plus"),
     "rule with a number out of range": (["--rule", "gamma:-1"], 2, "-1 is out of range"),
     "no calibration": (["--calib", "0"], 2, "--calib"),
+    "a share of data with a test part": (["--test-share", "0.2"], 2, "without a test part, and npz:data.npz has one"),
     "std of zero": (["--std", "0"], 2, "std"),
     "three means for one channel": (["--mean", "0,0,0", "--std", "1,1,1"], 2, "3"),
     "existing folder": (["-o", "full"], 2, "--force"),
@@ -110,6 +111,8 @@ def test_bad_input_is_one_line(
         (["build", "--format", "pb", "-o", "x"], "onnx, tflite"),
         (["build", "--input-shape", "3", "-o", "x"], "e.g. 3,224,224"),
         (["build", "--test-share", "half", "-o", "x"], "expected a number"),
+        (["gate", "x", "--max-drop", "%"], "expected a number"),
+        (["build", "--max-drop", "half%", "-o", "x"], "expected a number"),
         (["fly"], "invalid choice"),
     ],
 )

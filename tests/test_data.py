@@ -246,7 +246,8 @@ def test_a_share_that_leaves_one_part_empty_is_refused(share: float) -> None:
 def test_the_smallest_set_that_can_be_split(tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", x=IMAGES[:2], y=LABELS[:2])
     got = load(f"npz:{tmp_path}/two.npz")
-    assert (len(got.train), len(got.test)) == (1, 1)
+    assert (len(got.train), len(got.test), got.held_out) == (1, 1, True)
+    assert not load("sample").held_out
     np.savez(tmp_path / "one.npz", x=IMAGES[:1], y=LABELS[:1])
     refuse(f"npz:{tmp_path}/one.npz", "one image, expected at least two")
 

@@ -81,8 +81,10 @@ def test_lost_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(Path("large/manifest.json").read_text())
     drop = record["float"]["accuracy"] - entry("large")["accuracy"]["value"]
     assert "points" in said(["large", "--max-drop", f"{drop + 0.01:.4f}"], 0, capsys)
-    text = said(["large", "--max-drop", f"{drop - 0.01:.4f}"], 4, capsys)
-    assert f"{drop:.2f} points below the float network's; --max-drop allows" in text
+    for sign in ("", "%", " %"):  # points, whatever the sign: 0.5% of accuracy is half a point
+        text = said(["large", f"--max-drop={drop - 0.01:.4f}{sign}"], 4, capsys)
+        assert f"{drop:.2f} points below the float network's; --max-drop allows {drop - 0.01:g}" in text
+    assert "points" in said(["large", "--max-drop", f"{drop + 0.01:.4f}%"], 0, capsys)
 
 
 def test_with_a_core_the_code_counts_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgecomp import bundle
+from edgecomp import bundle, options
 from edgecomp.artifact import FILES
 from edgecomp.benchmarks.netshapes import Net
 from edgecomp.benchmarks.published import NETWORKS
@@ -115,7 +115,7 @@ def test_published_networks_have_the_published_sizes(shared: Path) -> None:
 def test_more_work_is_never_faster(board: str) -> None:
     micro = processor_of(load(board)).micro
     for runtime in (name for name in RUNTIMES if fits(name, micro=micro)):
-        for precision in PRECISIONS:
+        for precision in RUNTIMES[runtime].precisions:
             options = {"runtime": runtime, "precision": precision}
             base = p50(board, net(), **options)
             for more in (net(channels=33), net(layers=5), net(size=33), net(kernel=5)):
@@ -279,7 +279,7 @@ def test_a_runtime_without_published_rows_gets_a_wider_range() -> None:
 @pytest.mark.parametrize("core", CORES)
 def test_every_core_can_be_estimated(core: str, precision: str) -> None:
     target = board(cpu=core, clock_hz=100_000_000)
-    runtime = "x-cube-ai" if core.startswith("Cortex-M") else "litert"
+    runtime = "other" if core.startswith("Cortex-M") else "litert"
     made = Case(work=net().layers, processor=processor_of(target), runtime=runtime, precision=precision, threads=1)
     assert 0 < estimate(made).latency_ms.p50 < 1e6
 
@@ -312,6 +312,27 @@ def test_what_cannot_be_estimated_is_refused() -> None:
         estimate(replace(fine, processor=processor_of(board(cpu="Cortex-A72", clock_hz=10**9)), threads=5))
     with pytest.raises(UsageError, match="litert is not for a Cortex-M4; expected tflite-micro, x-cube-ai, c"):
         estimate(replace(case("nucleo-l4r5zi", net()), runtime="litert"))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision", "said"),
+    [
+        ("c", "fp32", "only in int8; in fp32 on a Cortex-M4: tflite-micro, x-cube-ai, other"),
+        ("c", "fp16", "only in int8; in fp16 on a Cortex-M4: other"),
+        ("tflite-micro", "fp16", "only in fp32 and int8; in fp16 on a Cortex-M4: other"),
+        ("x-cube-ai", "fp16", "only in fp32 and int8; in fp16 on a Cortex-M4: other"),
+    ],
+)
+def test_a_runtime_is_not_asked_for_what_it_does_not_compute_in(runtime: str, precision: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        estimate(case("nucleo-l4r5zi", net(), runtime=runtime, precision=precision))
+    assert str(caught.value) == f"{runtime} does not compute in {precision}, {said}"
+
+
+def test_the_command_line_names_what_the_estimator_knows() -> None:
+    for micro, named in ((False, options.RUNTIMES), (True, options.MICRO_RUNTIMES)):
+        assert set(named) == {name for name in RUNTIMES if fits(name, micro=micro)}
+    assert set(options.PRECISIONS) == PRECISIONS.keys()
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -393,8 +414,11 @@ def test_a_folder_is_estimated_for_the_runtime_of_its_formats(
     record["artifacts"] = [{**artifact, "format": name, "path": FILES[name][0]} for name in formats]
     record["files"] |= {FILES[name][0]: "0" * 64 for name in formats}
     path.write_text(json.dumps(record))
-    assert main(["estimate", str(tmp_path / "out"), "--target", board, "--json"]) == 0
+    argv = ["estimate", str(tmp_path / "out"), "--target", board, "--json"]
+    assert main(argv) == 0
     assert json.loads(capsys.readouterr().out)["runtime"] == runtime
+    assert main([*argv, "--precision", "fp32"]) == 0  # in which C is not to be had
+    assert json.loads(capsys.readouterr().out)["runtime"] == ("tflite-micro" if runtime == "c" else runtime)
 
 
 @pytest.mark.parametrize(
@@ -405,6 +429,7 @@ def test_a_folder_is_estimated_for_the_runtime_of_its_formats(
         (["net.edgecomp", "--target", "none.toml"], 2, "none.toml: no such file"),
         (["net.edgecomp", "--target", "rpi4"], 2, "net.edgecomp: no such file"),
         (["lone.c", "--target", "rpi4"], 2, "does not lie in the folder that edgecomp built it into"),
+        (["lone.cc", "--target", "rpi4"], 2, "does not lie in the folder that edgecomp built it into"),
         (["lone.onnx", "--target", "rpi4"], 2, "lone.onnx: is damaged or no ONNX file: it holds no network"),
         (["lone.tflite", "--target", "rpi4"], 2, "lone.tflite: is no TFLite file"),
         ([".", "--target", "rpi4"], 2, "manifest.json"),
@@ -416,6 +441,11 @@ def test_a_folder_is_estimated_for_the_runtime_of_its_formats(
         (["lone.onnx", "--target", "rpi4", "--input-shape", "1,8,8"], 2, "leave them out"),
         (["torchvision:alexnet", "--target", "rpi4", "--threads", "0"], 2, "threads 0: expected 1 to 1024"),
         (["torchvision:alexnet", "--target", "rpi4", "--runtime", "c"], 2, "c is not for a Cortex-A72"),
+        (
+            ["torchvision:alexnet", "--target", "disco-f746ng", "--runtime", "c", "--precision", "fp32"],
+            2,
+            "c does not compute in fp32, only in int8; in fp32 on a Cortex-M7: tflite-micro, x-cube-ai, other",
+        ),
     ],
 )
 def test_wrong_use_is_one_line(
@@ -423,7 +453,7 @@ def test_wrong_use_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    for name in ("lone.onnx", "lone.tflite", "lone.c"):
+    for name in ("lone.onnx", "lone.tflite", "lone.c", "lone.cc"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "here.py").write_text("import torch\n\n\ndef net():\n    return torch.nn.Flatten()\n")
     assert main(["estimate", *argv]) == code

@@ -13,31 +13,38 @@ from edgecomp.benchmarks.published import NETWORKS
 from edgecomp.work import Kind, total_macs
 from tests.test_published import parameters
 
-OMZ = "docs.openvino.ai, Open Model Zoo: {}; counts biases and norms as operations, too"
-ULTRALYTICS = "docs.ultralytics.com/models/{}"
-YOLOX = "Megvii-BaseDetection/YOLOX:README.md"
+# All read on 2026-11-28 at the place named.
+OMZ = "openvinotoolkit/open_model_zoo:models/public/{}/README.md@{}"
+V3 = "arXiv:1905.02244, table 6, {} with fewer channels: {} x 10^9 multiply-adds"
+ULTRALYTICS = "ultralytics/ultralytics:docs/en/models/{}.md@{}, detection (COCO)"
+YOLOX = "Megvii-BaseDetection/YOLOX:README.md@01668879"
 # What builds it, floating-point operations in 10^9 (two for a multiply-add), parameters in 10^6, as printed.
 PRINTED: Mapping[str, tuple[Callable[[], Net], float, float, str]] = {
     "SSDLite MobileNet v2": (
-        NETWORKS["SSDLite MobileNet v2", "300x300x3"], 1.525, 4.475, OMZ.format("ssdlite_mobilenet_v2"),
+        NETWORKS["SSDLite MobileNet v2", "300x300x3"], 1.525, 4.475,
+        OMZ.format("ssdlite_mobilenet_v2", "5e4842cc"),
     ),
-    "SSD MobileNet v2": (NETWORKS["SSD MobileNet v2", "300x300x3"], 3.775, 16.818, OMZ.format("ssd_mobilenet_v2_coco")),
-    "SSD MobileNet v1": (lambda: mobilenet_ssd(1.0, 91), 2.494, 6.807, OMZ.format("ssd_mobilenet_v1_coco")),
+    "SSD MobileNet v2": (
+        NETWORKS["SSD MobileNet v2", "300x300x3"], 3.775, 16.818, OMZ.format("ssd_mobilenet_v2_coco", "1484ac1c"),
+    ),
+    "SSD MobileNet v1": (
+        lambda: mobilenet_ssd(1.0, 91), 2.494, 6.807, OMZ.format("ssd_mobilenet_v1_coco", "1328eea4"),
+    ),
     "SSDLite MobileNet v3 large": (
-        NETWORKS["SSDLite MobileNet v3 large", "320x320x3"], 1.02, 3.22, "arXiv:1905.02244, table 6",
+        NETWORKS["SSDLite MobileNet v3 large", "320x320x3"], 2 * 0.51, 3.22, V3.format("V3", 0.51),
     ),
     "SSDLite MobileNet v3 small": (
-        NETWORKS["SSDLite MobileNet v3 small", "320x320x3"], 0.32, 1.77, "arXiv:1905.02244, table 6",
+        NETWORKS["SSDLite MobileNet v3 small", "320x320x3"], 2 * 0.16, 1.77, V3.format("V3-Small", 0.16),
     ),
     "YOLOX-Nano": (NETWORKS["YOLOX-Nano", "416x416x3"], 1.08, 0.91, YOLOX),
     "YOLOX-Tiny": (NETWORKS["YOLOX-Tiny", "416x416x3"], 6.45, 5.06, YOLOX),
     "YOLOX-S": (NETWORKS["YOLOX-S", "640x640x3"], 26.8, 9.0, YOLOX),
-    "YOLOv8n": (NETWORKS["YOLOv8n", "640x640x3"], 8.7, 3.2, ULTRALYTICS.format("yolov8")),
-    "YOLOv8s": (NETWORKS["YOLOv8s", "640x640x3"], 28.6, 11.2, ULTRALYTICS.format("yolov8")),
-    "YOLO11n": (NETWORKS["YOLO11n", "640x640x3"], 6.5, 2.6, ULTRALYTICS.format("yolo11")),
-    "YOLO11s": (NETWORKS["YOLO11s", "640x640x3"], 21.5, 9.4, ULTRALYTICS.format("yolo11")),
-    "YOLO11m": (NETWORKS["YOLO11m", "640x640x3"], 68.0, 20.1, ULTRALYTICS.format("yolo11")),
-    "YOLO11l": (NETWORKS["YOLO11l", "640x640x3"], 86.9, 25.3, ULTRALYTICS.format("yolo11")),
+    "YOLOv8n": (NETWORKS["YOLOv8n", "640x640x3"], 8.7, 3.2, ULTRALYTICS.format("yolov8", "0059318a")),
+    "YOLOv8s": (NETWORKS["YOLOv8s", "640x640x3"], 28.6, 11.2, ULTRALYTICS.format("yolov8", "0059318a")),
+    "YOLO11n": (NETWORKS["YOLO11n", "640x640x3"], 6.5, 2.6, ULTRALYTICS.format("yolo11", "040502be")),
+    "YOLO11s": (NETWORKS["YOLO11s", "640x640x3"], 21.5, 9.4, ULTRALYTICS.format("yolo11", "040502be")),
+    "YOLO11m": (NETWORKS["YOLO11m", "640x640x3"], 68.0, 20.1, ULTRALYTICS.format("yolo11", "040502be")),
+    "YOLO11l": (NETWORKS["YOLO11l", "640x640x3"], 86.9, 25.3, ULTRALYTICS.format("yolo11", "040502be")),
 }  # fmt: skip
 
 
@@ -47,7 +54,8 @@ def test_detectors_have_the_sizes_that_are_printed(name: str) -> None:
     layers = build().layers
     # Norms and activations count as operations in some of these: a few hundredths where convolutions are depthwise.
     assert 2 * total_macs(layers) / 1e9 == pytest.approx(operations, rel=0.035 if "Nano" in name else 0.02), source
-    assert parameters(layers) / 1e6 == pytest.approx(millions, rel=1e-4 if "Zoo" in source else 0.016), source
+    precise = 1e-4 if "open_model_zoo" in source else 0.016
+    assert parameters(layers) / 1e6 == pytest.approx(millions, rel=precise), source
 
 
 def test_ssdlite_is_the_papers_at_its_size() -> None:
@@ -80,7 +88,7 @@ EFFICIENTDETS = [
 
 @pytest.mark.parametrize(("sizes", "macs", "millions"), EFFICIENTDETS)
 def test_efficientdets_are_the_papers(sizes: tuple[int, int, int, float, float], macs: float, millions: float) -> None:
-    """google/automl:efficientdet/README.md, D0 to D2: BiFPN and heads of the lite ones; levels share their heads."""
+    """google/automl:efficientdet/README.md@06888d12, D0 to D2: BiFPN and heads of the lite ones, shared by levels."""
     layers = efficientdet(*sizes, lite=False).layers
     assert total_macs(layers) / 1e9 == pytest.approx(macs, rel=0.025)
     assert (parameters(layers) - 4 * _head(sizes[1])) / 1e6 == pytest.approx(millions, rel=0.015)
@@ -105,7 +113,7 @@ def test_lite_ones_differ_from_them_in_the_backbone_and_the_size(i: int) -> None
     [(224, 1.0, 1.0, 407, 4.7), (240, 1.0, 1.1, 631, 5.4), (260, 1.1, 1.2, 899, 6.1)],
 )
 def test_lite_backbones_are_efficientnet_lites(size: int, wide: float, deep: float, macs: int, millions: float) -> None:
-    """tensorflow/tpu:models/official/efficientnet/lite/README.md, which counts norms and activations as well."""
+    """tensorflow/tpu:models/official/efficientnet/lite/README.md@07e173cc, which counts norms and activations, too."""
     layers = efficientnet_lite(size, wide, deep).layers
     assert 0.94 < total_macs(layers) / 1e6 / macs < 0.96
     norms = sum(w.weights // w.summands for w in layers if w.weights)
@@ -120,7 +128,7 @@ def test_efficientnet_lite0_has_the_weights_of_its_package() -> None:
 
 @pytest.mark.parametrize("size", [192, 224, 416])
 def test_tiny_yolo_has_the_bytes_that_st_prints(size: int) -> None:
-    """STMicroelectronics/stm32ai-modelzoo:object_detection/tiny_yolo_v2/README.md: 10775.98 KiB of weights in flash."""
+    """STMicroelectronics/stm32ai-modelzoo:object_detection/tiny_yolo_v2/README.md@6f10965e: 10775.98 KiB in flash."""
     layers = NETWORKS["Tiny YOLO v2 (1 class)", f"{size}x{size}x3"]().layers
     biases = sum(w.weights // w.summands for w in layers if w.weights)
     assert round((sum(w.weights for w in layers) + 4 * biases) / 1024, 2) == 10775.98

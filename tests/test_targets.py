@@ -13,6 +13,7 @@ from edgecomp import latency
 from edgecomp.benchmarks.runners import RUNNERS
 from edgecomp.cli import main
 from edgecomp.errors import TargetError, UsageError
+from edgecomp.processor import check_core
 from edgecomp.target import RUNTIMES, Target, parse
 from edgecomp.targets import emulated, load, names
 
@@ -21,7 +22,7 @@ name = "box"
 description = "a box"
 cpu = "Cortex-A53"
 cores = 4
-clock_hz = 1_000_000
+clock_hz = 1_000_000_000
 isa = ["aarch64"]
 ram_bytes = 1024
 flash_bytes = 512
@@ -206,7 +207,7 @@ def test_a_file_becomes_a_value():
         description="a box",
         cpu="Cortex-A53",
         cores=4,
-        clock_hz=1_000_000,
+        clock_hz=1_000_000_000,
         isa=("aarch64",),
         ram_bytes=1024,
         flash_bytes=512,
@@ -236,9 +237,9 @@ def test_a_file_becomes_a_value():
         ('isa = ["aarch64"]', 'isa = ["aarch64", "bogus"]', "isa has 'bogus', expected of aarch64, "),
         ('isa = ["aarch64"]', f"isa = [0x{'f' * 5000}]", "isa is a number of thousands of digits"),
         ('runtimes = ["litert"]', 'runtimes = ["bogus"]', "runtimes has 'bogus', expected of onnxruntime, "),
-        ("clock_hz = 1_000_000", f"clock_hz = 1{'0' * 400}", "expected a whole number from 1 to 100_000_000_000"),
-        ("clock_hz = 1_000_000", f"clock_hz = 1{'0' * 5000}", "not TOML: a number is too long"),
-        ("clock_hz = 1_000_000", f"clock_hz = 0x{'f' * 5000}", "clock_hz is a number of thousands of digits"),
+        ("clock_hz = 1_000_000_000", f"clock_hz = 1{'0' * 400}", "expected a whole number from 1 to 100_000_000_000"),
+        ("clock_hz = 1_000_000_000", f"clock_hz = 1{'0' * 5000}", "not TOML: a number is too long"),
+        ("clock_hz = 1_000_000_000", f"clock_hz = 0x{'f' * 5000}", "clock_hz is a number of thousands of digits"),
         ('cpu = "Cortex-A53"', 'cpu = "Cortex\\u001b-A53"', "cpu is 'Cortex"),
         ('clock_hz = "c"\n', "", "clock_hz: no source says where it was read"),
         ("cores = 4", "", "cores: a source is given, but not the fact"),
@@ -262,7 +263,7 @@ def test_files_are_read_strictly(old, new, what):
      "memory_fill_bytes_per_s", "ram_bytes", "flash_bytes"],
 )  # fmt: skip
 def test_every_number_has_an_upper_bound(key, tmp_path, capsys):
-    facts = {"cpu": '"Cortex-A53"', "clock_hz": "1_000_000", key: f"1{'0' * 400}"}
+    facts = {"cpu": '"Cortex-A53"', "clock_hz": "1_000_000_000", key: f"1{'0' * 400}"}
     (tmp_path / "mine.toml").write_text("\n".join(f"{name} = {value}" for name, value in facts.items()))
     assert main(["targets", str(tmp_path / "mine.toml")]) == 2
     error = capsys.readouterr().err
@@ -276,7 +277,7 @@ def test_two_facts_are_enough_in_a_users_own_file(tmp_path):
     path.write_text('cpu = "cortex-a72"\nclock_hz = 1_800_000_000\n')
     mine = load(str(path))
     assert (mine.name, mine.cpu, mine.clock_hz, mine.sources) == ("mine", "Cortex-A72", 1_800_000_000, {})
-    path.write_text('name = "shed"\ncpu = "CORTEX-M0+"\nclock_hz = 1\n[sources]\ncpu = "label"\n')
+    path.write_text('name = "shed"\ncpu = "CORTEX-M0+"\nclock_hz = 32_768\n[sources]\ncpu = "label"\n')
     mine = load(str(path))
     assert (mine.name, mine.cpu, dict(mine.sources)) == ("shed", "Cortex-M0+", {"cpu": "label"})
 
@@ -289,10 +290,10 @@ def test_two_facts_are_enough_in_a_users_own_file(tmp_path):
         ('cpu = "Cortex-A72"', "clock_hz is missing"),
         ('cpu = "Cortex-A72"\nclock_hz = "fast"', "clock_hz is 'fast'"),
         ('cpu = "Cortex-A72"\nclock_hz = 1\ncolour = 1', "unknown key 'colour'"),
-        ('cpu = "Z80"\nclock_hz = 1', "nothing is known of a core 'Z80': give isa and fp32_macs_per_cycle, or one of"),
-        ('cpu = "Cortex-M99"\nclock_hz = 1', "nothing is known of a core 'Cortex-M99': give isa, or one of ARM1176JZF"),
+        ('cpu = "Z80"\nclock_hz = 4_000_000', "nothing is known of a core 'Z80': give isa and fp32_macs_per_cycle, or"),
+        ('cpu = "Cortex-M99"\nclock_hz = 4_000_000', "of a core 'Cortex-M99': give isa, or one of ARM1176JZF"),
         (
-            'cpu = "Cortex-M23"\nclock_hz = 1\nisa = ["thumb"]',
+            'cpu = "Cortex-M23"\nclock_hz = 4_000_000\nisa = ["thumb"]',
             "isa does not say what it is like: expected one of helium, mve, armv6-m, armv8-m.base, armv7e-m, dsp",
         ),
     ],
@@ -303,3 +304,47 @@ def test_a_users_own_file_that_is_of_no_use_is_wrong_usage(text, what, tmp_path,
     error = capsys.readouterr().err
     assert what in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("cpu", "clock_hz", "isa", "what"),
+    [
+        ("Cortex-M4", 168, "", "clock_hz is 168, and no Cortex-M4 is slower than 32_768; it is in Hz: 168 MHz are"),
+        ("Cortex-M99", 32_767, "thumb", "is slower than 32_768; it is in Hz: 32767 kHz are 32_767_000"),
+        ("cortex-a73", 1800, "", "no Cortex-A73 is slower than 10_000_000; it is in Hz: 1800 MHz are 1_800_000_000"),
+        ("Cortex-A73", 1_800_000, "", "it is in Hz: 1800000 kHz are 1_800_000_000"),
+        ("Cortex-A999", 2400, "aarch64", "no Cortex-A999 is slower than 10_000_000"),
+        ("Z80", 4, "", "no Z80 is slower than 32_768"),
+        ("Cortex-M4", 10**8, "aarch64", "isa has 'aarch64', which a Cortex-M4 is without; expected of thumb, armv6-m"),
+        ("cortex-m4", 10**8, "thumb neon", "isa has 'neon', which a Cortex-M4 is without"),
+        ("Cortex-M4", 10**8, "thumb mve", "isa has 'mve', which a Cortex-M4 is without"),
+        ("Cortex-M99", 10**8, "armv7", "isa has 'armv7', which a Cortex-M99 is without"),
+        ("Cortex-A53", 10**9, "neon armv7e-m", "isa has 'armv7e-m', which a Cortex-A53 is without; expected of"),
+        ("Cortex-A53", 10**9, "aarch64 dotprod", "isa has 'dotprod', which a Cortex-A53 is without"),
+        ("Cortex-A7", 10**9, "aarch64", "isa has 'aarch64', which a Cortex-A7 is without; expected of armv6, armv7"),
+        ("Cortex-A999", 10**9, "helium", "isa has 'helium', which a Cortex-A999 is without"),
+    ],
+)
+def test_a_users_own_file_gives_no_core_what_it_has_not(cpu, clock_hz, isa, what, tmp_path, capsys):
+    path = tmp_path / "mine.toml"
+    path.write_text(f'cpu = "{cpu}"\nclock_hz = {clock_hz}\nisa = {json.dumps(isa.split())}\n')
+    for argv in (["estimate", "net.edgecomp", "--target", str(path)], ["targets", str(path)]):
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"edgecomp: {path}: ")
+        assert what in error
+        assert error.count("\n") == 1
+
+
+def test_what_a_core_may_have_is_believed(tmp_path):
+    """Ours are as they say; of cores that are not known, or are no Cortex, a little or all."""
+    for name in names():
+        check_core(load(name), name)
+    path = tmp_path / "mine.toml"
+    for cpu, isa in (
+        ("Cortex-A75", "aarch64 fp16 dotprod"), ("Cortex-A53", "armv7 neon"), ("Cortex-A999", "aarch64 i8mm"),
+        ("Cortex-M85", "thumb armv8.1-m.main dsp mve helium fp16"), ("Cortex-M99", "helium"),
+        ("STAR-MC1", "armv8-m.main"),
+    ):  # fmt: skip
+        path.write_text(f'cpu = "{cpu}"\nclock_hz = 10_000_000\nisa = {json.dumps(isa.split())}\n')
+        assert load(str(path)).isa == tuple(isa.split())

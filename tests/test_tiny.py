@@ -37,7 +37,7 @@ def test_the_folder_holds_what_the_manifest_says(place: Place) -> None:
         "README.md", "graph.edgecomp", "manifest.json", "model.onnx", "model.tflite", "plan.json",
     ]  # fmt: skip
     assert manifest["schema"] == "edgecomp-manifest/2"
-    assert manifest["model"] == "tiny"
+    assert (manifest["model"], manifest["test_share"]) == ("tiny", 0.2)
     assert manifest["budget"] == {"kind": "avg_bits", "asked": 4.0, "got": manifest["budget"]["got"], "met": True}
     assert manifest["budget"]["got"] <= 4.0
     for artifact in manifest["artifacts"]:

@@ -45,7 +45,7 @@ def _built(context: Context, bits: float, seed: int, paper: Paper | None) -> Com
             model=subject.model,
             weights=subject.weights,
             data=subject.data,
-            test_share=0.2,
+            test_share=None,
             preprocessing=subject.preprocessing,
             input_shape=None,
             n_calibration=subject.n_calibration,

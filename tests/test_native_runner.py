@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import zipfile
@@ -24,7 +25,7 @@ from edgecomp.benchmarks.gathered import comparison_of, sent_of
 from edgecomp.benchmarks.runners import LiteRt, OnnxRuntime
 from edgecomp.benchmarks.runtime import channels_last
 from edgecomp.cli import main
-from edgecomp.errors import BundleError, TargetError
+from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.exporters.to_onnx import to_onnx
 from edgecomp.exporters.to_tflite import to_tflite
 from edgecomp.exporters.unpack_tflite import unpack_tflite
@@ -366,6 +367,11 @@ def test_what_cannot_be_compiled(monkeypatch):
         native.compiled(["cc", "--no-such-option"])
     with pytest.raises(TargetError, match=r"the C runner cannot be compiled: .*No such file"):
         native.compiled(["/nowhere/cc"])
+    for mistyped, close in (("aarch46", "aarch64"), ("arm64", "aarch64"), ("pentium", ""), ("", "")):
+        meant = f"; did you mean {close}?" if close else ""
+        said = f"--cpu {mistyped!r} is unknown; expected one of aarch64, x86_64, as uname -m says it there{meant}"
+        with pytest.raises(UsageError, match=f"^{re.escape(said)}$"):
+            native.native_runner(mistyped)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TargetError, match=r"compiled by the package ziglang: pip install 'edgecomp\[boards\]'"):
         native.native_runner.__wrapped__(CPU)
@@ -409,6 +415,10 @@ def test_a_runner_to_use_by_hand(folder, models, tmp_path, monkeypatch, capsys):
     assert "has no libonnxruntime.so*; expected the runtime's library" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
     assert main(["targets", "--cpu", "aarch64"]) == 2
+    # A processor that is none is said before a place that is taken.
+    for cpu, code in (("aarch46", 2), ("armv7l", 6)):
+        assert main(["targets", "--runner", str(place), "--cpu", cpu]) == code
+        assert repr(cpu) in capsys.readouterr().err
 
 
 def test_a_tflite_file_that_is_cut_off_is_said_in_a_line(folder, models):
@@ -417,6 +427,24 @@ def test_a_tflite_file_that_is_cut_off_is_said_in_a_line(folder, models):
         (folder / "cut.tflite").write_bytes(data[: len(data) * sixteenth // 16])
         done = run(folder, "cut.tflite")
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_a_tflite_file_that_crashes_the_runtime_is_said_in_a_line(folder):
+    data = exported("wide", 4, AtRest.NATIVE).data
+    shape = struct.pack("<5i", 4, 1, 6, 6, 8)
+    assert data.count(shape) == 1
+    (folder / "larger.tflite").write_bytes(data.replace(shape, struct.pack("<5i", 4, 1000, 6, 6, 8)))
+    said = "larger.tflite: the runtime crashed running it; is the file damaged or cut off?\n"
+    (folder / "in").write_bytes(bytes(4 * 1000 * 6 * 6 * 8))
+    for words in (["--graph=model.tflite"], ["--task=memory"], ["--task=outputs", "--inputs=in", "--result=out"]):
+        done = run(folder, *words, "larger.tflite", *QUICK)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", said), words
+    # What C++ throws and nobody catches ends in abort.
+    assert data[126] == 4
+    (folder / "thrown.tflite").write_bytes(data[:126] + b"\x96" + data[127:])
+    done = run(folder, "thrown.tflite")
+    said = "thrown.tflite: the runtime crashed loading it; is the file damaged or cut off?\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 def test_what_was_gathered_by_hand_is_judged_here(folder, capsys, monkeypatch):

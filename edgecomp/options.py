@@ -177,7 +177,7 @@ def _add_bench(verbs: Any) -> None:
     p.add_argument("--force", action="store_true", help="replace FILE of --svg")
     p.add_argument("--profile", action="store_true", help="over SSH: also time each operator, in onnxruntime")
     p.add_argument("--cores", metavar="A,B", help="over SSH: run on these cores alone")
-    p.add_argument("--repeat", type=int, default=0, metavar="N", help="measure again, N times at most, until a run is valid")
+    p.add_argument("--repeat", type=int, default=0, metavar="N", help="up to N times again, until a run is valid")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the runs")
     about = "what the C runner wrote elsewhere, by hand, of these files: judge and show it; nothing is measured"
     p.add_argument("--gathered", type=Path, metavar="FILE", help=about)

@@ -20,7 +20,7 @@ import pytest
 
 from edgecomp.artifact import AtRest
 from edgecomp.benchmarks import native_runner as native
-from edgecomp.benchmarks.environment import environment, state
+from edgecomp.benchmarks.environment import THROTTLE_FLAGS, environment, state
 from edgecomp.benchmarks.gathered import comparison_of, sent_of
 from edgecomp.benchmarks.runners import LiteRt, OnnxRuntime
 from edgecomp.benchmarks.runtime import channels_last
@@ -486,6 +486,12 @@ def gathered(folder: Path) -> str:
     return run(folder, "model.onnx", *QUICK, "--enable_op_profiling").stdout
 
 
+NEGATIVE = json.dumps([{"cat": "Node", "name": "x_kernel_time", "dur": -5, "args": {"op_name": "Conv"}}] * 2)
+FREQUENCY = "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"
+ZONE = "sys/class/thermal/thermal_zone0/temp"
+THROTTLED = "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"
+
+
 @pytest.mark.parametrize(
     ("place", "value", "what"),
     [
@@ -499,24 +505,44 @@ def gathered(folder: Path) -> str:
         (("models", 0, "sha256"), "0" * 64, "model.onnx was not measured, or has changed since"),
         (("models", 0, "more"), 1, "unknown key 'more'"),
         (("models", 0, "samples_ns"), [], "0 samples"),
-        (("models", 0, "samples_ns", 0), 1.5, "1.5 is no whole number"),
-        (("models", 0, "samples_ns", 0), -5, "min_us is -0.005, expected a number of at least 0"),
-        (("models", 0, "samples_ns", 0), True, "True is no whole number"),
+        (("models", 0, "samples_ns", 0), 1.5, "samples_ns is 1.5, expected a whole number of at least 0"),
+        (("models", 0, "samples_ns", 0), -5, "samples_ns is -5, expected a whole number of at least 0"),
+        (("models", 0, "samples_ns", 0), True, "samples_ns is True"),
         (("models", 0, "rounds"), 7919, "samples in 7919 rounds"),
-        (("models", 0, "rounds"), 0, "samples in 0 rounds"),
+        (("models", 0, "rounds"), 0, "rounds is 0, expected a whole number of at least 1"),
         (("models", 0, "steady"), 1, "steady 1"),
         (("models", 0, "warmups"), -1, "warmups is -1"),
         (("models", 0, "runtime"), 5, "runtime is 5"),
         (("models", 0, "execution"), [], "is no object"),
         (("models", 0, "execution", "x"), {"y": 1}, "execution: 'x'"),
         (("models", 0, "memory"), [], "expected what the C runner writes"),
-        (("models", 0, "memory", 0, "peak_bytes"), 1e9, "1000000000.0 is no whole number"),
-        (("models", 0, "memory", 0, "load_ns"), -1, "load_ms is -1e-06"),
+        (("models", 0, "bytes"), 0, "bytes is 0, expected a whole number of at least 1"),
+        (("models", 0, "memory", 0, "peak_bytes"), 1e9, "memory: peak_bytes is 1000000000.0, expected a whole number"),
+        (("models", 0, "memory", 0, "runtime_bytes"), -1, "memory: runtime_bytes is -1, expected a whole number of at"),
+        (("models", 0, "memory", 0, "loaded_bytes"), 0, "memory: loaded_bytes is 0, expected a whole number of at le"),
+        (("models", 0, "memory", 0, "model_bytes"), -(10**15), "memory: model_bytes is -1000000000000000, expected a "),
+        (("models", 0, "memory", 0, "model_bytes"), 10**15, "memory: model_bytes is 1000000000000000, expected at most"),
+        (("models", 0, "memory", 0, "load_ns"), -1, "memory: load_ns is -1, expected a whole number of at least 0"),
         (("models", 0, "profile"), "{", "expected what the C runner writes"),
         (("models", 0, "profile"), "[1]", "expected what the C runner writes"),
         (("models", 0, "profile"), '[{"cat": "Node", "name": "x_kernel_time"}]', "expected what the C runner writes"),
+        (("models", 0, "profile"), NEGATIVE, "layers_us: expected numbers of at least 0"),
         (("affinity",), 1, "affinity: 1 is no list"),
-        (("cores",), [1], "environment: 'cores' is"),
+        (("affinity",), [], "affinity is [], expected numbers of cores, as texts"),
+        (("affinity",), ["-1"], "affinity is ['-1'], expected numbers of cores, as texts"),
+        (("cores",), [1], "cores is [1], expected a whole number of at least 1"),
+        (("cores",), 0, "cores is 0, expected a whole number of at least 1"),
+        (("machine",), 7, "machine is 7, expected a text"),
+        (("kernel",), None, "kernel is None, expected a text"),
+        (("files", "proc/meminfo"), "MemTotal: -4 kB\n", "files: memory_bytes is -4096, expected a number of at least 1"),
+        (("files", FREQUENCY), "-600000\n", "files: frequency_mhz is -600, expected a number of at least 0"),
+        (("files", "proc/loadavg"), "-0.5 0 0 1/1 1\n", "files: load_average_1min is -0.5, expected a number of at leas"),
+        (("files", "proc/loadavg"), "nan 0 0 1/1 1\n", "files: load_average_1min is nan, expected a number of at least"),
+        (("before", FREQUENCY), "-1\n", "before: frequency_mhz is -0.001, expected a number of at least 0"),
+        (("after", ZONE), "-273151\n", "after: temperature_c is -273.151, expected a number of at least -273.15"),
+        (("after", THROTTLE_FLAGS), "-4\n", "after: throttle_flags is -4, expected a number of at least 0"),
+        (("after", THROTTLED), "-4\n", "after: throttle_count is -4, expected a number of at least 0"),
+        (("after", "proc/vmstat"), "pswpin -3\npswpout 2\n", "after: swapped_pages is -1, expected a number of at least 0"),
         (("files", "../../outside"), "x", "a file '../../outside'"),
         (("files", "sys/class/thermal/thermal_zone/../x/temp"), "1", "a file 'sys/class/thermal"),
         (("before", "usr/bin/vcgencmd"), "#!/bin/sh", "a file 'usr/bin/vcgencmd'"),

@@ -354,7 +354,7 @@ static const Runtime *runtime_of(const char *path) {
     if (asked.runtime ? !strcmp(asked.runtime, runtimes[i].name) : dot && !strcmp(dot + 1, runtimes[i].extension))
       return &runtimes[i];
   }
-  if (asked.runtime) fail(WRONG_DEVICE, "runtime '%.80s' is unknown; expected onnxruntime or litert", asked.runtime);
+  if (asked.runtime) fail(WRONG_USE, "runtime '%.80s' is unknown; expected onnxruntime or litert", asked.runtime);
   fail(WRONG_DEVICE, "%s: no runtime reads this format; expected .onnx or .tflite", path);
 }
 

@@ -20,9 +20,10 @@ from typing import Any
 
 from edgecomp.errors import BundleError, PlanError, UsageError
 from edgecomp.exporters.unpack_tflite import is_packed, unpack_tflite
-from edgecomp.report import BenchReport, Comparison, Fact, Source, summarise
+from edgecomp.report import BenchReport, Comparison, Fact, Source
 from edgecomp.strictjson import check_keys, load_strict_json
 
+from .bench import measured
 from .environment import FACT_FILES, STATE_FILES, environment_elsewhere, state
 from .harness import Timing, ratio
 from .memory import median_footprint
@@ -140,13 +141,10 @@ def _comparison(
     draws = random.Random(f"draws {seed}")
     reports = []
     for each, model in models:
-        timing = timings[each.label]
-        p50, p90, p99, smallest = summarise(timing.samples_us)
-        runs = [_memory(run) for run in _list(model["memory"], "memory")]
         _whole(model["bytes"], "bytes", 1)
+        runs = [_memory(run) for run in _list(model["memory"], "memory")]
         if not runs:
             raise UsageError("memory: no process")
-        weighed = median_footprint(runs)
         unpacked = {"unpacked_at_load": False, "unpacked_beforehand": each.unpacked} if each.format == "tflite" else {}
         reports.append(
             BenchReport(
@@ -161,17 +159,7 @@ def _comparison(
                 threads=threads,
                 execution={**_object(model["execution"]), **unpacked},
                 source=Source.MEASURED,
-                warmups=model["warmups"],
-                steady=timing.steady,
-                rounds=timing.rounds,
-                samples_us=timing.samples_us,
-                p50_us=p50,
-                p90_us=p90,
-                p99_us=p99,
-                min_us=smallest,
-                load_ms=weighed.load_ms,
-                peak_memory_bytes=weighed.peak_bytes,
-                model_memory_bytes=weighed.model_bytes,
+                **measured(timings[each.label], median_footprint(runs)),
                 layers_us={} if model["profile"] is None else mean_times(json.loads(model["profile"])),
                 not_valid=not_valid,
                 before=before,

@@ -24,7 +24,7 @@ from edgecomp.errors import TargetError, UsageError
 from edgecomp.targets.emulated import cache_folder, pip_download
 from edgecomp.targets.ssh import platforms_of
 
-from . import environment, harness, memory
+from . import bench, environment, harness, memory
 
 SCHEMA = "edgecomp-gathered/1"
 PROGRAM = "edgecomp-runner"
@@ -96,7 +96,7 @@ def _shared() -> bytes:
     names = ("WINDOW_S", "STEADY_WINDOWS", "WARMUP_MIN_S", "WARMUP_MAX_S", "TOLERANCE", "BLOCK_S", "MAX_BLOCK",
              "ROUNDS", "MIN_ROUNDS", "MIN_S", "MAX_S")  # fmt: skip
     values: dict[str, object] = {name: getattr(harness, name) for name in names}
-    values |= {"MEMORY_RUNS": memory.RUNS, "PROCESSES": memory.PROCESSES}
+    values |= {"MEMORY_RUNS": memory.RUNS, "PROCESSES": memory.PROCESSES, "PROFILED_RUNS": bench.PROFILED_RUNS}
     values |= {"SCHEMA": _quoted(SCHEMA), "VERSION": _quoted(edgecomp.__version__)}
     values["THROTTLE_FLAGS"] = _quoted(environment.THROTTLE_FLAGS)
     for name, files in (("FACT_FILES", environment.FACT_FILES), ("STATE_FILES", environment.STATE_FILES)):

@@ -176,7 +176,8 @@ def check_not_slower(now: Sequence[Comparison], before: Sequence[Comparison] | N
             for what, low, limit in _pairs(comparison, report.label, before):
                 compared += 1
                 if low > limit * (1 + percent / 100) and not report.not_valid:
-                    lines.append(f"{report.label}: {what} {low / limit - 1:+.1%}")
+                    where = f" ({report.runtime}, {report.target})" if len(now) > 1 else ""
+                    lines.append(f"{report.label}{where}: {what} {low / limit - 1:+.1%}")
     if not compared and before is None:
         raise UsageError(_NOTHING)
     if not compared:

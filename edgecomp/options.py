@@ -243,7 +243,7 @@ def _add_targets(verbs: Any) -> None:
     p.add_argument("--runner", type=Path, metavar="FILE", help="write the runner, to measure by hand: python3 FILE -h")
     about = "with --runner: the one in C, for a device without Python; FILE is then a folder: FILE/edgecomp-runner -h"
     p.add_argument("--cpu", metavar="CPU", help=f"{about}; what uname -m says there, e.g. aarch64")
-    p.add_argument("--force", action="store_true", help="replace FILE of --runner")
+    p.add_argument("--force", action="store_true", help="replace the runner that FILE of --runner is")
     p.add_argument("--json", action="store_true")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from importlib import resources
+from pathlib import Path
 
 PACKAGES = ("edgecomp", "edgecomp.exporters", "edgecomp.benchmarks", "edgecomp.targets")
 """What is inside: their modules, not those of folders within them. Above `compress` nothing is needed on a device."""
@@ -24,3 +25,12 @@ def runner_archive() -> bytes:
         for name in sorted(files):
             archive.writestr(zipfile.ZipInfo(name), files[name], zipfile.ZIP_DEFLATED)
     return out.getvalue()
+
+
+def is_runner(file: Path) -> bool:
+    """Tell whether a file is the archive, of this edgecomp or of another."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return {"__main__.py", "edgecomp/benchmarks/device.py"} <= {*archive.namelist()}
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return False

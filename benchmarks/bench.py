@@ -10,16 +10,19 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.report import BenchReport, Comparison, Source, summarise
 
 from .environment import environment, state
-from .harness import MAX_S, MIN_S, ROUNDS, WARMUP_MAX_S, Clock, measure, ratio
+from .harness import MAX_S, MIN_S, ROUNDS, WARMUP_MAX_S, Clock, Timing, measure, ratio
 from .memory import PROCESSES, STATUS, Footprint, footprint, settle
 from .runners import OnnxRuntime, Runner, default_runtime, runner_class
 from .validity import why_not_valid
 
+PROFILED_RUNS = 20
+"""Inferences that an operator's mean time is of."""
 Entry = tuple[str, Path | str | bytes, str]
 """Label, file (or its bytes), format."""
 
@@ -108,17 +111,15 @@ def bench(
                 break
             if attempt + 1 < attempts:
                 time.sleep(pause_s)
-        layers = {label: layer_times(runner) if profile else {} for label, runner in runners.items()}
+        layers = {label: _layer_times(runner) if profile else {} for label, runner in runners.items()}
         footprints: list[Footprint | None] = []
         for i, (file, name) in enumerate(zip(files, runtimes, strict=True)):
-            taken = footprint(file, name, threads=threads, processes=processes) if STATUS.exists() else None
-            footprints.append(taken)
+            there = STATUS.exists()
+            footprints.append(footprint(file, name, threads=threads, processes=processes) if there else None)
             report("memory", (i + 1) / len(files))
         ratios = {label: ratio(timings[label], timings[baseline], rng=draws) for label in labels if label != baseline}
         reports = []
-        for (label, _, format), file, name, print_ in zip(entries, files, runtimes, footprints, strict=True):
-            timing = timings[label]
-            p50, p90, p99, smallest = summarise(timing.samples_us)
+        for (label, _, format), file, name, taken in zip(entries, files, runtimes, footprints, strict=True):
             reports.append(
                 BenchReport(
                     label=label,
@@ -132,17 +133,7 @@ def bench(
                     threads=threads,
                     execution=runners[label].describe(),
                     source=Source.MEASURED,
-                    warmups=timing.warmups,
-                    steady=timing.steady,
-                    rounds=timing.rounds,
-                    samples_us=timing.samples_us,
-                    p50_us=p50,
-                    p90_us=p90,
-                    p99_us=p99,
-                    min_us=smallest,
-                    load_ms=None if print_ is None else print_.load_ms,
-                    peak_memory_bytes=None if print_ is None else print_.peak_bytes,
-                    model_memory_bytes=None if print_ is None else print_.model_bytes,
+                    **measured(timings[label], taken),
                     layers_us=layers[label],
                     not_valid=not_valid,
                     before=before,
@@ -153,9 +144,27 @@ def bench(
     return Comparison(reports=tuple(reports), baseline=baseline, ratios=ratios)
 
 
-def layer_times(runner: Runner, runs: int = 20) -> dict[str, float]:
+def measured(timing: Timing, taken: Footprint | None) -> dict[str, Any]:
+    """Give the fields of a report that come from samples and from memory, whichever runner took them."""
+    p50, p90, p99, smallest = summarise(timing.samples_us)
+    return {
+        "warmups": timing.warmups,
+        "steady": timing.steady,
+        "rounds": timing.rounds,
+        "samples_us": timing.samples_us,
+        "p50_us": p50,
+        "p90_us": p90,
+        "p99_us": p99,
+        "min_us": smallest,
+        "load_ms": None if taken is None else taken.load_ms,
+        "peak_memory_bytes": None if taken is None else taken.peak_bytes,
+        "model_memory_bytes": None if taken is None else taken.model_bytes,
+    }
+
+
+def _layer_times(runner: Runner) -> dict[str, float]:
     """Time each operator, in microseconds, by the runtime's own profiler; LiteRT's has no way to it from Python."""
-    return runner.profile(runs) if isinstance(runner, OnnxRuntime) else {}
+    return runner.profile(PROFILED_RUNS) if isinstance(runner, OnnxRuntime) else {}
 
 
 def _runtimes(entries: Sequence[Entry], runtime: str | None) -> list[str]:

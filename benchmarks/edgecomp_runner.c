@@ -354,7 +354,7 @@ static const Runtime *runtime_of(const char *path) {
     if (asked.runtime ? !strcmp(asked.runtime, runtimes[i].name) : dot && !strcmp(dot + 1, runtimes[i].extension))
       return &runtimes[i];
   }
-  if (asked.runtime) fail(WRONG_DEVICE, "runtime '%.80s' is unknown; expected onnxruntime or litert", asked.runtime);
+  if (asked.runtime) fail(WRONG_USE, "runtime '%.80s' is unknown; expected onnxruntime or litert", asked.runtime);
   fail(WRONG_DEVICE, "%s: no runtime reads this format; expected .onnx or .tflite", path);
 }
 
@@ -426,29 +426,38 @@ static void start(const Runtime *runtime) {
   free(place);
 }
 
-static const char *loading;
+static const char *file_at_work, *what_is_done;
 
-/* LiteRT trusts a file's offsets: one that is cut off makes it read where nothing is. */
+/* LiteRT trusts a file's offsets and shapes: one that is damaged makes it read or write where nothing is. */
 static void crashed(int number) {
-  static const char what[] = ": the runtime crashed loading it; is the file damaged or cut off?\n";
-  if (write(fileno(messages), loading, strlen(loading)) < 0 || write(fileno(messages), what, sizeof what - 1) < 0)
-    _exit(128 + number);
+  const char *parts[] = {file_at_work, ": the runtime crashed ", what_is_done, " it; is the file damaged or cut off?\n"};
+  size_t i;
+  for (i = 0; i < sizeof parts / sizeof *parts; i++)
+    if (write(fileno(messages), parts[i], strlen(parts[i])) < 0) _exit(128 + number);
   _exit(WRONG_USE);
+}
+
+/* Say what a crash of the runtime is to be put down to, from now on; NULL for nothing. */
+static void at_work(const char *file, const char *what) {
+  static const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGABRT};
+  size_t i;
+  file_at_work = file;
+  what_is_done = what;
+  for (i = 0; i < sizeof signals / sizeof *signals; i++) signal(signals[i], file ? crashed : SIG_DFL);
 }
 
 /* Load a model and give it an image of noise, as zeros could take shortcuts: even noise, over all codes, or real numbers
  * of mean 0 and variance 1. */
 static Model *loaded(const Runtime *runtime, const char *path, const char *profile) {
-  Model *model;
-  loading = path;
-  signal(SIGSEGV, crashed);
-  signal(SIGBUS, crashed);
-  model = runtime->load(path, (int)asked.n_threads, profile);
-  signal(SIGSEGV, SIG_DFL);
-  signal(SIGBUS, SIG_DFL);
-  size_t i, n = model->input_bytes / (model->input_kind == REAL ? sizeof(float) : 1);
-  char *image = allocate(model->input_bytes);
   uint64_t state = 0x9e3779b97f4a7c15u;
+  size_t i, n;
+  char *image;
+  Model *model;
+  at_work(path, "loading");
+  model = runtime->load(path, (int)asked.n_threads, profile);
+  at_work(path, "running");
+  n = model->input_bytes / (model->input_kind == REAL ? sizeof(float) : 1);
+  image = allocate(model->input_bytes);
   for (i = 0; i < n; i++) {
     uint64_t word = drawn(&state) >> 32;
     float real = ((float)(word & 0xffff) - 32767.5f) * (3.4641016f / 65536);
@@ -491,6 +500,7 @@ static void warm_up(Body *body) {
   double most_s = asked.warmup_runs && asked.max_s > WARMUP_MAX_S ? asked.max_s : WARMUP_MAX_S;
   int64_t start = now_ns(), window_start, *window = NULL;
   size_t n, room = 0, windows = 0, i;
+  at_work(body->model->file, "running");
   while (!body->steady) {
     window_start = now_ns();
     for (n = 0; n < 3 || (double)(now_ns() - window_start) < WINDOW_S * 1e9; n++) {
@@ -522,6 +532,7 @@ static void turn(Body *body) {
     body->room = 2 * body->room + (size_t)body->block;
     body->samples_ns = resize(body->samples_ns, body->room * sizeof *body->samples_ns);
   }
+  at_work(body->model->file, "running");
   body->model->runtime->infer(body->model);
   for (i = 0; i < body->block; i++) body->samples_ns[body->n_samples++] = timed(body->model);
 }
@@ -750,6 +761,7 @@ static void put_profile(FILE *out, const Entry *entry) {
   if (!text) fail(WRONG_DEVICE, "%s: the profile cannot be read", entry->path);
   put_text(out, text, n);
   entry->runtime->release(model);
+  at_work(NULL, NULL);
   free(text);
   free(prefix);
 }
@@ -772,7 +784,9 @@ static void put_model(FILE *out, const Entry *entry, const Body *body, long roun
   for (i = 0; i < body->n_samples; i++) fprintf(out, "%s%lld", i ? "," : "", (long long)body->samples_ns[i]);
   fputs("], \"memory\": [", out);
   /* Its own memory goes first, on a board with little of it. */
+  at_work(entry->path, "unloading");
   entry->runtime->release(body->model);
+  at_work(NULL, NULL);
   for (p = 0; p < asked.processes; p++) {
     if (p) fputs(", ", out);
     put_footprint(out, self, entry);
@@ -798,6 +812,7 @@ static void time_all(const char *self) {
   fputs(", \"before\": ", out);
   put_state(out);
   rounds = measure(bodies, asked.n);
+  at_work(NULL, NULL);
   fputs(", \"after\": ", out);
   put_state(out);
   fputs(", \"models\": [", out);

@@ -36,9 +36,9 @@ from .runtime import Border, Runner
 
 LIMIT_S = 3600.0
 """For one process; a network of a few billion multiplications takes minutes."""
+_RUNNER = "runner"
 # Not -E or -I: the seed of hashes comes by the environment.
-RUNNER = "runner"
-_PYTHON = ("/usr/bin/python3", "-s", "-P", "-B", f"{WORK}/{RUNNER}")
+_PYTHON = ("/usr/bin/python3", "-s", "-P", "-B", f"{WORK}/{_RUNNER}")
 
 
 def bench_emulated(
@@ -105,10 +105,10 @@ class _Place:
     def __init__(self, folder: Path, root: Path, core: Core, target: str) -> None:
         self.folder, self.root, self.core, self.target = folder, root, core, target
         with zipfile.ZipFile(io.BytesIO(runner_archive())) as archive:
-            archive.extractall(folder / RUNNER)
+            archive.extractall(folder / _RUNNER)
         # If the Python inside is of this one's version it need not compile all this, at an emulator's speed. It must be
         # the same bytes each time, or other steps are counted: by a fresh process, without this folder's name.
-        names = ["-s", str(folder), "-p", WORK, str(folder / RUNNER)]
+        names = ["-s", str(folder), "-p", WORK, str(folder / _RUNNER)]
         compile_all = [sys.executable, "-I", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", *names]
         _ran(compile_all, "compiling the runner")
 

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from edgecomp.errors import BundleError, PlanError, UsageError
 from edgecomp.exporters.unpack_tflite import is_packed, unpack_tflite
-from edgecomp.report import BenchReport, Comparison, Fact, Source, summarise
+from edgecomp.report import BenchReport, Comparison, Fact, Source
 from edgecomp.strictjson import check_keys, load_strict_json
 
+from .bench import measured
 from .environment import FACT_FILES, STATE_FILES, environment_elsewhere, state
 from .harness import Timing, ratio
 from .memory import median_footprint
@@ -33,6 +36,11 @@ _KEYS = ("schema", "edgecomp", "threads", "machine", "kernel", "cores", "affinit
 _MODEL_KEYS = ("label", "bytes", "sha256", "runtime", "runtime_version", "execution", "warmups", "steady", "rounds",
                "samples_ns", "memory", "profile")  # fmt: skip
 _MEMORY_KEYS = ("runtime_bytes", "loaded_bytes", "peak_bytes", "model_bytes", "load_ns")
+_LEAST: Mapping[str, float] = MappingProxyType(
+    {"memory_bytes": 1, "frequency_mhz": 0, "temperature_c": -273.15, "load_average_1min": 0,
+     "throttle_flags": 0, "throttle_count": 0, "swapped_pages": 0}
+)  # fmt: skip
+"""Of facts of a machine that are numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,18 +134,17 @@ def _comparison(
     found: Mapping[str, Any], models: Sequence[tuple[Sent, Mapping[str, Any]]], baseline: str, target: str, seed: int
 ) -> Comparison:
     facts = _facts(found)
-    before, after = (_with_files(found[name], STATE_FILES, state) for name in ("before", "after"))
+    threads = _whole(found["threads"], "threads", 1)
+    before, after = (_with_files(name, found[name], STATE_FILES, state) for name in ("before", "after"))
     timings = {each.label: _timing(model) for each, model in models}
     not_valid = tuple(why_not_valid(before, after, timings))
     draws = random.Random(f"draws {seed}")
     reports = []
     for each, model in models:
-        timing = timings[each.label]
-        p50, p90, p99, smallest = summarise(timing.samples_us)
+        _whole(model["bytes"], "bytes", 1)
         runs = [_memory(run) for run in _list(model["memory"], "memory")]
         if not runs:
             raise UsageError("memory: no process")
-        weighed = median_footprint(runs)
         unpacked = {"unpacked_at_load": False, "unpacked_beforehand": each.unpacked} if each.format == "tflite" else {}
         reports.append(
             BenchReport(
@@ -149,20 +156,10 @@ def _comparison(
                 target=target,
                 runtime=model["runtime"],
                 runtime_version=model["runtime_version"],
-                threads=found["threads"],
+                threads=threads,
                 execution={**_object(model["execution"]), **unpacked},
                 source=Source.MEASURED,
-                warmups=model["warmups"],
-                steady=timing.steady,
-                rounds=timing.rounds,
-                samples_us=timing.samples_us,
-                p50_us=p50,
-                p90_us=p90,
-                p99_us=p99,
-                min_us=smallest,
-                load_ms=weighed.load_ms,
-                peak_memory_bytes=weighed.peak_bytes,
-                model_memory_bytes=weighed.model_bytes,
+                **measured(timings[each.label], median_footprint(runs)),
                 layers_us={} if model["profile"] is None else mean_times(json.loads(model["profile"])),
                 not_valid=not_valid,
                 before=before,
@@ -176,28 +173,40 @@ def _comparison(
 
 
 def _timing(model: Mapping[str, Any]) -> Timing:
-    samples, rounds = _list(model["samples_ns"], "samples_ns"), _whole(model["rounds"])
-    if not samples or rounds < 1 or len(samples) % rounds or not isinstance(model["steady"], bool):
+    samples, rounds = _list(model["samples_ns"], "samples_ns"), _whole(model["rounds"], "rounds", 1)
+    if not samples or len(samples) % rounds or not isinstance(model["steady"], bool):
         raise UsageError(f"{len(samples)} samples in {rounds} rounds, steady {model['steady']!r:.20}")
-    samples_us = tuple(_whole(ns) / 1000 for ns in samples)
-    return Timing(warmups=_whole(model["warmups"]), steady=model["steady"], rounds=rounds, samples_us=samples_us)
+    samples_us = tuple(_whole(ns, "samples_ns", 0) / 1000 for ns in samples)
+    warmups = _whole(model["warmups"], "warmups", 0)
+    return Timing(warmups=warmups, steady=model["steady"], rounds=rounds, samples_us=samples_us)
 
 
 def _memory(run: Any) -> dict[str, float]:
     check_keys(run, _MEMORY_KEYS, "memory")
-    values: dict[str, float] = {name: _whole(run[name]) for name in _MEMORY_KEYS}
-    return {**values, "load_ms": values["load_ns"] / 1e6}
+    values: dict[str, float] = {name: _whole(run[name], f"memory: {name}", 1) for name in _MEMORY_KEYS[:3]}
+    # A difference of two measured peaks, which may come out below zero for a tiny model.
+    model, most = run["model_bytes"], int(values["peak_bytes"] - values["runtime_bytes"])
+    values["model_bytes"] = _whole(model, "memory: model_bytes", 1 - int(values["runtime_bytes"]))
+    if model > most:
+        raise UsageError(f"memory: model_bytes is {model}, expected at most {most}, peak_bytes less runtime_bytes")
+    return {**values, "load_ms": _whole(run["load_ns"], "memory: load_ns", 0) / 1e6}
 
 
 def _facts(found: Mapping[str, Any]) -> dict[str, Fact]:
-    affinity = tuple(str(core) for core in _list(found["affinity"], "affinity"))
-    known: dict[str, Fact] = {name: found[name] for name in ("machine", "kernel", "cores", "edgecomp")}
-    known |= {"cores_allowed": len(affinity), "affinity": affinity, "runner": "C"}
-    return _with_files(found["files"], FACT_FILES, lambda root: environment_elsewhere(root, known))
+    affinity = tuple(_list(found["affinity"], "affinity"))
+    if not affinity or not all(isinstance(core, str) and core.isdecimal() for core in affinity):
+        raise UsageError(f"affinity is {found['affinity']!r:.80}, expected numbers of cores, as texts")
+    known: dict[str, Fact] = {name: found[name] for name in ("machine", "kernel", "edgecomp")}
+    for name, text in known.items():
+        if not isinstance(text, str):
+            raise UsageError(f"{name} is {text!r:.80}, expected a text")
+    known |= {"cores": _whole(found["cores"], "cores", 1), "cores_allowed": len(affinity), "affinity": affinity}
+    known["runner"] = "C"
+    return _with_files("files", found["files"], FACT_FILES, lambda root: environment_elsewhere(root, known))
 
 
-def _with_files(files: Any, expected: Sequence[str], read: Any) -> dict[str, Fact]:
-    """Read facts from copies of files, of which only those count whose names are expected."""
+def _with_files(where: str, files: Any, expected: Sequence[str], read: Any) -> dict[str, Fact]:
+    """Read facts from copies of files, of which only those count whose names are expected; no fact is impossible."""
     legal = re.compile("|".join(re.escape(pattern).replace(r"\*", "[0-9]+") for pattern in expected))
     with tempfile.TemporaryDirectory(prefix="edgecomp-") as name:
         for path, text in _object(files).items():
@@ -207,7 +216,11 @@ def _with_files(files: Any, expected: Sequence[str], read: Any) -> dict[str, Fac
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(text.encode("latin-1"))
         facts: dict[str, Fact] = read(Path(name))
-        return facts
+    for name, least in _LEAST.items():
+        value = facts.get(name)
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            raise UsageError(f"{where}: {name} is {value:g}, expected a number of at least {least:g}")
+    return facts
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -222,7 +235,7 @@ def _list(value: Any, where: str) -> list[Any]:
     return value
 
 
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(f"{value!r:.40} is no whole number")
+def _whole(value: Any, where: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{where} is {value!r:.40}, expected a whole number of at least {least}")
     return value

@@ -5,6 +5,7 @@ What it gathers becomes a report in `gathered`.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import subprocess
@@ -19,11 +20,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 import edgecomp
-from edgecomp.errors import TargetError
+from edgecomp.errors import TargetError, UsageError
 from edgecomp.targets.emulated import cache_folder, pip_download
 from edgecomp.targets.ssh import platforms_of
 
-from . import environment, harness, memory
+from . import bench, environment, harness, memory
 
 SCHEMA = "edgecomp-gathered/1"
 PROGRAM = "edgecomp-runner"
@@ -67,7 +68,9 @@ CPUS: Mapping[str, Cpu] = MappingProxyType(
         "x86_64": Cpu(zig="x86_64-linux-gnu.2.28", loader="/lib64/ld-linux-x86-64.so.2"),
     }
 )
-"""By what `uname -m` says. No package has a library of a runtime for 32-bit Arm with an interface for C."""
+"""By what `uname -m` says."""
+_WITHOUT_LIBRARIES = ("armv6l", "armv7l", "armv8l", "i686", "riscv64")
+"""Other processors of boards with Linux: no package has a library of a runtime for them with an interface for C."""
 
 RUNTIMES: Mapping[str, Library] = MappingProxyType(
     {
@@ -93,7 +96,7 @@ def _shared() -> bytes:
     names = ("WINDOW_S", "STEADY_WINDOWS", "WARMUP_MIN_S", "WARMUP_MAX_S", "TOLERANCE", "BLOCK_S", "MAX_BLOCK",
              "ROUNDS", "MIN_ROUNDS", "MIN_S", "MAX_S")  # fmt: skip
     values: dict[str, object] = {name: getattr(harness, name) for name in names}
-    values |= {"MEMORY_RUNS": memory.RUNS, "PROCESSES": memory.PROCESSES}
+    values |= {"MEMORY_RUNS": memory.RUNS, "PROCESSES": memory.PROCESSES, "PROFILED_RUNS": bench.PROFILED_RUNS}
     values |= {"SCHEMA": _quoted(SCHEMA), "VERSION": _quoted(edgecomp.__version__)}
     values["THROTTLE_FLAGS"] = _quoted(environment.THROTTLE_FLAGS)
     for name, files in (("FACT_FILES", environment.FACT_FILES), ("STATE_FILES", environment.STATE_FILES)):
@@ -109,6 +112,26 @@ def _quoted(text: str) -> str:
     return f'"{text}"'
 
 
+def check_cpu(cpu: str) -> None:
+    """Refuse a processor that the runner is not compiled for.
+
+    Args:
+        cpu: as `uname -m` says it.
+
+    Raises:
+        TargetError: there is no library of a runtime for it.
+        UsageError: no processor is called so.
+    """
+    if cpu in CPUS:
+        return
+    expected = f"expected one of {', '.join(CPUS)}"
+    if cpu in _WITHOUT_LIBRARIES:
+        raise TargetError(f"the C runner is not made for {cpu!r}; {expected}")
+    close = difflib.get_close_matches(cpu.lower(), CPUS, n=1)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    raise UsageError(f"--cpu {cpu!r:.80} is unknown; {expected}, as uname -m says it there{meant}")
+
+
 @cache
 def native_runner(cpu: str) -> bytes:
     """Compile the runner; the same bytes for the same edgecomp and compiler, wherever.
@@ -118,9 +141,9 @@ def native_runner(cpu: str) -> bytes:
 
     Raises:
         TargetError: there is none for this processor, the compiler is missing or fails.
+        UsageError: no processor is called so.
     """
-    if cpu not in CPUS:
-        raise TargetError(f"the C runner is not made for {cpu!r:.80}; expected one of {', '.join(CPUS)}")
+    check_cpu(cpu)
     if importlib.util.find_spec("ziglang") is None:
         raise TargetError("the C runner is compiled by the package ziglang: pip install 'edgecomp[boards]'")
     zig = [sys.executable, "-m", "ziglang", "cc", "-target", CPUS[cpu].zig]

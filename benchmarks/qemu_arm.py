@@ -118,7 +118,7 @@ def run_in_qemu(
     """
     emulator = qemu_name(cpu)
     board = _BOARDS[str(cpu)]
-    sources = {**files, "main.c": _main(facts, board, image).encode()}
+    sources = {**files, "main.c": _main(facts, image).encode()}
     elf = linked(cross_compiler(core, compiler), sources, _script(board), "reset", folder)
     command = [_PROGRAM, "-machine", board.machine, "-display", "none", "-monitor", "none", "-serial", "none"]
     command += ["-semihosting-config", "enable=on,target=native", "-icount", "shift=0", "-kernel", elf.name]
@@ -177,7 +177,7 @@ SECTIONS {{
 """
 
 
-def _main(facts: NetworkFacts, board: _Board, image: Array) -> str:
+def _main(facts: NetworkFacts, image: Array) -> str:
     """Write the program around the network; static memory is as QEMU begins, zero."""
     codes = ",".join(map(str, np.asarray(image, dtype=np.int8).reshape(-1).tolist()))
     name, upper = facts.name, facts.name.upper()

@@ -90,14 +90,14 @@ class Runner(Protocol):
         """Say how the runtime executes this model."""
 
 
-# LiteRT: "INFO: Created TensorFlow Lite XNNPACK delegate for CPU."; onnxruntime: a date in colours, then
-# "[W:onnxruntime:Default, device_discovery.cc:164 ...", even where there is no device to discover.
 # As in pyproject.toml.
 _INSTALL = {
     "tflite-runtime": "pip install tflite-runtime",
     "tflite-micro": "pip install 'tflite-micro>=0.dev20260930204519'",
 }
 _INSTALL_ALL = "pip install 'edgecomp[bench]'"
+# LiteRT: "INFO: Created TensorFlow Lite XNNPACK delegate for CPU."; onnxruntime: a date in colours, then
+# "[W:onnxruntime:Default, device_discovery.cc:164 ...", even where there is no device to discover.
 _CHATTER = re.compile(rb"(INFO|VERBOSE):|.{0,80}\[[VIW]:onnxruntime")
 
 

@@ -173,7 +173,8 @@ def measured(graph: Graph, target: str, n_images: int, compiler: str | None) -> 
     """Run a compressed network on a core, on random codes.
 
     Raises:
-        TargetError: a tool is missing, or an output is not the reference's.
+        ParityError: an output is not the reference's.
+        TargetError: a tool is missing, or fails.
     """
     shape = graph.tensors[graph.inputs[0]].shape[1:]
     codes = np.random.default_rng(1).integers(-128, 128, size=(n_images, *shape), dtype=np.int8)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 COMPRESSED, INT8, FLOAT = "compressed", "plain int8", "float32"
 CUT = ", cut"
 """Behind the names of the other models where they lack channels or classes of the network that was compressed."""
+YARDSTICKS = tuple(name + cut for name in (INT8, FLOAT) for cut in ("", CUT))
+"""What models are called that stand beside a folder's, which nobody built."""
 MIN_S = 2.0
 """Measuring time for each model at least, seconds, unless another is asked for."""
 _TRIAL_S = 60.0
@@ -141,7 +143,14 @@ def side_by_side(paths: Sequence[Path], runtime: str | None) -> list[Subject]:
 
 
 def bench_artifact(
-    paths: Sequence[Path], *, runtime: str | None, threads: int, min_s: float, seed: int, stage: Stage
+    paths: Sequence[Path],
+    *,
+    runtime: str | None,
+    threads: int,
+    min_s: float,
+    repeat: int = 0,
+    seed: int,
+    stage: Stage,
 ) -> list[Benched]:
     """Measure on this machine, the models of each comparison in turns within one process.
 
@@ -150,6 +159,7 @@ def bench_artifact(
         runtime: see `benchmarks.runners.RUNNERS`; None for each format's own.
         threads: of each runtime.
         min_s: measuring time for each model at least, seconds.
+        repeat: so many times again, while a run is not valid.
         seed: of the order of the runs.
         stage: shows how far the work is.
 
@@ -170,7 +180,9 @@ def bench_artifact(
             for _, model, _ in subject.entries:
                 if isinstance(model, Path):
                     _try_in_micro(model)
-        comparison = _run(subject, runtime, threads=threads, min_s=min_s, seed=seed, stage=stage)
+        comparison = _run(
+            subject, runtime, threads=threads, min_s=min_s, attempts=1 + repeat, seed=seed, stage=stage
+        )
         benched.append(
             Benched(
                 title=subject.title,
@@ -303,6 +315,7 @@ def _run(
     *,
     threads: int,
     min_s: float,
+    attempts: int,
     seed: int,
     stage: Stage,
 ) -> Comparison:
@@ -323,6 +336,7 @@ def _run(
             baseline=subject.baseline,
             min_s=min_s,
             max_s=max(30.0, 10 * min_s),
+            attempts=attempts,
             seed=seed,
             progress=progress,
         )

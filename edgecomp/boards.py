@@ -81,11 +81,13 @@ def write_runner(file: Path, *, force: bool) -> str:
 
     Raises:
         OSError: as the system reports it.
-        UsageError: a file is there, and no `force`.
+        UsageError: a file is there, and no `force`, or it is no runner.
     """
-    from edgecomp.benchmarks.archive import runner_archive
+    from edgecomp.benchmarks.archive import is_runner, runner_archive
 
     check_new_file(file, "--runner", force=force)
+    if file.exists() and not is_runner(file):
+        raise UsageError(f"--runner {file}: is no runner; --force replaces only an earlier one; choose another")
     write_file(file, runner_archive())
     return str(file)
 
@@ -96,13 +98,16 @@ def write_native_runner(folder: Path, cpu: str, *, force: bool) -> str:
     Raises:
         OSError: as the system reports it.
         TargetError: there is none for this processor, or a compiler or a wheel is missing.
-        UsageError: a runner is there, and no `force`; or what is there is no folder.
+        UsageError: no processor is called so; a runner is there, and no `force`; or what is there is no folder of one.
     """
-    from edgecomp.benchmarks.native_runner import NEWEST_LIBC, PROGRAM, RUNTIMES, libraries, native_runner
+    from edgecomp.benchmarks.native_runner import NEWEST_LIBC, PROGRAM, RUNTIMES, check_cpu, libraries, native_runner
 
+    check_cpu(cpu)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--runner {folder}: is there and is no folder; with --cpu a folder is written")
-    if folder.is_dir():
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / PROGRAM).is_file():
+            raise UsageError(f"--runner {folder}: holds files and no {PROGRAM}; choose a new folder as --runner")
         check_new_file(folder / PROGRAM, "--runner", force=force)
     files = {PROGRAM: native_runner(cpu), **libraries(cpu, NEWEST_LIBC, list(RUNTIMES))}
     write_files(folder, files)

@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from edgecomp.artifact import FILES
-from edgecomp.benching import stands_alone
+from edgecomp.benching import YARDSTICKS, stands_alone
 from edgecomp.bundle import GRAPH_FILE
 from edgecomp.errors import BudgetError, BundleError, UsageError
 from edgecomp.files import MANIFEST, PLAN_FILE, check_new_file
@@ -100,6 +100,8 @@ def check_asked(
             if _holds(path, svg):
                 raise UsageError(f"--svg {svg}: is {path} or a file that belongs to it; choose another --svg")
     before = None if baseline is None else read_baseline(baseline)
+    if spoilt := [why for each in before or () for report in each.reports[:1] for why in report.not_valid]:
+        raise UsageError(f"--baseline {baseline}: is of a run that was not valid: {spoilt[0]}; measure it again")
     if len(paths) == 1 and stands_alone(paths[0]):
         if svg is not None:
             raise UsageError(f"nothing to plot: {paths[0]} stands alone; expected models to measure side by side")
@@ -151,6 +153,8 @@ def read_baseline(path: Path) -> list[Comparison]:
 def check_not_slower(now: Sequence[Comparison], before: Sequence[Comparison] | None, percent: float) -> None:
     """Fail where a model is surely slower than is allowed: even the near end of its interval is above the limit.
 
+    What the user did not build is compared with, and not judged; no more is what a run says that is not valid.
+
     Args:
         now: what was measured.
         before: stored comparisons. What is compared is the ratio to the baseline of its own run, so that another
@@ -167,10 +171,13 @@ def check_not_slower(now: Sequence[Comparison], before: Sequence[Comparison] | N
         if any(r.source is not Source.MEASURED for r in comparison.reports):
             raise UsageError(_NO_TIMES)
         for report in comparison.reports:
+            if report.label in YARDSTICKS:
+                continue
             for what, low, limit in _pairs(comparison, report.label, before):
                 compared += 1
-                if low > limit * (1 + percent / 100):
-                    lines.append(f"{report.label}: {what} {low / limit - 1:+.1%}")
+                if low > limit * (1 + percent / 100) and not report.not_valid:
+                    where = f" ({report.runtime}, {report.target})" if len(now) > 1 else ""
+                    lines.append(f"{report.label}{where}: {what} {low / limit - 1:+.1%}")
     if not compared and before is None:
         raise UsageError(_NOTHING)
     if not compared:

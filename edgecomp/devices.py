@@ -93,8 +93,8 @@ def check_options(kind: str, flags: Flags, *, threads: int, min_s: float | None,
         raise UsageError("--min-secs with --gathered: it was measured already")
     if compiler is not None and kind != "core":
         raise UsageError(f"--compiler {compiler} is for a --target with a Cortex-M, e.g. cortex-m4; leave it out")
-    if kind != "ssh" and flags != Flags():
-        raise UsageError("--profile, --cores and --repeat are for --target ssh://...")
+    if kind != "ssh" and flags != (Flags(repeat=flags.repeat) if kind == "host" else Flags()):
+        raise UsageError("--profile, --cores and --repeat are for --target ssh://..., --repeat for this machine, too")
     flags.words()
 
 

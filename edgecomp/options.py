@@ -186,7 +186,7 @@ def _add_bench(verbs: Any) -> None:
     p.add_argument("--force", action="store_true", help="replace FILE of --svg")
     p.add_argument("--profile", action="store_true", help="over SSH: also time each operator, in onnxruntime")
     p.add_argument("--cores", metavar="A,B", help="over SSH: run on these cores alone")
-    p.add_argument("--repeat", type=int, default=0, metavar="N", help="over SSH: while a run is not valid")
+    p.add_argument("--repeat", type=int, default=0, metavar="N", help="up to N times again, until a run is valid")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of the runs")
     about = "what the C runner wrote elsewhere, by hand, of these files: judge and show it; nothing is measured"
     p.add_argument("--gathered", type=Path, metavar="FILE", help=about)
@@ -254,7 +254,7 @@ def _add_targets(verbs: Any) -> None:
     p.add_argument("--runner", type=Path, metavar="FILE", help="write the runner, to measure by hand: python3 FILE -h")
     about = "with --runner: the one in C, for a device without Python; FILE is then a folder: FILE/edgecomp-runner -h"
     p.add_argument("--cpu", metavar="CPU", help=f"{about}; what uname -m says there, e.g. aarch64")
-    p.add_argument("--force", action="store_true", help="replace FILE of --runner")
+    p.add_argument("--force", action="store_true", help="replace the runner that FILE of --runner is")
     p.add_argument("--json", action="store_true")
 
 

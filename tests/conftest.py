@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,24 @@ def shared() -> Path:
 def root() -> Path:
     """The file system of emulated 64-bit boards; made when it is not there."""
     return emulated_root(AARCH64)
+
+
+@pytest.fixture(scope="module")
+def switched_on(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ssh_device.Device]:
+    """A device of 64 bits, for all tests of a module."""
+    with ssh_device.running(tmp_path_factory.mktemp("device"), root) as made:
+        yield made
+
+
+@pytest.fixture
+def device(switched_on: ssh_device.Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[ssh_device.Device]:
+    """The device as it should be, found clean and left as it was; its ssh stands first in PATH."""
+    monkeypatch.setenv("PATH", f"{switched_on.place}/bin:{os.environ['PATH']}")
+    assert switched_on.left_behind() == []
+    yield switched_on
+    switched_on.trust("host")
+    switched_on.key("user")
+    switched_on.extra("")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import zipfile
@@ -19,12 +20,12 @@ import pytest
 
 from edgecomp.artifact import AtRest
 from edgecomp.benchmarks import native_runner as native
-from edgecomp.benchmarks.environment import environment, state
+from edgecomp.benchmarks.environment import THROTTLE_FLAGS, environment, state
 from edgecomp.benchmarks.gathered import comparison_of, sent_of
 from edgecomp.benchmarks.runners import LiteRt, OnnxRuntime
 from edgecomp.benchmarks.runtime import channels_last
 from edgecomp.cli import main
-from edgecomp.errors import BundleError, TargetError
+from edgecomp.errors import BundleError, TargetError, UsageError
 from edgecomp.exporters.to_onnx import to_onnx
 from edgecomp.exporters.to_tflite import to_tflite
 from edgecomp.exporters.unpack_tflite import unpack_tflite
@@ -179,7 +180,7 @@ def test_flags_of_onnxruntime_perf_test(folder, models, tmp_path):
         (["none.onnx"], 2, "none.onnx: no such file"),
         (["--graph"], 2, "--graph: expected one argument; see -h"),
         (["--graph=model.onnx", "--runtime=litert"], 6, "runtime litert reads tflite, not model.onnx"),
-        (["--graph=model.onnx", "--runtime=tvm"], 6, "runtime 'tvm' is unknown; expected onnxruntime or litert"),
+        (["--graph=model.onnx", "--runtime=tvm"], 2, "runtime 'tvm' is unknown; expected onnxruntime or litert"),
         (["edgecomp-runner"], 6, "edgecomp-runner: no runtime reads this format"),
         (["--graph=model.onnx", "--nonsense=1"], 2, "--nonsense=1: no such flag; see -h"),
         (["--graph=model.onnx", "--num_threads=0"], 2, "--num_threads: '0': expected a whole number, 1 or more"),
@@ -366,6 +367,11 @@ def test_what_cannot_be_compiled(monkeypatch):
         native.compiled(["cc", "--no-such-option"])
     with pytest.raises(TargetError, match=r"the C runner cannot be compiled: .*No such file"):
         native.compiled(["/nowhere/cc"])
+    for mistyped, close in (("aarch46", "aarch64"), ("arm64", "aarch64"), ("pentium", ""), ("", "")):
+        meant = f"; did you mean {close}?" if close else ""
+        said = f"--cpu {mistyped!r} is unknown; expected one of aarch64, x86_64, as uname -m says it there{meant}"
+        with pytest.raises(UsageError, match=f"^{re.escape(said)}$"):
+            native.native_runner(mistyped)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TargetError, match=r"compiled by the package ziglang: pip install 'edgecomp\[boards\]'"):
         native.native_runner.__wrapped__(CPU)
@@ -409,6 +415,10 @@ def test_a_runner_to_use_by_hand(folder, models, tmp_path, monkeypatch, capsys):
     assert "has no libonnxruntime.so*; expected the runtime's library" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
     assert main(["targets", "--cpu", "aarch64"]) == 2
+    # A processor that is none is said before a place that is taken.
+    for cpu, code in (("aarch46", 2), ("armv7l", 6)):
+        assert main(["targets", "--runner", str(place), "--cpu", cpu]) == code
+        assert repr(cpu) in capsys.readouterr().err
 
 
 def test_a_tflite_file_that_is_cut_off_is_said_in_a_line(folder, models):
@@ -417,6 +427,24 @@ def test_a_tflite_file_that_is_cut_off_is_said_in_a_line(folder, models):
         (folder / "cut.tflite").write_bytes(data[: len(data) * sixteenth // 16])
         done = run(folder, "cut.tflite")
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_a_tflite_file_that_crashes_the_runtime_is_said_in_a_line(folder):
+    data = exported("wide", 4, AtRest.NATIVE).data
+    shape = struct.pack("<5i", 4, 1, 6, 6, 8)
+    assert data.count(shape) == 1
+    (folder / "larger.tflite").write_bytes(data.replace(shape, struct.pack("<5i", 4, 1000, 6, 6, 8)))
+    said = "larger.tflite: the runtime crashed running it; is the file damaged or cut off?\n"
+    (folder / "in").write_bytes(bytes(4 * 1000 * 6 * 6 * 8))
+    for words in (["--graph=model.tflite"], ["--task=memory"], ["--task=outputs", "--inputs=in", "--result=out"]):
+        done = run(folder, *words, "larger.tflite", *QUICK)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", said), words
+    # What C++ throws and nobody catches ends in abort.
+    assert data[126] == 4
+    (folder / "thrown.tflite").write_bytes(data[:126] + b"\x96" + data[127:])
+    done = run(folder, "thrown.tflite")
+    said = "thrown.tflite: the runtime crashed loading it; is the file damaged or cut off?\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 def test_what_was_gathered_by_hand_is_judged_here(folder, capsys, monkeypatch):
@@ -458,6 +486,12 @@ def gathered(folder: Path) -> str:
     return run(folder, "model.onnx", *QUICK, "--enable_op_profiling").stdout
 
 
+NEGATIVE = json.dumps([{"cat": "Node", "name": "x_kernel_time", "dur": -5, "args": {"op_name": "Conv"}}] * 2)
+FREQUENCY = "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"
+ZONE = "sys/class/thermal/thermal_zone0/temp"
+THROTTLED = "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"
+
+
 @pytest.mark.parametrize(
     ("place", "value", "what"),
     [
@@ -471,24 +505,44 @@ def gathered(folder: Path) -> str:
         (("models", 0, "sha256"), "0" * 64, "model.onnx was not measured, or has changed since"),
         (("models", 0, "more"), 1, "unknown key 'more'"),
         (("models", 0, "samples_ns"), [], "0 samples"),
-        (("models", 0, "samples_ns", 0), 1.5, "1.5 is no whole number"),
-        (("models", 0, "samples_ns", 0), -5, "min_us is -0.005, expected a number of at least 0"),
-        (("models", 0, "samples_ns", 0), True, "True is no whole number"),
+        (("models", 0, "samples_ns", 0), 1.5, "samples_ns is 1.5, expected a whole number of at least 0"),
+        (("models", 0, "samples_ns", 0), -5, "samples_ns is -5, expected a whole number of at least 0"),
+        (("models", 0, "samples_ns", 0), True, "samples_ns is True"),
         (("models", 0, "rounds"), 7919, "samples in 7919 rounds"),
-        (("models", 0, "rounds"), 0, "samples in 0 rounds"),
+        (("models", 0, "rounds"), 0, "rounds is 0, expected a whole number of at least 1"),
         (("models", 0, "steady"), 1, "steady 1"),
         (("models", 0, "warmups"), -1, "warmups is -1"),
         (("models", 0, "runtime"), 5, "runtime is 5"),
         (("models", 0, "execution"), [], "is no object"),
         (("models", 0, "execution", "x"), {"y": 1}, "execution: 'x'"),
         (("models", 0, "memory"), [], "expected what the C runner writes"),
-        (("models", 0, "memory", 0, "peak_bytes"), 1e9, "1000000000.0 is no whole number"),
-        (("models", 0, "memory", 0, "load_ns"), -1, "load_ms is -1e-06"),
+        (("models", 0, "bytes"), 0, "bytes is 0, expected a whole number of at least 1"),
+        (("models", 0, "memory", 0, "peak_bytes"), 1e9, "memory: peak_bytes is 1000000000.0, expected a whole number"),
+        (("models", 0, "memory", 0, "runtime_bytes"), -1, "memory: runtime_bytes is -1, expected a whole number of at"),
+        (("models", 0, "memory", 0, "loaded_bytes"), 0, "memory: loaded_bytes is 0, expected a whole number of at le"),
+        (("models", 0, "memory", 0, "model_bytes"), -(10**15), "memory: model_bytes is -1000000000000000, expected a "),
+        (("models", 0, "memory", 0, "model_bytes"), 10**15, "memory: model_bytes is 1000000000000000, expected at mo"),
+        (("models", 0, "memory", 0, "load_ns"), -1, "memory: load_ns is -1, expected a whole number of at least 0"),
         (("models", 0, "profile"), "{", "expected what the C runner writes"),
         (("models", 0, "profile"), "[1]", "expected what the C runner writes"),
         (("models", 0, "profile"), '[{"cat": "Node", "name": "x_kernel_time"}]', "expected what the C runner writes"),
+        (("models", 0, "profile"), NEGATIVE, "layers_us: expected numbers of at least 0"),
         (("affinity",), 1, "affinity: 1 is no list"),
-        (("cores",), [1], "environment: 'cores' is"),
+        (("affinity",), [], "affinity is [], expected numbers of cores, as texts"),
+        (("affinity",), ["-1"], "affinity is ['-1'], expected numbers of cores, as texts"),
+        (("cores",), [1], "cores is [1], expected a whole number of at least 1"),
+        (("cores",), 0, "cores is 0, expected a whole number of at least 1"),
+        (("machine",), 7, "machine is 7, expected a text"),
+        (("kernel",), None, "kernel is None, expected a text"),
+        (("files", "proc/meminfo"), "MemTotal: -4 kB\n", "files: memory_bytes is -4096, expected a number of"),
+        (("files", FREQUENCY), "-600000\n", "files: frequency_mhz is -600, expected a number of at least 0"),
+        (("files", "proc/loadavg"), "-0.5 0 0 1/1 1\n", "files: load_average_1min is -0.5, expected a number"),
+        (("files", "proc/loadavg"), "nan 0 0 1/1 1\n", "files: load_average_1min is nan, expected a number"),
+        (("before", FREQUENCY), "-1\n", "before: frequency_mhz is -0.001, expected a number of at least 0"),
+        (("after", ZONE), "-273151\n", "after: temperature_c is -273.151, expected a number of at least -273.15"),
+        (("after", THROTTLE_FLAGS), "-4\n", "after: throttle_flags is -4, expected a number of at least 0"),
+        (("after", THROTTLED), "-4\n", "after: throttle_count is -4, expected a number of at least 0"),
+        (("after", "proc/vmstat"), "pswpin -3\npswpout 2\n", "after: swapped_pages is -1, expected a number of"),
         (("files", "../../outside"), "x", "a file '../../outside'"),
         (("files", "sys/class/thermal/thermal_zone/../x/temp"), "1", "a file 'sys/class/thermal"),
         (("before", "usr/bin/vcgencmd"), "#!/bin/sh", "a file 'usr/bin/vcgencmd'"),

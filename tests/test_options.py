@@ -55,6 +55,8 @@ NO_CORE = "--compiler gcc is for a --target with a Cortex-M"
         (["bench", "x.onnx", "--min-secs", "2", *CORE], NO_TIMES),
         (["bench", "x.onnx", "--threads", "2", *CORE], "--threads 2 with an emulated --target: one thread is emulated"),
         (["bench", "x.onnx", "--compiler", "gcc"], NO_CORE),
+        (["bench", "x.onnx", "--repeat", "-1"], "--repeat -1: expected 0 to 100"),
+        (["bench", "x.onnx", "--repeat", "1", *EMULATED], "--repeat are for --target ssh://..., --repeat for this"),
         (["bench", "x.onnx", "--compiler", "gcc", *EMULATED], NO_CORE),
         (["bench", "x.onnx", "--compiler", "gcc", *SSH], NO_CORE),
         (["bench", "full", "--seed=-1", *CORE], "--seed -1: expected 0 or more"),

@@ -8,15 +8,18 @@ from xml.etree import ElementTree
 
 import pytest
 
+from edgecomp.benching import COMPRESSED, CUT, FLOAT, INT8, subjects
+from edgecomp.benchmarks import bench as measuring
 from edgecomp.cli import main
 from edgecomp.comparing import check_not_slower, plot, read_baseline
 from edgecomp.errors import BudgetError, BundleError, UsageError
 from edgecomp.report import BenchReport, Comparison, Ratio, Source
+from tests.built import write_folder
 from tests.filemodels import conv_onnx, conv_tflite
 from tests.test_bench import rng
 from tests.test_report import MEASURED, NO_LATENCY
 
-ONE = BenchReport(**MEASURED)
+ONE = BenchReport(**{**MEASURED, "not_valid": ()})
 OTHER = replace(ONE, label="other")
 
 
@@ -36,7 +39,13 @@ def models(tmp_path_factory):
     return folder
 
 
-def test_the_command_line(models, tmp_path, capsys):
+@pytest.fixture
+def calm(monkeypatch):
+    """No run drifts, however busy this machine is."""
+    monkeypatch.setattr(measuring, "why_not_valid", lambda *_: [])
+
+
+def test_the_command_line(models, tmp_path, capsys, calm):
     names = [str(models / name) for name in ("small.onnx", "large.onnx", "lite.tflite")]
     svg = tmp_path / "plot.svg"
     assert main(["bench", *names, "--min-secs", "0.2", "--json", "--svg", str(svg)]) == 0
@@ -86,8 +95,6 @@ def no_measuring(*_, **__):
 
 
 def test_a_plot_replaces_no_model(models, tmp_path, capsys, monkeypatch):
-    from edgecomp.benchmarks import bench as measuring
-
     monkeypatch.setattr(measuring, "bench", no_measuring)
     names = [str(models / name) for name in ("small.onnx", "large.onnx")]
     stored = tmp_path / "before.json"
@@ -122,6 +129,28 @@ def test_a_plot_replaces_one_by_force(models, tmp_path):
     assert svg.read_text().startswith("<svg")
 
 
+def test_a_run_that_is_not_valid_is_no_verdict(models, tmp_path, capsys, monkeypatch):
+    reasons = iter([["drifted: a"], ["drifted: b"], ["drifted: c"], ["drifted: d"], ["drifted: e"], []])
+    monkeypatch.setattr(measuring, "why_not_valid", lambda *_: next(reasons))
+    monkeypatch.setattr(measuring.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(measuring, "STATUS", tmp_path / "none")  # no processes for memory
+    names = [str(models / name) for name in ("small.onnx", "large.onnx")]
+    quick = ["bench", *names, "--min-secs", "0.1"]
+    assert main([*quick, "--json"]) == 0
+    stored = tmp_path / "before.json"
+    stored.write_text(capsys.readouterr().out)
+    # Both where a model is slower and where none is.
+    for percent, letter in (("5", "b"), ("100000", "c")):
+        assert main([*quick, "--fail-if-slower", percent]) == 6
+        wanted = f"not valid, so not judged by --fail-if-slower; measure again: side by side: drifted: {letter}\n"
+        assert capsys.readouterr().err == f"edgecomp: {wanted}"
+    assert main([*quick, "--fail-if-slower", "5", "--repeat", "2"]) == 3
+    assert f"slower by more than 5 %: {names[1]}: than {names[0]} +" in capsys.readouterr().err
+    assert next(reasons, None) is None
+    assert main([*quick, "--fail-if-slower", "5", "--baseline", str(stored)]) == 2
+    assert f"--baseline {stored}: is of a run that was not valid: drifted: a; measure it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("target", ["rpi5-emulated", "cortex-m4"])
 def test_what_an_emulator_cannot_answer_is_refused_before_it_runs(target, models, tmp_path, capsys):
     names = [str(models / "small.onnx"), str(models / "large.onnx")][: 1 if target == "cortex-m4" else 2]
@@ -142,8 +171,6 @@ def test_a_core_runs_no_onnx(models, capsys):
 
 
 def test_ratios_to_another_model_are_not_compared(models, tmp_path, capsys, monkeypatch):
-    from edgecomp.benchmarks import bench as measuring
-
     monkeypatch.setattr(measuring, "bench", no_measuring)
     names = [str(models / name) for name in ("small.onnx", "large.onnx")]
     stored = tmp_path / "before.json"
@@ -179,11 +206,42 @@ def test_slower_than_before(now, then, percent, slower):
         assert True
 
 
+def test_what_the_user_did_not_build_fails_no_build(tmp_path):
+    (labels, _) = ([label for label, _, _ in subject.entries] for subject in subjects(write_folder(tmp_path), None))
+    assert labels == [FLOAT, INT8, COMPRESSED]
+
+    def beside(compressed: float, cut: str = "") -> Comparison:
+        names = (FLOAT + cut, INT8 + cut, COMPRESSED)
+        times = {FLOAT + cut: 3.0 * compressed, COMPRESSED: compressed}
+        return Comparison(
+            reports=tuple(replace(ONE, label=name) for name in names),
+            baseline=INT8 + cut,
+            ratios={name: Ratio(low=time, median=time, high=time) for name, time in times.items()},
+        )
+
+    for cut in ("", CUT):
+        check_not_slower([beside(1.04, cut)], None, 5)
+        with pytest.raises(BudgetError, match=f"^slower by more than 5 %: compressed: than plain int8{cut} \\+20.0%$"):
+            check_not_slower([beside(1.2, cut)], None, 5)
+    said = "compressed: beside plain int8, than before"
+    with pytest.raises(BudgetError, match=rf"^slower by more than 5 %: {said} \+20.0%$"):
+        check_not_slower([beside(1.2)], [beside(1.0)], 5)
+
+
+def test_a_valid_run_is_judged_beside_one_that_is_not():
+    spoilt = comparison(1.2, 1.2, 1.2)
+    spoilt = replace(spoilt, reports=tuple(replace(r, not_valid=("drifted",)) for r in spoilt.reports))
+    check_not_slower([spoilt, comparison(1.0, 1.0, 1.0)], None, 5)
+    # Which of several runs it was is said.
+    with pytest.raises(BudgetError, match=r": other \(onnxruntime, host\): than 4 bits \+10.0%$"):
+        check_not_slower([spoilt, comparison(1.1, 1.1, 1.1)], None, 5)
+
+
 def test_a_model_alone_is_compared_with_itself():
     alone = Comparison(reports=(ONE,), baseline=ONE.label, ratios={})
     half = BenchReport(
         **{**MEASURED, "samples_us": (5.0, 10.0, 15.0625, 20.0), "p50_us": 12.53125, "p90_us": 18.51875,
-           "p99_us": 19.851875, "min_us": 5.0}
+           "p99_us": 19.851875, "min_us": 5.0, "not_valid": ()}
     )  # fmt: skip
     before = Comparison(reports=(half,), baseline=half.label, ratios={})
     with pytest.raises(BudgetError, match=r"^slower by more than 5 %: 4 bits: than before \+100\.0%$"):

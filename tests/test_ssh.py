@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,29 +21,12 @@ from edgecomp.errors import EdgecompError, TargetError, UsageError
 from edgecomp.report import BenchReport, Source
 from edgecomp.targets.ssh import Address, Session, parse_address, platforms_of
 from tests.filemodels import conv_onnx
-from tests.ssh_device import Device, running
+from tests.ssh_device import Device
 from tests.test_bench import rng
 from tests.test_report import COMPARISON
 
 SET_UP = over_ssh._set_up
 FLAGS = ("--processes=1", "--max_secs=1")
-
-
-@pytest.fixture(scope="module")
-def switched_on(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
-    with running(tmp_path_factory.mktemp("device"), root) as made:
-        yield made
-
-
-@pytest.fixture
-def device(switched_on: Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """The device as it should be, found clean and left clean."""
-    monkeypatch.setenv("PATH", f"{switched_on.place}/bin:{os.environ['PATH']}")
-    assert switched_on.left_behind() == []
-    yield switched_on
-    switched_on.trust("host")
-    switched_on.key("user")
-    switched_on.extra("")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,26 +22,17 @@ from edgecomp.report import Comparison, Source
 from edgecomp.targets.ssh import Session, parse_address
 from tests.filemodels import conv_onnx
 from tests.packed_files import AtRest, exported
-from tests.ssh_device import POSIX, Device, running
+from tests.ssh_device import POSIX, Device
 from tests.test_bench import rng
 from tests.test_report import COMPARISON
 from tests.test_ssh import FLAGS, answering, commands, until
 
 
-@pytest.fixture(scope="module")
-def switched_on(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
-    with running(tmp_path_factory.mktemp("device"), root) as made:
-        yield made
-
-
 @pytest.fixture
-def device(switched_on: Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """A device that has what POSIX asks for and no Python, found clean and left clean."""
-    monkeypatch.setenv("PATH", f"{switched_on.place}/bin:{os.environ['PATH']}")
-    assert switched_on.left_behind() == []
-    switched_on.only(*POSIX)
-    yield switched_on
-    switched_on.extra("")
+def device(device: Device) -> Device:
+    """A device that has what POSIX asks for and no Python."""
+    device.only(*POSIX)
+    return device
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -141,12 +142,31 @@ def test_the_command_shows_a_users_own_file(tmp_path, capsys):
 
 
 def test_the_runner_replaces_nothing_unasked(tmp_path, capsys, monkeypatch):
-    file = tmp_path / "graph.edgecomp"
-    file.write_bytes(b"precious")
-    for given, what in ((str(file), "is there already; give --force to replace it"), ("", "is there and is no file")):
-        assert main(["targets", "--runner", given]) == 2
-        assert what in capsys.readouterr().err
-    assert file.read_bytes() == b"precious"
+    precious, file = tmp_path / "graph.edgecomp", tmp_path / "runner.pyz"
+    precious.write_bytes(b"precious")
+    assert main(["targets", "--runner", str(file)]) == 0
+    capsys.readouterr()
+    for given, more, what in (
+        (str(file), [], "is there already; give --force to replace it"),
+        ("", [], "is there and is no file"),
+        (str(precious), [], "is there already; give --force to replace it"),
+        (str(precious), ["--force"], "is no runner; --force replaces only an earlier one"),
+        (str(tmp_path), ["--force"], "is there and is no file"),
+        (str(tmp_path), ["--cpu", "aarch64"], "holds files and no edgecomp-runner; choose a new folder"),
+        (str(tmp_path), ["--cpu", "aarch64", "--force"], "holds files and no edgecomp-runner; choose a new folder"),
+    ):
+        assert main(["targets", "--runner", given, *more]) == 2
+        said = capsys.readouterr().err
+        assert what in said
+        assert said.count("\n") == 1
+    assert precious.read_bytes() == b"precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graph.edgecomp", "runner.pyz"]
+    # Another archive that Python runs.
+    with zipfile.ZipFile(precious, "w") as archive:
+        archive.writestr("__main__.py", "")
+    assert main(["targets", "--runner", str(precious), "--force"]) == 2
+    assert "is no runner" in capsys.readouterr().err
+    file.write_bytes(file.read_bytes() + b"older")
 
     def full(number: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -156,7 +176,7 @@ def test_the_runner_replaces_nothing_unasked(tmp_path, capsys, monkeypatch):
         assert main(["targets", "--runner", str(file), "--force"]) == 2
         assert capsys.readouterr().err.startswith(f"edgecomp: {file}: No space left on device")
     assert main(["targets", "--runner", str(file), "--force"]) == 0
-    assert file.read_bytes().startswith(b"PK")
+    assert not file.read_bytes().endswith(b"older")
 
 
 def test_names_of_no_board(capsys):

@@ -218,13 +218,15 @@ def _unlike(file: Path, runner: Runner) -> tuple[str, ...]:
     LiteRT's built-in kernels round an accumulator once there and twice here; they run what XNNPACK does not take,
     convolutions with int4 weights among it. onnxruntime multiplies two activations in real numbers, there with fused
     instructions, here with two roundings; it adds them in integers there, in real numbers here, which is the same where
-    no sum lies near the middle between two codes.
+    no sum lies near the middle between two codes. In another tool's file its layers may saturate here.
     """
     if isinstance(runner, OnnxRuntime):
         executed = optimized(file)
         unlike = {*executed.in_float, *(executed.operators.keys() & {"QLinearMul"})}
         if not all(sums_are_exact(*scales) for scales in executed.sums):
             unlike.add("QLinearAdd")
+        if runner.may_saturate():
+            unlike |= executed.operators.keys() & {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
         return tuple(sorted(unlike))
     left = runner.describe()["nodes_left_to_builtin_kernels"]
     return left if isinstance(left, tuple) else ()

@@ -147,10 +147,13 @@ class OnnxRuntime:
         return dict(zip(self._names, whole, strict=True))
 
     def _outputs(self, x: Array) -> list[Array]:
+        return self._results(self._for_outputs(), x)
+
+    def _for_outputs(self) -> Any:
         with _LOADING:
             if self._exact is None:
                 self._exact = self._exact_session() if _saturates_here() else self._session
-        return self._results(self._exact, x)
+        return self._exact
 
     def _exact_session(self) -> Any:
         from edgecomp.exporters.unpack_onnx import plain_onnx
@@ -159,6 +162,10 @@ class OnnxRuntime:
         exact = plain_onnx(stored, self._place, unsigned=True)
         # Another tool's file stays as it is, and with it what it gives on this processor.
         return self._session if exact is stored else _session(exact, _session_options(self._threads), self._place)
+
+    def may_saturate(self) -> bool:
+        """Tell whether outputs may be others than on processors whose sums do not saturate; loads a second session."""
+        return _saturates_here() and self._for_outputs() is self._session
 
     def _results(self, session: Any, x: Array) -> list[Array]:
         try:

@@ -95,11 +95,16 @@ def weights(data: bytes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {output: (constants[names[0]], constants[names[2]]) for output, names in read.items()}
 
 
-def test_another_tools_file_is_left_alone() -> None:
+def test_another_tools_file_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = onnx.load_from_string(to_onnx(quantized_with_input(GRAPHS["residual"](), 8, Io.INT8)[0]).data)
     model.producer_name = "another"
     data = model.SerializeToString()
     assert unpack(data, unsigned=True) == data
+    ours = to_onnx(quantized_with_input(GRAPHS["residual"](), 8, Io.INT8)[0]).data
+    for asked in (True, False):
+        monkeypatch.setattr(onnx_runtime, "_saturates_here", lambda asked=asked: asked)
+        assert OnnxRuntime(data).may_saturate() is asked
+        assert not OnnxRuntime(ours).may_saturate()
 
 
 def test_the_command_writes_such_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

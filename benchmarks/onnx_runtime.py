@@ -115,11 +115,15 @@ class OnnxRuntime:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1:
             raise BundleError(f"{self._place}: the model has {len(inputs)} inputs, expected one")
+        if not outputs:
+            raise BundleError(f"{self._place}: the model has no outputs, expected at least one")
         facts = self._session.get_modelmeta().custom_metadata_map
         self.input = self._border(inputs[0], _onnx_quant(facts, INPUT_SCALE, INPUT_ZERO_POINT, self._place))
         self.output = self._border(outputs[0], _onnx_quant(facts, OUTPUT_SCALE, OUTPUT_ZERO_POINT, self._place))
         self._names = [value.name for value in outputs]
         self._batched = not isinstance(inputs[0].shape[0], int)
+        if not self._batched and inputs[0].shape[0] != 1:
+            raise BundleError(f"{self._place}: takes {inputs[0].shape[0]} images at once, expected 1 or any number")
         self._exact: Any = None
         self._binding: Any = None
         self._bound: list[Any] = []
@@ -159,7 +163,10 @@ class OnnxRuntime:
         from edgecomp.exporters.unpack_onnx import plain_onnx
 
         stored = self._file.read_bytes() if isinstance(self._file, Path) else self._file
-        exact = plain_onnx(stored, self._place, unsigned=True)
+        try:
+            exact = plain_onnx(stored, self._place, unsigned=True)
+        except BundleError:  # onnxruntime has loaded it, so it is one of another layout
+            exact = stored
         # Another tool's file stays as it is, and with it what it gives on this processor.
         return self._session if exact is stored else _session(exact, _session_options(self._threads), self._place)
 

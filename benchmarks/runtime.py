@@ -246,14 +246,23 @@ def fitting(x: Array, border: Border, place: str) -> Array:
     return quantize(x, border.quant)
 
 
+MOST_NUMBERS = 1 << 28
+"""Of an image: a gigabyte of float32, far more than any network for these devices reads."""
+
+
 def sample_image(border: Border) -> Array:
     """Make the image (1, C, H, W) that latency is measured with: noise, as zeros could take shortcuts.
 
     Even noise: over all codes, or real numbers of mean 0 and variance 1. Not by numpy.random, which with what it loads
     takes 6 MB that would be counted as the runtime's.
+
+    Raises:
+        BundleError: an image is larger than MOST_NUMBERS.
     """
     rng, shape = random.Random(0), (1, *border.shape)
     n = math.prod(shape)
+    if n > MOST_NUMBERS:
+        raise BundleError(f"{border.name!r:.80} takes {n} numbers an image, expected at most {MOST_NUMBERS}")
     if border.dtype.kind == "f":
         steps = np.frombuffer(rng.randbytes(2 * n), dtype="<u2").astype(np.float32)
         steps -= 32767.5

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     before = {}
     with contextlib.suppress(ValueError):  # only the main thread may set handlers
-        before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+        # A terminal that is closed says SIGHUP; `nohup` has it ignored, and so it stays.
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         return _run(_parser().parse_args(argv))
     except BaseException as e:
@@ -104,7 +109,7 @@ def _run(args: argparse.Namespace) -> int:
     except MemoryError:
         return _complain("out of memory; try fewer --calib images, or a machine with more", 2)
     except OSError as e:
-        place = e.filename or getattr(args, "output", None) or "standard output"
+        place = e.filename or getattr(args, "output", None) or f"standard output or {tempfile.gettempdir()}"
         return _complain(f"{place}: {e.strerror or e}; nothing was left half-written", 2)
     return code
 

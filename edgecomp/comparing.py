@@ -12,6 +12,7 @@ from edgecomp.benching import YARDSTICKS, stands_alone
 from edgecomp.bundle import GRAPH_FILE
 from edgecomp.errors import BudgetError, BundleError, UsageError
 from edgecomp.files import MANIFEST, PLAN_FILE, check_new_file
+from edgecomp.folder import read_file
 from edgecomp.report import Comparison, Ratio, Source
 
 _ROW, _LEFT, _WIDTH, _RIGHT = 26, 260, 420, 190
@@ -141,9 +142,11 @@ def read_baseline(path: Path) -> list[Comparison]:
         BundleError: it is something else.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        reason = getattr(e, "strerror", None) or "is not JSON"
+        found = json.loads(read_file(path))
+    except BundleError as e:
+        raise BundleError(f"{e}; expected what edgecomp bench --json wrote") from e
+    except (ValueError, RecursionError) as e:
+        reason = "is not JSON"
         raise BundleError(f"{path}: {reason}; expected what edgecomp bench --json wrote") from e
     if not isinstance(found, list) or not found:
         raise BundleError(f"{path}: expected a list of comparisons, as edgecomp bench --json writes")

@@ -79,9 +79,11 @@ def read_file(path: Path) -> bytes:
     """Read a file of ours.
 
     Raises:
-        BundleError: it cannot be read.
+        BundleError: it cannot be read, or is a device, a pipe or the like, which may never end.
     """
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise BundleError(f"{path}: is no plain file; expected one on disk")
         return path.read_bytes()
     except OSError as e:
         raise BundleError(f"{path}: cannot be read: {e.strerror}") from e

@@ -268,7 +268,7 @@ def run(*argv: str, folder: Path, **options: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_in_the_middle_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     process = run("build", "--max-drop", "0.1", "-o", "out", folder=tmp_path)
     # Long enough to be at work, too short to be done, however busy the machine is.

@@ -194,6 +194,12 @@ def test_images_that_do_not_fit_are_refused(case, shape, dtype):
     assert "\n" not in str(caught.value)
 
 
+def test_an_image_that_fits_no_memory_is_refused():
+    border = runtime.Border(name="x", shape=(3, 100_000, 100_000), dtype=np.dtype("float32"), quant=None)
+    with pytest.raises(BundleError, match=r"^'x' takes 30000000000 numbers an image, expected at most 268435456$"):
+        runtime.sample_image(border)
+
+
 def test_float64_images_are_taken():
     np.testing.assert_array_equal(LiteRt(TFLITE_CONV).run(IMAGES.astype(np.float64)), LiteRt(TFLITE_CONV).run(IMAGES))
 
@@ -263,17 +269,28 @@ def scaled(scale: str, zero_point: str) -> bytes:
     return onnx_model(IDENTITY, ["N", 2], dtype="int8", facts=facts)
 
 
+def without_outputs() -> bytes:
+    model = onnx.load_from_string(onnx_model(IDENTITY, ["N", 2]))
+    del model.graph.output[:]
+    return model.SerializeToString()
+
+
 @pytest.mark.parametrize(
     ("model", "what"),
     [
         (onnx_model(IDENTITY, ["N", "C", 2]), "fixed shape"),
         (onnx_model(IDENTITY, []), "fixed shape"),
+        (onnx_model(IDENTITY, [3, 2]), "takes 3 images at once"),
+        (without_outputs(), "no outputs"),
         (scaled("x", "0"), "not a number"),
         (scaled("0", "0"), "expected above 0"),
         (scaled("nan", "0"), "expected above 0"),
         (scaled("1", "999"), "8-bit code"),
     ],
-    ids=["free shape", "scalar", "scale is text", "scale is zero", "scale is nan", "zero point is wide"],
+    ids=[
+        "free shape", "scalar", "three at once", "no outputs", "scale is text",
+        "scale is zero", "scale is nan", "zero point is wide",
+    ],
 )
 def test_models_we_do_not_run_are_refused(model, what):
     with pytest.raises(BundleError, match=what):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -273,5 +274,7 @@ def test_a_baseline_is_read_strictly(tmp_path):
         path.write_text(text)
         with pytest.raises(BundleError, match=r"before\.json"):
             read_baseline(path)
+    with pytest.raises(BundleError, match=r"/dev/zero: is no plain file; .* bench --json wrote"):
+        read_baseline(Path("/dev/zero"))
     path.write_text(f"[{comparison(0.4, 0.5, 0.6).to_json()}]")
     assert read_baseline(path) == [comparison(0.4, 0.5, 0.6)]

@@ -67,11 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     before = {}
     with contextlib.suppress(ValueError):  # only the main thread may set handlers
-        # A terminal that is closed says SIGHUP; `nohup` has it ignored, and so it stays.
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, interrupt) for number in numbers}
+        hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # ignored by nohup
+        before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT, *hangup)}
     try:
         return _run(_parser().parse_args(argv))
     except BaseException as e:
@@ -202,6 +199,7 @@ def _stage(name: str, total: int) -> Iterator[Callable[[int], object]]:
 
 
 def _build(args: argparse.Namespace) -> int:
+    from edgecomp import bundle
     from edgecomp.artifact import AtRest
     from edgecomp.build import build
     from edgecomp.channels import IRRELEVANT, parse_pruning
@@ -210,7 +208,7 @@ def _build(args: argparse.Namespace) -> int:
     from edgecomp.plan import Io
 
     sys.path.insert(0, os.getcwd())  # package.module:factory is looked for where the user stands
-    paper = PAPERS.get(args.method)
+    paper, limit = PAPERS.get(args.method), options.latency_limit_of(args)
     sparsifying = None if paper is None else paper.sparsifying
     built = build(
         model=args.model,
@@ -231,7 +229,7 @@ def _build(args: argparse.Namespace) -> int:
         classes=args.classes,
         epochs=args.recover,
         checkpoint=args.checkpoint,
-        limit=options.latency_limit_of(args),
+        limit=limit,
         pruning=IRRELEVANT if args.prune is None else parse_pruning(args.prune),
         sparsifying=sparsifying if args.sparsify is None else parse_pruning(args.sparsify, "--sparsify"),
         paper=paper,
@@ -244,6 +242,8 @@ def _build(args: argparse.Namespace) -> int:
         if paper is not None:
             print(f"\n{paper.name}: {paper.published} ({paper.source}); not published, chosen here:")
             print("\n".join(f"- {what}: {how}" for what, how in OPEN.items()))
+        if limit is not None:
+            print(f"\n{limit.told(bundle.load(args.output / bundle.GRAPH_FILE))}")
         print(f"\n{args.output}: README.md there explains the files")
     if not built.budget_met:
         asked, got = args.max_drop, built.manifest["budget"]["got"]  # type: ignore[index]

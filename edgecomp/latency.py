@@ -420,6 +420,11 @@ class LatencyLimit:
         """Estimate a network."""
         return self.by(self._case(work_of(graph))).latency_ms
 
+    def told(self, graph: Graph) -> str:
+        """Say what a network is estimated to take, and what was asked for."""
+        found = self.ms(graph)
+        return f"latency: {found.p50:.3g} ms, range {found.p10:.3g}-{found.p90:.3g} ms; asked for: {self.text()}"
+
     def text(self) -> str:
         """Say it, for the record."""
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"

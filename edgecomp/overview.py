@@ -135,6 +135,8 @@ def _making(record: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
     if channels < channels_before:
         asked = made_by.get("pruning", "zero")
         what = "channels without any relevance" if asked == "zero" else f"whole channels (--prune {asked})"
+        if "latency" in made_by:
+            what = f"whole channels, for a latency of {made_by['latency']}"
         if "classes" in made_by:
             what = f"outputs of the other classes, and {what}{', if any' if asked == 'zero' else ''}"
         lines.append(

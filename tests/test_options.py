@@ -87,7 +87,7 @@ def test_options_without_a_meaning(
         (["bench", "x.onnx", "--svg", "taken", *SSH, "--repeat", "101"], "--repeat 101: expected 0 to 100"),
         (
             ["bench", "x.onnx", "--svg", "taken", "--baseline", "no.json", "--fail-if-slower", "1"],
-            "no.json: No such file or directory; expected what edgecomp bench --json wrote",
+            "no.json: cannot be read: No such file or directory; expected what edgecomp bench --json wrote",
         ),
         (["gate", "full", "--report", "taken"], "gate: expected a budget"),
         (["gate", "full", "--max-ram", "1", "--report", "taken"], "full: has no manifest.json"),

@@ -150,7 +150,7 @@ def test_what_onnxruntime_times_is_found_by_name(tmp_path: Path, capsys: pytest.
         (["--target", "rpi5"], "was measured with target rpi4, asked for is rpi5"),
         (["--profile", "report.json", "other.onnx"], "has no report of other.onnx"),
         (["--profile", "report.json", "report.json"], "expected an .onnx or .tflite that edgecomp wrote"),
-        (["--profile", "none.json", "net.onnx"], "none.json: No such file"),
+        (["--profile", "none.json", "net.onnx"], "none.json: cannot be read: No such file"),
     ],
 )
 def test_what_was_not_measured_is_refused(
